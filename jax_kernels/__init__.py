@@ -1,0 +1,5 @@
+"""Attention kernels for TPUs in JAX. Public names are re-exported here."""
+
+from jax_kernels.ragged_paged_attention import kv_cache_shape as kv_cache_shape
+from jax_kernels.ragged_paged_attention import pack_kv_cache as pack_kv_cache
+from jax_kernels.ragged_paged_attention import unpack_kv_cache as unpack_kv_cache

@@ -1,0 +1,5 @@
+"""Ragged paged attention: a Pallas TPU kernel, its cache layout and its reference."""
+
+from jax_kernels.ragged_paged_attention.layout import kv_cache_shape as kv_cache_shape
+from jax_kernels.ragged_paged_attention.layout import pack_kv_cache as pack_kv_cache
+from jax_kernels.ragged_paged_attention.layout import unpack_kv_cache as unpack_kv_cache
