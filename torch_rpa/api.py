@@ -1,0 +1,129 @@
+"""The documented torch function: checks, choice of implementation, operator."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_rpa import ops, validation
+from torch_rpa.options import AttentionOptions
+from torch_rpa.validation import Inputs
+
+IMPLEMENTATIONS = (None, "reference", "pallas_interpret")
+
+
+def ragged_paged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    kv_lens: torch.Tensor,
+    page_indices: torch.Tensor,
+    cu_q_lens: torch.Tensor,
+    distribution: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    sm_scale: float = 1.0,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    update_kv_cache: bool = True,
+    chunk_prefill_size: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+    validate: bool | None = None,
+) -> torch.Tensor:
+    """Attention of a ragged batch over a paged cache, which takes up the new tokens.
+
+    ``S`` sequences bring ``T`` tokens in all, of any length each. The new tokens of a
+    sequence are its last positions: their keys and values are written to the cache, and
+    each query attends to its sequence as the cache stores it. All shapes are static:
+    pad ``T`` and ``S`` and say in ``distribution`` how many sequences are live.
+
+    Args:
+        q: ``[T, Hq, D]`` bfloat16 or float32. Sequence ``s`` owns the rows
+            ``cu_q_lens[s] .. cu_q_lens[s + 1]``.
+        k: ``[T, Hkv, D]``, dtype of ``q``; ``Hq`` is a multiple of ``Hkv``. May be None
+            if ``update_kv_cache`` is False.
+        v: Like ``k``.
+        kv_cache: See :func:`torch_rpa.kv_cache_shape`. Changed in place: the slots of
+            the new tokens, nothing else. bfloat16, float32, float8_e4m3fn, float8_e5m2
+            or int8.
+        kv_lens: ``[S]`` int32, tokens of each sequence, the new ones included.
+        page_indices: ``[S * P]`` int32. Token ``t`` of sequence ``s`` is in page
+            ``page_indices[s * P + t // page_size]``. Entries past the last live page of
+            a sequence are ignored.
+        cu_q_lens: ``[S + 1]`` int32, running sums of the numbers of new tokens.
+        distribution: ``[3]`` int32 ``(i, j, k)``: sequences ``[0, i)`` have one new
+            token, ``[i, j)`` have ``chunk_prefill_size``, ``[j, k)`` any number.
+            Entries of the other arguments at or past ``k`` are ignored.
+        sinks: ``[Hq]`` float32 logits of one extra key per head with a zero value.
+        sm_scale: Factor on the scores, usually ``D ** -0.5``.
+        causal: Hide keys after the query's own position.
+        sliding_window: See only the last ``sliding_window`` positions.
+        soft_cap: Replace scores by ``soft_cap * tanh(score / soft_cap)``.
+        q_scale: With a quantised cache, quantise ``q / q_scale`` to its dtype as well.
+        k_scale: The cache stores ``k / k_scale``, clipped.
+        v_scale: The cache stores ``v / v_scale``, clipped.
+        update_kv_cache: False writes nothing and reads all keys from the cache.
+        chunk_prefill_size: Tokens of each of the sequences ``[i, j)``.
+        out_dtype: bfloat16 or float32; None is the dtype of ``q``.
+        impl: None takes the implementation of the device: the Pallas kernel on a TPU,
+            the same computation in plain XLA on the XLA CPU device, eager PyTorch on
+            CPU tensors. "reference" takes the plain computation on every device.
+            "pallas_interpret" runs the Pallas kernel on CPU tensors, simulated: slow,
+            for debugging. Nothing falls back silently.
+        validate: Check the values of the metadata first, waiting for them. None does so
+            if the environment variable ``TORCH_RPA_VALIDATE`` is 1.
+
+    Returns:
+        ``[T, Hq, D]``. Rows of no live sequence, and rows that see no key, are zeros.
+
+    Raises:
+        ValueError: An argument has a wrong shape, dtype, device or value.
+        NotImplementedError: The device is not supported, or a gradient is asked for.
+    """
+    options = {
+        "sm_scale": sm_scale,
+        "causal": causal,
+        "sliding_window": sliding_window,
+        "soft_cap": soft_cap,
+        "q_scale": q_scale,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "update_kv_cache": update_kv_cache,
+        "chunk_prefill_size": chunk_prefill_size,
+        "out_dtype": out_dtype,
+    }
+    inputs = Inputs(
+        q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks
+    )
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+    if validate:
+        validation.validate_values(inputs, AttentionOptions(**options))
+    if impl is None:
+        return ops.ragged_paged_attention(*inputs, **options)
+    return _run_selected(impl, inputs, AttentionOptions(**options), validate)
+
+
+def _run_selected(
+    impl: str, inputs: Inputs, options: AttentionOptions, validate: bool | None
+) -> torch.Tensor:
+    """Runs an implementation other than the device's own."""
+    validation.validate_gradients(inputs)
+    if validate is None and validation.values_requested():
+        validation.validate_values(inputs, options)
+    if impl == "pallas_interpret":
+        from torch_rpa import jax_bridge
+
+        return jax_bridge.interpret_pallas_(inputs, options)
+    if inputs.q.device.type != "xla":
+        return ops.ragged_paged_attention(*inputs, **vars(options))
+    from torch_rpa import jax_bridge
+
+    target = jax_bridge.device_target(inputs.q.device)
+    with jax_bridge.lowering_target(target._replace(implementation="reference")):
+        return ops.ragged_paged_attention(*inputs, **vars(options))

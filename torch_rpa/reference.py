@@ -1,0 +1,232 @@
+"""What the operator computes, in plain PyTorch; also its CPU implementation.
+
+Written for clarity: sequence by sequence, everything in float32. A sequence attends to
+its keys and values as the cache stores them, quantisation included.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from torch_rpa import kv_cache as kv_cache_lib
+from torch_rpa.kv_cache import CacheGeometry
+from torch_rpa.options import AttentionOptions
+from torch_rpa.validation import Inputs, validate_static
+
+# Bounds the score matrix: queries are processed in blocks of at most this many rows.
+MAX_SCORES = 1 << 24
+
+
+def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
+    """Writes new keys and values to ``inputs.kv_cache`` and returns the attention.
+
+    Returns:
+        ``[T, Hq, D]`` in ``options.out_dtype`` or the dtype of ``q``. Rows of no live
+        sequence are zeros.
+    """
+    geometry = validate_static(inputs, options)
+    if not inputs.kv_cache.is_contiguous():
+        raise ValueError(
+            f"kv_cache must be contiguous, got strides {inputs.kv_cache.stride()}"
+        )
+    num_seqs = inputs.kv_lens.shape[0]
+    live = inputs.distribution.tolist()[2]
+    kv_lens = inputs.kv_lens.tolist()
+    cu_q_lens = inputs.cu_q_lens.tolist()
+    page_table = inputs.page_indices.view(num_seqs, -1).long()
+
+    out = torch.zeros_like(
+        inputs.q,
+        dtype=options.out_dtype or inputs.q.dtype,
+        memory_format=torch.contiguous_format,
+    )
+    for seq in range(live):
+        start, stop, kv_len = cu_q_lens[seq], cu_q_lens[seq + 1], kv_lens[seq]
+        if stop <= start or kv_len <= 0:
+            continue
+        if kv_len < stop - start:
+            raise ValueError(
+                f"kv_lens[{seq}] must count the new tokens too: at least "
+                f"{stop - start}, got {kv_len}"
+            )
+        pages = page_table[seq, : -(-kv_len // geometry.page_size)]
+        if options.update_kv_cache:
+            assert inputs.k is not None and inputs.v is not None
+            new = slice(start, stop)
+            write_tokens(
+                inputs.kv_cache,
+                encode(inputs.k[new], inputs.kv_cache.dtype, options.k_scale),
+                encode(inputs.v[new], inputs.kv_cache.dtype, options.v_scale),
+                pages,
+                kv_len,
+                geometry,
+            )
+        keys, values = read_tokens(inputs.kv_cache, pages, kv_len, geometry)
+        out[start:stop] = attend(
+            inputs.q[start:stop], keys, values, inputs.sinks, options
+        ).to(out.dtype)
+    return out
+
+
+def encode(x: torch.Tensor, dtype: torch.dtype, scale: float | None) -> torch.Tensor:
+    """Returns ``x / scale`` as a cache of this dtype stores it.
+
+    Quantised dtypes are clipped to their finite range first: float8_e4m3fn would turn
+    449 into NaN and int8 would wrap.
+    """
+    if scale is not None:
+        x = x.float() / scale
+    if dtype not in kv_cache_lib.QUANTIZED_DTYPES:
+        return x.to(dtype)
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    clipped = x.float().clamp(limits.min, limits.max)
+    return (clipped if dtype.is_floating_point else clipped.round()).to(dtype)
+
+
+def write_tokens(
+    kv_cache: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: torch.Tensor,
+    kv_len: int,
+    geometry: CacheGeometry,
+) -> None:
+    """Writes the last tokens of one sequence to their slots.
+
+    Args:
+        kv_cache: The cache, changed in place.
+        keys: ``[n, Hkv, D]`` in the dtype of the cache: positions ``kv_len - n ..``.
+        values: Like ``keys``.
+        pages: ``[live pages]`` page ids of the sequence.
+        kv_len: Tokens of the sequence, the new ones included.
+        geometry: Sizes of the cache.
+    """
+    # Bytes are moved as integers: PyTorch has no indexed float8 stores on the CPU.
+    if keys.dtype.itemsize == 1:
+        kv_cache, keys, values = (
+            x.view(torch.uint8)
+            for x in (kv_cache, keys.contiguous(), values.contiguous())
+        )
+    if geometry.shares_lanes:
+        pad = kv_cache_lib.LANES // 2 - geometry.head_dim
+        rows = torch.cat([F.pad(keys, (0, pad)), F.pad(values, (0, pad))], dim=-1)
+    else:
+        pad = geometry.lanes - geometry.head_dim
+        rows = F.pad(torch.cat([keys, values], dim=1), (0, pad))
+    positions = torch.arange(kv_len - keys.shape[0], kv_len)
+    slots = positions % geometry.page_size
+    slot_pages = pages[positions // geometry.page_size]
+    slot_rows = kv_cache.view(
+        geometry.num_pages, geometry.rows, geometry.page_size, geometry.lanes
+    )
+    slot_rows[slot_pages, :, slots] = rows
+
+
+def read_tokens(
+    kv_cache: torch.Tensor, pages: torch.Tensor, kv_len: int, geometry: CacheGeometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reads keys and values of one sequence, each ``[Hkv, kv_len, D]``, as stored."""
+    dtype = kv_cache.dtype
+    if dtype.itemsize == 1:
+        kv_cache = kv_cache.view(torch.uint8)
+    slot_rows = kv_cache.view(
+        geometry.num_pages, geometry.rows, geometry.page_size, geometry.lanes
+    )
+    rows = slot_rows[pages].transpose(0, 1)  # [rows, pages, page_size, lanes]
+    rows = rows.reshape(geometry.rows, -1, geometry.lanes)[:, :kv_len].view(dtype)
+    depth, half = geometry.head_dim, kv_cache_lib.LANES // 2
+    if geometry.shares_lanes:
+        return rows[..., :depth], rows[..., half : half + depth]
+    heads = geometry.num_kv_heads
+    return rows[:heads, :, :depth], rows[heads:, :, :depth]
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sinks: torch.Tensor | None,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Attention of the last ``n`` tokens of one sequence over all of it.
+
+    Args:
+        q: ``[n, Hq, D]``, at positions ``kv_len - n .. kv_len``.
+        keys: ``[Hkv, kv_len, D]`` as stored.
+        values: ``[Hkv, kv_len, D]`` as stored.
+        sinks: ``[Hq]`` logits of the extra keys with zero values, or None.
+        options: Scales and masks.
+
+    Returns:
+        ``[n, Hq, D]`` float32.
+    """
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, kv_len, _ = keys.shape
+    group = num_heads // num_kv_heads
+    score_scale = options.sm_scale * (options.k_scale or 1.0)
+    if options.q_scale is not None:
+        q = encode(q, keys.dtype, options.q_scale)
+        score_scale *= options.q_scale
+    keys, values = keys.float(), values.float()
+    grouped = q.float().view(num_queries, num_kv_heads, group, head_dim)
+    grouped = grouped.permute(1, 2, 0, 3)  # [Hkv, G, n, D]
+
+    block = max(1, MAX_SCORES // (num_heads * kv_len))
+    blocks = []
+    for start in range(0, num_queries, block):
+        stop = min(start + block, num_queries)
+        positions = torch.arange(start, stop) + kv_len - num_queries
+        first, last = visible_range(positions, kv_len, options)
+        scores = grouped[:, :, start:stop] @ keys[:, None, first:last].mT
+        scores = scores * score_scale
+        if options.soft_cap is not None:
+            scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
+        mask = visible(positions[:, None], torch.arange(first, last)[None, :], options)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        blocks.append(softmax(scores, sinks) @ values[:, None, first:last])
+    out = torch.cat(blocks, dim=2) * (options.v_scale or 1.0)
+    return out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
+
+
+def visible_range(
+    positions: torch.Tensor, kv_len: int, options: AttentionOptions
+) -> tuple[int, int]:
+    """Returns the smallest range of keys that holds all that any query may see."""
+    first, last = 0, kv_len
+    if options.sliding_window is not None:
+        first = max(0, int(positions[0]) - options.sliding_window + 1)
+    if options.causal:
+        last = int(positions[-1]) + 1
+    return first, last
+
+
+def visible(
+    q_positions: torch.Tensor, k_positions: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """Which queries see which keys, for positions that broadcast."""
+    mask = torch.ones(
+        torch.broadcast_shapes(q_positions.shape, k_positions.shape), dtype=torch.bool
+    )
+    if options.causal:
+        mask &= k_positions <= q_positions
+    if options.sliding_window is not None:
+        mask &= k_positions > q_positions - options.sliding_window
+    return mask
+
+
+def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last axis of ``[Hkv, G, n, K]``; zeros where nothing is visible.
+
+    The sink of a head takes part in the sum and has no column of its own.
+    """
+    peak = scores.amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        sink = sinks.float().view(*scores.shape[:2], 1, 1)
+        peak = torch.maximum(peak, sink)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)  # (-inf) - (-inf) is NaN
+    weights = torch.exp(scores - peak)
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - peak)
+    return weights / total.masked_fill(total == 0.0, 1.0)
