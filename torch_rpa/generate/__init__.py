@@ -1,0 +1,1 @@
+"""Generates text for several prompts at once: ``python -m torch_rpa.generate``."""

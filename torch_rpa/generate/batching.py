@@ -1,0 +1,102 @@
+"""The tensors of one step, padded to static shapes, built on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from torch_rpa.generate.scheduler import Row
+from torch_rpa.transformers.context import RaggedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShapes:
+    """The static sizes of all steps; on an XLA device each bucket is one program.
+
+    Attributes:
+        token_buckets: Ascending sizes that T may have.
+        num_sequences: S.
+        pages_per_sequence: P.
+    """
+
+    token_buckets: tuple[int, ...]
+    num_sequences: int
+    pages_per_sequence: int
+
+    def bucket(self, num_tokens: int) -> int:
+        """Returns the smallest bucket that holds so many tokens."""
+        for size in self.token_buckets:
+            if num_tokens <= size:
+                return size
+        raise ValueError(
+            f"num_tokens must be at most {self.token_buckets[-1]}, got {num_tokens}"
+        )
+
+
+class StepInputs(NamedTuple):
+    """What a model call takes, all of static shape."""
+
+    input_ids: torch.Tensor  # i64[1, T]
+    position_ids: torch.Tensor  # i64[1, T]
+    last_tokens: torch.Tensor  # i64[S] where in T each sequence ends
+    batch: RaggedBatch
+
+    def to(self, device: torch.device | str) -> StepInputs:
+        """Moves every tensor to a device."""
+        batch = RaggedBatch(*(tensor.to(device) for tensor in self.batch))
+        return StepInputs(*(tensor.to(device) for tensor in self[:3]), batch)
+
+
+def build_step_inputs(rows: Sequence[Row], shapes: StepShapes) -> StepInputs:
+    """Lays the rows end to end and pads.
+
+    Two rows, of one token (with 4 cached) and of three (new), T = 8, S = 3::
+
+        position_ids  4  0  1  2  0  0  0  0
+        cu_q_lens     0  1  4  4
+        kv_lens       5  3  0
+        last_tokens   0  3  0
+        distribution  1  1  2
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    kv_lens: list[int] = []
+    cu_q_lens = [0]
+    page_table: list[int] = []
+    num_decodes = 0
+    for request, num_tokens in rows:
+        first, end = request.num_cached, request.num_cached + num_tokens
+        tokens += request.tokens[first:end]
+        positions += range(first, end)
+        kv_lens.append(end)
+        cu_q_lens.append(len(tokens))
+        page_table += _padded(request.pages, shapes.pages_per_sequence)
+        if num_tokens == 1 and num_decodes == len(kv_lens) - 1:
+            num_decodes += 1
+    size, num_seqs = shapes.bucket(len(tokens)), shapes.num_sequences
+    last_tokens = [start - 1 for start in cu_q_lens[1:]]
+    cu_q_lens += [len(tokens)] * (num_seqs - len(rows))
+    return StepInputs(
+        torch.tensor([_padded(tokens, size)]),
+        torch.tensor([_padded(positions, size)]),
+        torch.tensor(_padded(last_tokens, num_seqs)),
+        RaggedBatch(
+            _int32(_padded(kv_lens, num_seqs)),
+            _int32(_padded(page_table, num_seqs * shapes.pages_per_sequence)),
+            _int32(cu_q_lens),
+            _int32([num_decodes, num_decodes, len(rows)]),
+        ),
+    )
+
+
+def _padded(values: Sequence[int], size: int) -> list[int]:
+    if len(values) > size:
+        raise ValueError(f"at most {size} values fit, got {len(values)}")
+    return [*values, *[0] * (size - len(values))]
+
+
+def _int32(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,177 @@
+"""The attention function that transformers calls in every layer, and its registration.
+
+No mask function is registered with it: transformers then builds no mask, and the
+lengths in the context say all that a causal mask would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from torch_rpa.transformers.context import RPAContext
+
+# transformers gives names with "flash", "sdpa", "paged|" or "/" meanings of their own.
+ATTENTION_NAME = "rpa"
+
+# Keyword arguments of a model that say nothing about what its attention computes.
+_HARMLESS_KWARGS = frozenset(
+    {
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+    }
+)
+_ABSENT: Any = object()
+
+
+def register() -> None:
+    """Makes ``attn_implementation="rpa"`` known to transformers; may be repeated."""
+    AttentionInterface.register(ATTENTION_NAME, rpa_attention)
+
+
+def use_rpa(model: PreTrainedModel) -> PreTrainedModel:
+    """Switches a model to this attention, and returns it.
+
+    Raises:
+        NotImplementedError: The model does not take its attention from the registry.
+    """
+    model.set_attn_implementation(ATTENTION_NAME)
+    got = model.config.get_text_config()._attn_implementation
+    if got != ATTENTION_NAME:
+        raise NotImplementedError(
+            f"{type(model).__name__} keeps its own attention {got!r}: it does not read "
+            "the attention registry of transformers; choose a model that does"
+        )
+    return model
+
+
+def rpa_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [1, Hq, T, D], rotary embedding applied
+    key: torch.Tensor,  # [1, Hkv, T, D]
+    value: torch.Tensor,  # [1, Hkv, T, D]
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = _ABSENT,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,  # [Hq]
+    is_causal: bool | None = None,
+    use_cache: bool | None = None,
+    rpa: RPAContext | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Appends keys and values to the layer's paged cache and attends to the cache.
+
+    Whatever would change the answer and is not supported raises.
+
+    Returns:
+        The attention output ``[1, T, Hq, D]``, and no attention weights.
+    """
+    if rpa is None:
+        raise ValueError(
+            f'rpa must be given with attn_implementation="{ATTENTION_NAME}": call '
+            "model(..., rpa=RPAContext(kv_caches, batch), use_cache=False), got None"
+        )
+    _refuse_caches(query, key, use_cache)
+    _refuse_other_meanings(module, attention_mask, dropout, is_causal, kwargs)
+    batch = rpa.batch
+    out = torch.ops.rpa.ragged_paged_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        rpa.kv_caches[module.layer_idx],
+        batch.kv_lens,
+        batch.page_indices,
+        batch.cu_q_lens,
+        batch.distribution,
+        None if s_aux is None else s_aux.float(),
+        sm_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=_sliding_window(module, sliding_window),
+        soft_cap=softcap,
+        k_scale=rpa.k_scale,
+        v_scale=rpa.v_scale,
+    )
+    return out[None], None
+
+
+def _refuse_caches(
+    query: torch.Tensor, key: torch.Tensor, use_cache: bool | None
+) -> None:
+    if use_cache or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            "use_cache must be False and past_key_values None, since the paged caches "
+            f"of rpa= replace them: got {use_cache=}, {query.shape[2]} queries and "
+            f"{key.shape[2]} keys"
+        )
+    if query.shape[0] != 1:
+        raise ValueError(
+            "input_ids must be [1, T] with all sequences end to end, got batch size "
+            f"{query.shape[0]}"
+        )
+
+
+def _refuse_other_meanings(
+    module: nn.Module,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> None:
+    if attention_mask is not None:
+        raise NotImplementedError(
+            "attention_mask must be None: the lengths in rpa= replace it, got a mask "
+            f"of shape {list(attention_mask.shape)}"
+        )
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for is_causal=False: only causal attention "
+            "can be paged; use another attn_implementation for this module"
+        )
+    if module.training or dropout:
+        raise NotImplementedError(
+            f"{ATTENTION_NAME} is for inference, got training={module.training} and "
+            f"{dropout=}: call model.eval()"
+        )
+    unknown = sorted(
+        name
+        for name, argument in kwargs.items()
+        if argument is not None and name not in _HARMLESS_KWARGS
+    )
+    if unknown:
+        raise NotImplementedError(
+            f"{type(module).__name__} passes {unknown} to its attention, which could "
+            "change the answer; use another attn_implementation for this model"
+        )
+
+
+def _sliding_window(module: nn.Module, argument: int | None) -> int | None:
+    """Returns the window of a layer: what it passes, else what its config says."""
+    config = getattr(module, "config", None)
+    layer_types = getattr(config, "layer_types", None)
+    layer_type = layer_types[module.layer_idx] if layer_types else None
+    if layer_type not in (None, "full_attention", "sliding_attention"):
+        raise NotImplementedError(
+            f"layer {module.layer_idx} of {type(module).__name__} must have full or "
+            f"sliding attention, got {layer_type!r}; use another attn_implementation"
+        )
+    if argument is not _ABSENT and argument is not None:
+        return argument
+    configured = getattr(config, "sliding_window", None)
+    if layer_type == "sliding_attention":
+        return configured
+    if layer_type is None and argument is _ABSENT and configured is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} has {configured=} and does not pass "
+            "sliding_window, so it is unknown which layers slide; use another "
+            "attn_implementation for this model"
+        )
+    return None

@@ -1,0 +1,88 @@
+"""What a model call needs besides its inputs: the ragged batch and the paged caches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import torch_rpa
+
+
+class RaggedBatch(NamedTuple):
+    """Which tokens of a step belong to which sequence, and where its pages are.
+
+    All are int32 tensors on the device of the model. Entries at or past the number of
+    live sequences, and page ids past a sequence's last live page, are padding.
+    """
+
+    kv_lens: torch.Tensor  # [S] tokens of each sequence, those of this step included
+    page_indices: torch.Tensor  # [S * P] row-major page table
+    cu_q_lens: torch.Tensor  # [S + 1] where the tokens of each sequence start
+    distribution: torch.Tensor  # [3] ends of the decode, prefill and live ranges
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RPAContext:
+    """The argument ``rpa=`` of a model call.
+
+    Attributes:
+        kv_caches: One paged cache for each layer, updated in place by the call.
+        batch: The ragged batch, shared by all layers.
+        k_scale: The caches store ``key / k_scale``; None is 1.
+        v_scale: The caches store ``value / v_scale``; None is 1.
+    """
+
+    kv_caches: Sequence[torch.Tensor]
+    batch: RaggedBatch
+    k_scale: float | None = None
+    v_scale: float | None = None
+
+
+def empty_kv_caches(
+    model: nn.Module,
+    num_pages: int,
+    page_size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> list[torch.Tensor]:
+    """Returns one cache of zeros for each attention layer of a transformers model.
+
+    Args:
+        model: A causal language model of transformers.
+        num_pages: Pages in each cache. One page table serves all layers.
+        page_size: Tokens in a page.
+        dtype: What keys and values are stored as.
+        device: Where the caches live. On an XLA device call ``torch_xla.sync()``
+            afterwards, so that making them is no part of the first step.
+    """
+    return [
+        torch_rpa.empty_kv_cache(
+            num_pages,
+            page_size,
+            module.config.num_attention_heads // module.num_key_value_groups,
+            module.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        for module in _attention_layers(model)
+    ]
+
+
+def _attention_layers(model: nn.Module) -> list[nn.Module]:
+    layers = {
+        module.layer_idx: module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+    }
+    if sorted(layers) != list(range(len(layers))) or not layers:
+        raise NotImplementedError(
+            f"model must have an attention module for each layer, got layers "
+            f"{sorted(layers)} in {type(model).__name__}; make its caches with "
+            "torch_rpa.empty_kv_cache"
+        )
+    return [layers[index] for index in range(len(layers))]
