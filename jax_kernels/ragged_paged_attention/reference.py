@@ -1,0 +1,410 @@
+"""Ragged paged attention in plain JAX: the specification, and the CPU implementation.
+
+Shapes are static and every length is traced, so one compilation serves all steps.
+Arithmetic is float32 throughout. The work done follows the live lengths: blocks of
+queries of one sequence attend to blocks of its pages, with an online softmax::
+
+    for each live sequence:
+      for each block of block_q queries:
+        for each block of pages that some query of the block can see:
+          gather pages -> scores -> running maximum, sum and accumulator
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jax_kernels.ragged_paged_attention import layout, validation
+
+# Keys per inner step, and the most queries per block. Neither changes the result
+# beyond the order of float32 sums.
+_BLOCK_KV = 512
+_MAX_BLOCK_Q = 64
+
+
+class _LiveSequences(NamedTuple):
+    """The metadata, with every sequence at or past the live ones made empty."""
+
+    count: jax.Array  # i32[]
+    q_starts: jax.Array  # i32[S]
+    q_lens: jax.Array  # i32[S]
+    kv_lens: jax.Array  # i32[S]
+    page_table: jax.Array  # i32[S, P]
+
+
+class _AttentionState(NamedTuple):
+    """Online softmax of one block of queries."""
+
+    row_max: jax.Array  # f32[Hkv, G, block_q]
+    row_sum: jax.Array  # f32[Hkv, G, block_q]
+    accumulator: jax.Array  # f32[Hkv, G, block_q, D]
+
+
+def ragged_paged_attention_reference(
+    queries: jax.Array,
+    keys: jax.Array | None,
+    values: jax.Array | None,
+    kv_cache: jax.Array,
+    kv_lens: jax.Array,
+    page_indices: jax.Array,
+    cu_q_lens: jax.Array,
+    distribution: jax.Array,
+    sinks: jax.Array | None = None,
+    *,
+    sm_scale: float = 1.0,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    update_kv_cache: bool = True,
+    chunk_prefill_size: int | None = None,
+    out_dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Appends new keys and values to a paged cache and attends to it, without Pallas.
+
+    The arguments mean what they mean for the kernel; ``chunk_prefill_size`` and the
+    first two numbers of ``distribution`` do not affect the result.
+
+    Args:
+      queries: [T, Hq, D]. Rows at or past ``cu_q_lens[k]`` are padding.
+      keys: [T, Hkv, D], or None when ``update_kv_cache`` is False.
+      values: [T, Hkv, D], or None when ``update_kv_cache`` is False.
+      kv_cache: Paged cache, see ``layout.py``.
+      kv_lens: i32[S]. Tokens of each sequence, the new ones included.
+      page_indices: i32[S * P]. Row-major page table; entries past the live pages of a
+        sequence are arbitrary.
+      cu_q_lens: i32[S + 1]. Sequence s owns query rows
+        ``cu_q_lens[s]:cu_q_lens[s + 1]``, its last positions.
+      distribution: i32[3], (i, j, k): k sequences are live.
+      sinks: f32[Hq]. Logit per head of an extra key whose value is zero.
+      sm_scale: Factor of ``q . k``.
+      causal: Whether a query sees only keys at or before its own position.
+      sliding_window: Number of latest positions seen, the query's own included.
+      soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``.
+      q_scale: Scale with which queries are quantised to the cache dtype.
+      k_scale: Scale of the keys in the cache.
+      v_scale: Scale of the values in the cache.
+      update_kv_cache: Whether keys and values are written to the cache first.
+      chunk_prefill_size: Ignored.
+      out_dtype: Dtype of the output, that of ``queries`` by default.
+
+    Returns:
+      The output [T, Hq, D] and the updated cache. Padding rows, and rows that see no
+      key, are zeros. Without an update the cache is ``kv_cache`` itself.
+    """
+    problem = validation.validate_static(
+        queries,
+        keys,
+        values,
+        kv_cache,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        distribution,
+        sinks,
+        sm_scale=sm_scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        update_kv_cache=update_kv_cache,
+        chunk_prefill_size=chunk_prefill_size,
+        out_dtype=out_dtype,
+    )
+    sequences = _live_sequences(problem, kv_lens, page_indices, cu_q_lens, distribution)
+    bits = _cache_to_bits(kv_cache, problem.cache)
+    if update_kv_cache:
+        assert keys is not None and values is not None  # validated
+        stored_keys = _store(keys, problem.cache, k_scale)
+        stored_values = _store(values, problem.cache, v_scale)
+        rows = _cache_rows(stored_keys, stored_values, problem.cache)
+        bits = _write_rows(bits, rows, sequences, problem)
+        kv_cache = _cache_from_bits(bits, problem.cache)
+
+    scale = sm_scale
+    if q_scale is not None:
+        scale *= q_scale
+        queries = _store(queries, problem.cache, q_scale)
+    if k_scale is not None:
+        scale *= k_scale
+    out = _attend(
+        queries.astype(jnp.float32) * scale,
+        bits,
+        sequences,
+        sinks,
+        problem,
+        causal=causal,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )
+    if v_scale is not None:
+        out = out * v_scale
+    return out.astype(problem.out_dtype), kv_cache
+
+
+def _live_sequences(
+    problem: validation.Problem,
+    kv_lens: jax.Array,
+    page_indices: jax.Array,
+    cu_q_lens: jax.Array,
+    distribution: jax.Array,
+) -> _LiveSequences:
+    num_sequences = problem.num_sequences
+    count = jnp.clip(distribution[2], 0, num_sequences)
+    is_live = jnp.arange(num_sequences, dtype=jnp.int32) < count
+    return _LiveSequences(
+        count=count,
+        q_starts=jnp.where(is_live, cu_q_lens[:-1], 0),
+        q_lens=jnp.where(is_live, cu_q_lens[1:] - cu_q_lens[:-1], 0),
+        kv_lens=jnp.where(is_live, kv_lens, 0),
+        page_table=page_indices.reshape(num_sequences, problem.pages_per_sequence),
+    )
+
+
+def _cache_to_bits(kv_cache: jax.Array, cache: layout.CacheLayout) -> jax.Array:
+    """The cache as unsigned integers, [N, heads, page_size, lanes].
+
+    XLA on CPU moves bfloat16 and float8 by way of a wider float, which changes the
+    bytes of a NaN. Integers are moved as they are.
+    """
+    bits = lax.bitcast_convert_type(kv_cache, f"uint{8 * cache.dtype.itemsize}")
+    return bits.reshape(
+        cache.num_pages, cache.heads_per_page, cache.page_size, cache.lanes
+    )
+
+
+def _cache_from_bits(bits: jax.Array, cache: layout.CacheLayout) -> jax.Array:
+    return lax.bitcast_convert_type(bits.reshape(cache.shape), cache.dtype)
+
+
+def _store(
+    values: jax.Array, cache: layout.CacheLayout, scale: float | None
+) -> jax.Array:
+    """Values as the cache holds them: divided by the scale, clipped, cast."""
+    if not layout.is_quantized(cache.dtype) and scale is None:
+        return values.astype(cache.dtype)
+    scaled = values.astype(jnp.float32)
+    if scale is not None:
+        scaled = scaled / scale
+    if cache.dtype == jnp.int8:
+        limits = jnp.iinfo(cache.dtype)
+        scaled = jnp.clip(jnp.round(scaled), limits.min, limits.max)
+    elif layout.is_quantized(cache.dtype):
+        limits = jnp.finfo(cache.dtype)
+        scaled = jnp.clip(scaled, float(limits.min), float(limits.max))
+    return scaled.astype(cache.dtype)
+
+
+def _cache_rows(
+    keys: jax.Array, values: jax.Array, cache: layout.CacheLayout
+) -> jax.Array:
+    """[T, Hkv, D] keys and values as cache rows [T, heads, lanes], padding zero."""
+    width = cache.value_lane if cache.is_fused_kv else cache.lanes
+    padding = ((0, 0), (0, 0), (0, width - cache.head_dim))
+    head_or_lane = 2 if cache.is_fused_kv else 1
+    return jnp.concatenate(
+        [jnp.pad(keys, padding), jnp.pad(values, padding)], axis=head_or_lane
+    )
+
+
+def _write_rows(
+    bits: jax.Array,
+    rows: jax.Array,
+    sequences: _LiveSequences,
+    problem: validation.Problem,
+) -> jax.Array:
+    """Puts row t into the slot of token t; rows that belong to no slot are dropped.
+
+    Args:
+      bits: u[N, heads, page_size, lanes].
+      rows: [T, heads, lanes], in the dtype of the cache.
+      sequences: Live sequences.
+      problem: Static sizes.
+    """
+    cache = problem.cache
+    token = jnp.arange(problem.num_tokens, dtype=jnp.int32)[:, None]  # [T, 1]
+    is_owner = (token >= sequences.q_starts) & (
+        token < sequences.q_starts + sequences.q_lens
+    )  # [T, S]
+    owner = jnp.argmax(is_owner, axis=1)
+    first_position = sequences.kv_lens - sequences.q_lens
+    position = (first_position - sequences.q_starts)[owner] + token[:, 0]
+    column = position // cache.page_size
+    page = sequences.page_table[
+        owner, jnp.clip(column, 0, problem.pages_per_sequence - 1)
+    ]
+    is_written = (
+        is_owner.any(axis=1)
+        & (position >= 0)
+        & (column < problem.pages_per_sequence)
+        & (page >= 0)
+    )
+    # A page past the end is what "drop" drops; a negative one would wrap around.
+    page = jnp.where(is_written, page, cache.num_pages)
+    return bits.at[page, :, position % cache.page_size].set(
+        lax.bitcast_convert_type(rows, bits.dtype), mode="drop"
+    )
+
+
+def _attend(
+    queries: jax.Array,
+    bits: jax.Array,
+    sequences: _LiveSequences,
+    sinks: jax.Array | None,
+    problem: validation.Problem,
+    *,
+    causal: bool,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """Attention of scaled queries f32[T, Hq, D] to the cache; float32[T, Hq, D]."""
+    cache = problem.cache
+    block_q = _block_q(problem.num_tokens, problem.num_sequences)
+    block_pages = min(max(_BLOCK_KV // cache.page_size, 1), problem.pages_per_sequence)
+    block_kv = block_pages * cache.page_size
+    num_columns = layout.align_to(problem.pages_per_sequence, block_pages)
+    page_table = jnp.pad(
+        sequences.page_table,
+        ((0, 0), (0, num_columns - problem.pages_per_sequence)),
+    )
+    max_kv_len = problem.pages_per_sequence * cache.page_size
+    window = None if sliding_window is None else min(sliding_window, max_kv_len)
+    # A block may reach past the last token; it never moves back to fit.
+    tail = ((0, block_q), (0, 0), (0, 0))
+    queries = jnp.pad(queries, tail).reshape(
+        -1, problem.num_kv_heads, problem.num_q_heads_per_kv_head, problem.head_dim
+    )
+    sink_logits = jnp.full(problem.num_q_heads, -jnp.inf) if sinks is None else sinks
+    initial_max = jnp.broadcast_to(
+        sink_logits.reshape((*queries.shape[1:3], 1)), (*queries.shape[1:3], block_q)
+    )
+    initial = _AttentionState(
+        row_max=initial_max,
+        row_sum=jnp.where(jnp.isneginf(initial_max), 0.0, 1.0),
+        accumulator=jnp.zeros((*initial_max.shape, problem.head_dim)),
+    )
+
+    def attend_to_block(block, state, sequence, q_tile, q_position, first_key, end_key):
+        column = block * block_pages
+        pages = lax.dynamic_slice(page_table, (sequence, column), (1, block_pages))[0]
+        is_live = column + jnp.arange(block_pages) < _cdiv(end_key, cache.page_size)
+        tile_keys, tile_values = _gather(bits, jnp.where(is_live, pages, 0), cache)
+        position = block * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
+        # Dead slots may hold NaN, and 0 * NaN is NaN.
+        is_used = ((position >= first_key) & (position < end_key))[:, None]
+        scores = jnp.einsum(
+            "qhgd,hkd->hgqk",
+            q_tile,
+            jnp.where(is_used, tile_keys, 0.0),
+            precision=lax.Precision.HIGHEST,
+        )
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        is_visible = is_used[:, 0] & jnp.ones((block_q, 1), bool)
+        if causal:
+            is_visible &= position <= q_position[:, None]
+        if window is not None:
+            is_visible &= position > q_position[:, None] - window
+        return _accumulate(
+            state,
+            jnp.where(is_visible, scores, -jnp.inf),
+            jnp.where(is_used, tile_values, 0.0),
+        )
+
+    def attend_queries(q_block, out, sequence):
+        offset = q_block * block_q
+        start = sequences.q_starts[sequence] + offset
+        num_rows = jnp.minimum(sequences.q_lens[sequence] - offset, block_q)
+        kv_len = jnp.minimum(sequences.kv_lens[sequence], max_kv_len)
+        first_position = kv_len - sequences.q_lens[sequence] + offset
+        end_key = kv_len
+        if causal:
+            end_key = jnp.minimum(kv_len, first_position + num_rows)
+        first_key = jnp.int32(0)
+        if window is not None:
+            first_key = jnp.maximum(first_position - window + 1, 0)
+        q_tile = lax.dynamic_slice_in_dim(queries, start, block_q)
+        row = jnp.arange(block_q, dtype=jnp.int32)
+        state = lax.fori_loop(
+            first_key // block_kv,
+            _cdiv(end_key, block_kv),
+            lambda block, state: attend_to_block(
+                block, state, sequence, q_tile, first_position + row, first_key, end_key
+            ),
+            initial,
+        )
+        tile = _normalize(state).reshape(block_q, problem.num_q_heads, -1)
+        previous = lax.dynamic_slice_in_dim(out, start, block_q)
+        tile = jnp.where((row < num_rows)[:, None, None], tile, previous)
+        return lax.dynamic_update_slice_in_dim(out, tile, start, 0)
+
+    def attend_sequence(sequence, out):
+        has_work = sequences.kv_lens[sequence] > 0
+        num_blocks = _cdiv(sequences.q_lens[sequence], block_q)
+        return lax.fori_loop(
+            0,
+            jnp.where(has_work, num_blocks, 0),
+            lambda q_block, out: attend_queries(q_block, out, sequence),
+            out,
+        )
+
+    out = jnp.zeros((problem.num_tokens, problem.num_q_heads, problem.head_dim))
+    out = lax.fori_loop(0, sequences.count, attend_sequence, jnp.pad(out, tail))
+    return out[: problem.num_tokens]
+
+
+def _block_q(num_tokens: int, num_sequences: int) -> int:
+    """A power of two near the mean query length: 1 for a batch of decodes."""
+    mean = max(num_tokens // num_sequences, 1)
+    return min(1 << (mean.bit_length() - 1), _MAX_BLOCK_Q)
+
+
+def _gather(
+    bits: jax.Array, pages: jax.Array, cache: layout.CacheLayout
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values f32[Hkv, tokens, D] of the given pages."""
+    tile = bits.at[pages].get(mode="clip")  # [pages, heads, page_size, lanes]
+    tile = lax.bitcast_convert_type(tile, cache.dtype).astype(jnp.float32)
+    tile = tile.swapaxes(0, 1).reshape(cache.heads_per_page, -1, cache.lanes)
+    head_dim, value_lane = cache.head_dim, cache.value_lane
+    keys = tile[: cache.num_kv_heads, :, :head_dim]
+    values = tile[-cache.num_kv_heads :, :, value_lane : value_lane + head_dim]
+    return keys, values
+
+
+def _accumulate(
+    state: _AttentionState, scores: jax.Array, values: jax.Array
+) -> _AttentionState:
+    """Adds masked scores f32[Hkv, G, q, k] and values f32[Hkv, k, D] to the state."""
+    row_max = jnp.maximum(state.row_max, scores.max(axis=-1))
+    # While nothing is visible the maximum is -inf, and -inf - (-inf) is NaN.
+    finite_max = jnp.where(jnp.isneginf(row_max), 0.0, row_max)
+    probabilities = jnp.exp(scores - finite_max[..., None])
+    correction = jnp.exp(state.row_max - finite_max)
+    update = jnp.einsum(
+        "hgqk,hkd->hgqd", probabilities, values, precision=lax.Precision.HIGHEST
+    )
+    return _AttentionState(
+        row_max=row_max,
+        row_sum=state.row_sum * correction + probabilities.sum(axis=-1),
+        accumulator=state.accumulator * correction[..., None] + update,
+    )
+
+
+def _normalize(state: _AttentionState) -> jax.Array:
+    """Output f32[q, Hkv, G, D]; rows that saw no key are zeros."""
+    is_empty = state.row_sum == 0.0
+    row_sum = jnp.where(is_empty, 1.0, state.row_sum)
+    out = state.accumulator / row_sum[..., None]
+    return jnp.moveaxis(out, 2, 0)
+
+
+def _cdiv(value: jax.Array, divisor: int) -> jax.Array:
+    return (value + divisor - 1) // divisor
