@@ -25,7 +25,6 @@ from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import Inputs
 
 CALL_NAME = "xla::ragged_paged_attention"
-CPU_DTYPES_AS_BYTES = {torch.bfloat16: torch.uint16}
 
 
 class Target(NamedTuple):
@@ -199,11 +198,10 @@ def _lower(inputs: Inputs, options: AttentionOptions, target: Target) -> Any:
         for t in inputs
         if t is not None
     ]
-    function = functools.partial(
-        _run, present, options, _implementation(target), jax_keywords(options)
-    )
+    keywords = jax_keywords(options, inputs.q.dtype)
+    function = functools.partial(_run, present, _implementation(target), keywords)
     name = "ragged_paged_attention"
-    with jax.enable_x64(False), _use_gspmd():
+    with _lowering_config():
         traced = jax.jit(function, keep_unused=True).trace(*structs)
         lowered = traced.lower(lowering_platforms=(target.platform,))
         module = lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
@@ -212,7 +210,6 @@ def _lower(inputs: Inputs, options: AttentionOptions, target: Target) -> Any:
 
 def _run(
     present: tuple[bool, ...],
-    options: AttentionOptions,
     implementation: Callable,
     keywords: dict[str, Any],
     *operands: Any,
@@ -221,23 +218,23 @@ def _run(
     rest = iter(operands)
     arguments = [next(rest) if there else None for there in present]
     out, new_cache = implementation(*arguments, **keywords)
-    return (out, new_cache) if options.update_kv_cache else (out,)
+    return (out, new_cache) if keywords["update_kv_cache"] else (out,)
 
 
 def _implementation(target: Target) -> Callable:
-    from jax_kernels import ragged_paged_attention as kernels
-
+    # The submodules, because the package and its function have the same name.
     if target.implementation == "reference":
-        return kernels.ragged_paged_attention_reference
-    return functools.partial(kernels.ragged_paged_attention, chip=target.chip)
+        from jax_kernels.ragged_paged_attention import ragged_paged_attention_reference
+
+        return ragged_paged_attention_reference
+    from jax_kernels.ragged_paged_attention import ragged_paged_attention
+
+    return functools.partial(ragged_paged_attention, chip=target.chip)
 
 
-def jax_keywords(options: AttentionOptions) -> dict[str, Any]:
+def jax_keywords(options: AttentionOptions, q_dtype: torch.dtype) -> dict[str, Any]:
     """Returns the options as keyword arguments of the JAX functions."""
-    keywords = dict(vars(options))
-    if options.out_dtype is not None:
-        keywords["out_dtype"] = jax_dtype(options.out_dtype)
-    return keywords
+    return vars(options) | {"out_dtype": jax_dtype(options.out_dtype or q_dtype)}
 
 
 def jax_dtype(dtype: torch.dtype) -> Any:
@@ -256,11 +253,19 @@ def _import_jax() -> Any:
     return jax
 
 
-def _use_gspmd() -> Any:
-    """torch_xla partitions with GSPMD and does not know Shardy's dialect."""
+@contextlib.contextmanager
+def _lowering_config() -> Iterator[None]:
+    """What torch_xla needs of JAX's configuration, whatever the process has set."""
     from jax._src import config
 
-    return config.use_shardy_partitioner(False)
+    with (
+        config.enable_x64(False),
+        # torch_xla partitions with GSPMD and does not know Shardy's dialect.
+        config.use_shardy_partitioner(False),
+        # The same program from everywhere: no call stacks in it.
+        config.traceback_in_locations_limit(0),
+    ):
+        yield
 
 
 def _validate_values(
@@ -288,19 +293,21 @@ def interpret_pallas_(
         )
     jax = _import_jax()
     arguments = [None if t is None else jax.numpy.asarray(_to_numpy(t)) for t in inputs]
-    out, new_cache = _interpreted(options, chip)(*arguments)
+    out, new_cache = _interpreted(options, inputs.q.dtype, chip)(*arguments)
     if options.update_kv_cache:
         inputs.kv_cache.copy_(_from_numpy(new_cache, inputs.kv_cache.dtype))
     return _from_numpy(out, options.out_dtype or inputs.q.dtype)
 
 
 @functools.cache
-def _interpreted(options: AttentionOptions, chip: str | None) -> Callable:
-    from jax_kernels import ragged_paged_attention as kernels
+def _interpreted(
+    options: AttentionOptions, q_dtype: torch.dtype, chip: str | None
+) -> Callable:
+    from jax_kernels.ragged_paged_attention import ragged_paged_attention
 
     return functools.partial(
-        kernels.ragged_paged_attention,
-        **jax_keywords(options),
+        ragged_paged_attention,
+        **jax_keywords(options, q_dtype),
         chip=chip,
         interpret=True,
     )
