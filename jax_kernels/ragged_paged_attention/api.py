@@ -1,0 +1,182 @@
+"""The public function: validate, choose block sizes, view the arrays, launch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from jax_kernels.ragged_paged_attention import (
+    block_sizes as block_sizes_lib,
+)
+from jax_kernels.ragged_paged_attention import (
+    chips,
+    refs,
+    validation,
+)
+from jax_kernels.ragged_paged_attention import (
+    launch as launch_lib,
+)
+from jax_kernels.ragged_paged_attention.config import AttentionSpec, BlockSizes
+from jax_kernels.ragged_paged_attention.layout import dtype_packing
+
+
+def ragged_paged_attention(
+    queries: jax.Array,
+    keys: jax.Array | None,
+    values: jax.Array | None,
+    kv_cache: jax.Array,
+    kv_lens: jax.Array,
+    page_indices: jax.Array,
+    cu_q_lens: jax.Array,
+    distribution: jax.Array,
+    sinks: jax.Array | None = None,
+    *,
+    sm_scale: float = 1.0,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    update_kv_cache: bool = True,
+    chunk_prefill_size: int | None = None,
+    out_dtype: DTypeLike | None = None,
+    block_sizes: BlockSizes | None = None,
+    vmem_limit_bytes: int | None = None,
+    chip: str | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends ragged queries to a paged cache and adds the new tokens to it.
+
+    Let T be query tokens (padded), S sequences (padded), P pages per sequence, N
+    pages, Hq and Hkv heads, G = Hq // Hkv, D head_dim. Sequence s owns the rows
+    ``cu_q_lens[s] .. cu_q_lens[s + 1]`` of queries, keys and values; its new tokens
+    are the last of its ``kv_lens[s]`` positions. The token at position t lives in
+    slot ``t % page_size`` of page ``page_indices[s * P + t // page_size]``.
+
+    For a query at position i and head h, with g = h // G::
+
+        score[j] = sm_scale * q_i . k_j[g]        optionally soft_cap * tanh(. / soft_cap)
+        out_i    = sum_j exp(score[j]) v_j[g] / (sum_j exp(score[j]) + exp(sinks[h]))
+
+    over the visible positions j: ``j < kv_len``, ``j <= i`` if causal, and
+    ``j > i - sliding_window`` if there is a window.
+
+    Args:
+      queries: bf16 or f32 [T, Hq, D], Hq a multiple of Hkv, 32 <= D <= 256.
+      keys: [T, Hkv, D], the dtype of ``queries``; None only without an update.
+      values: Likewise.
+      kv_cache: ``kv_cache_shape(...)``; bf16, f32, float8_e4m3fn, float8_e5m2 or
+        int8. Donate it: the output is the same memory. Dead slots may hold anything,
+        NaN included.
+      kv_lens: i32[S], tokens per sequence, the new ones included.
+      page_indices: i32[S * P], row-major; entries past the live pages are never used.
+      cu_q_lens: i32[S + 1], increasing from 0.
+      distribution: i32[3] (i, j, k): sequences [0, i) have one query, [i, j) have
+        ``chunk_prefill_size``, [j, k) any number; the rest is padding, whose metadata
+        is ignored. Without a chunk size, [i, j) is served like [j, k).
+      sinks: f32[Hq], a logit per head that joins the denominator, or None.
+      sm_scale: Factor of the scores, usually D ** -0.5.
+      causal: Whether queries see only keys up to their own position.
+      sliding_window: Number of positions seen, the query's own included.
+      soft_cap: Bound of the scores.
+      q_scale: Quantises queries to the dtype of an 8-bit cache and multiplies there.
+      k_scale: New keys are stored divided by it, scores are multiplied by it.
+      v_scale: New values are stored divided by it, the output is multiplied by it.
+      update_kv_cache: Whether new keys and values are written. If not, everything is
+        read from the cache, which is returned as it is and not aliased.
+      chunk_prefill_size: Query tokens of each sequence in [i, j).
+      out_dtype: bf16 or f32; that of ``queries`` by default.
+      block_sizes: Tile sizes; by default chosen to fit ``chip``.
+      vmem_limit_bytes: VMEM for the kernel; by default most of what ``chip`` has.
+      chip: ``"v5e"``, ``"v6e"``, ``"tpu7x"`` or a device kind. By default limits
+        that every chip meets. Nothing is looked up, so tracing opens no device.
+      interpret: True, or Pallas TPU interpret parameters, to run on a CPU.
+
+    Returns:
+      [T, Hq, D], zeros in rows past the last live sequence and in rows that see no
+      key; and the cache.
+
+    Raises:
+      ValueError: A bad argument, or sizes that do not fit VMEM or SMEM.
+      NotImplementedError: A combination that is not supported; names another way.
+    """
+    problem = validation.validate_static(
+        queries,
+        keys,
+        values,
+        kv_cache,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        distribution,
+        sinks,
+        sm_scale=sm_scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        update_kv_cache=update_kv_cache,
+        chunk_prefill_size=chunk_prefill_size,
+        out_dtype=out_dtype,
+    )
+    spec = AttentionSpec(
+        sm_scale=float(sm_scale),
+        causal=causal,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        has_sinks=sinks is not None,
+        update_kv_cache=update_kv_cache,
+    )
+    chip_spec = chips.find_chip(chip)
+    if vmem_limit_bytes is not None:
+        chip_spec = dataclasses.replace(
+            chip_spec,
+            vmem_bytes=int(vmem_limit_bytes / block_sizes_lib.VMEM_LIMIT_SHARE),
+        )
+    else:
+        vmem_limit_bytes = int(chip_spec.vmem_bytes * block_sizes_lib.VMEM_LIMIT_SHARE)
+    if block_sizes is None:
+        block_sizes = block_sizes_lib.choose(problem, spec, chip_spec)
+    config = block_sizes_lib.make_config(
+        problem, spec, block_sizes, chunk_prefill_size, bool(interpret)
+    )
+    block_sizes_lib.check_fits(problem, config, chip_spec, vmem_limit_bytes)
+
+    result = launch_lib.launch(
+        refs.ScalarRefs(kv_lens, page_indices, cu_q_lens, distribution),
+        refs.HbmInputs(
+            queries=_heads_by_word(queries, config.io_dtype),
+            keys=_heads_by_word(keys, config.io_dtype) if update_kv_cache else None,
+            values=_heads_by_word(values, config.io_dtype) if update_kv_cache else None,
+            kv_cache=kv_cache,
+            sinks=sinks,
+        ),
+        config,
+        vmem_limit_bytes=vmem_limit_bytes,
+        interpret_params=_interpret_params(interpret),
+    )
+    out = result.out.reshape(queries.shape).astype(problem.out_dtype)
+    return out, result.kv_cache if update_kv_cache else kv_cache
+
+
+def _heads_by_word(x: jax.Array, dtype) -> jax.Array:
+    """[T, H, D] as [T, H / packing, packing, D]: the same bytes, heads in words."""
+    packing = dtype_packing(dtype)
+    num_tokens, num_heads, head_dim = x.shape
+    return x.astype(dtype).reshape(num_tokens, num_heads // packing, packing, head_dim)
+
+
+def _interpret_params(
+    interpret: bool | pltpu.InterpretParams,
+) -> pltpu.InterpretParams | None:
+    if isinstance(interpret, bool):
+        return pltpu.InterpretParams() if interpret else None
+    return interpret

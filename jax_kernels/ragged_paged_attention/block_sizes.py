@@ -1,0 +1,198 @@
+"""Block sizes that fit, by construction, and the error when given ones do not."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from jax_kernels.ragged_paged_attention import refs
+from jax_kernels.ragged_paged_attention.chips import Chip
+from jax_kernels.ragged_paged_attention.config import (
+    AttentionSpec,
+    BlockSizes,
+    KernelConfig,
+    Phase,
+    PhaseConfig,
+)
+from jax_kernels.ragged_paged_attention.validation import Problem
+
+# Share of VMEM given to the kernel; the rest is left to the program around it.
+VMEM_LIMIT_SHARE = 0.9
+# Share of that limit that buffers may take by default; the compiler spills to the rest.
+DEFAULT_BUFFER_SHARE = 0.7
+# The compiler keeps some SMEM for itself and needs more for spilled scalars.
+SMEM_RESERVE_BYTES = 128 * 1024
+
+# A fetch of this size takes about as long as the latency of HBM, so a few of them
+# in flight keep the memory busy.
+TARGET_FETCH_BYTES = 2 * 1024 * 1024
+MIN_BLOCK_KV, MAX_BLOCK_KV = 128, 1024
+PREFILL_BLOCK_KV = 512
+PREFILL_TILE_ROWS = 1024
+SOFTMAX_TILE_ROWS = 512
+MIN_BLOCK_Q = 32  # rows of an 8-bit register tile
+
+# (slots, cells fetched ahead). Decode cells are short: the write-back of one must
+# have time to land before its slot is filled again.
+DECODE_RING = (6, 3)
+PREFILL_RING = (4, 2)
+
+
+def choose(problem: Problem, spec: AttentionSpec, chip: Chip) -> BlockSizes:
+    """Default block sizes: the largest of the preferred shape that fit ``chip``."""
+    group = problem.num_q_heads_per_kv_head
+    context = _power_of_two_above(problem.pages_per_sequence * problem.cache.page_size)
+    least_kv = min(MIN_BLOCK_KV, max(context, 32))
+
+    def clamp_kv(size: int) -> int:
+        return max(least_kv, min(size, context))
+
+    fetch = _power_of_two_below(TARGET_FETCH_BYTES // problem.cache.token_bytes)
+    decode_block_kv = clamp_kv(min(fetch, MAX_BLOCK_KV))
+    block_kv = clamp_kv(PREFILL_BLOCK_KV)
+    block_q = max(
+        MIN_BLOCK_Q,
+        min(
+            _power_of_two_below(PREFILL_TILE_ROWS // group),
+            _power_of_two_above(problem.num_tokens),
+        ),
+    )
+    blocks = BlockSizes(decode_block_kv, block_q, block_kv)
+    budget = int(chip.vmem_bytes * VMEM_LIMIT_SHARE * DEFAULT_BUFFER_SHARE)
+    while vmem_bytes(make_config(problem, spec, blocks, None, False)) > budget:
+        smaller = _next_smaller(blocks)
+        if smaller == blocks:
+            break  # ``check_fits`` says what does not fit.
+        blocks = smaller
+    return blocks
+
+
+def _next_smaller(blocks: BlockSizes) -> BlockSizes:
+    """Halves the largest block, down to sizes below which nothing is gained."""
+    for name, least in (
+        ("block_q", 2 * MIN_BLOCK_Q),
+        ("block_kv", 2 * MIN_BLOCK_KV),
+        ("decode_block_kv", MIN_BLOCK_KV),
+        ("block_q", MIN_BLOCK_Q),
+        ("block_kv", 32),
+        ("decode_block_kv", 32),
+    ):
+        size = getattr(blocks, name)
+        if size > least:
+            return dataclasses.replace(blocks, **{name: size // 2})
+    return blocks
+
+
+def make_config(
+    problem: Problem,
+    spec: AttentionSpec,
+    blocks: BlockSizes,
+    chunk_prefill_size: int | None,
+    interpret: bool,
+) -> KernelConfig:
+    """The kernel configuration of a problem at given block sizes."""
+    # Two bf16 heads share a 32-bit word. An odd head has no partner, so then the
+    # kernel takes f32, which the producer of the array can write as well.
+    even = problem.num_q_heads % 2 == 0 and problem.num_kv_heads % 2 == 0
+    io_dtype = problem.q_dtype if even else jnp.dtype(jnp.float32)
+    out_dtype = (
+        problem.out_dtype if problem.num_q_heads % 2 == 0 else jnp.dtype(jnp.float32)
+    )
+    config = KernelConfig(
+        spec=spec,
+        cache=problem.cache,
+        phases=(),
+        num_tokens=problem.num_tokens,
+        pages_per_sequence=problem.pages_per_sequence,
+        num_q_heads=problem.num_q_heads,
+        io_dtype=io_dtype,
+        out_dtype=out_dtype,
+        interpret=interpret,
+    )
+    phases = [_phase(Phase.DECODE, problem, blocks, 1)]
+    if chunk_prefill_size is not None:
+        block_q = min(blocks.block_q, _power_of_two_above(chunk_prefill_size))
+        block_q = max(block_q, MIN_BLOCK_Q)
+        phases.append(_phase(Phase.PREFILL, problem, blocks, block_q))
+    phases.append(_phase(Phase.MIXED, problem, blocks, blocks.block_q))
+    return dataclasses.replace(config, phases=tuple(phases))
+
+
+def _phase(
+    phase: Phase, problem: Problem, blocks: BlockSizes, block_q: int
+) -> PhaseConfig:
+    if phase is Phase.DECODE:
+        slots, lookahead = DECODE_RING
+        return PhaseConfig(phase, 1, 1, blocks.decode_block_kv, slots, lookahead)
+    slots, lookahead = PREFILL_RING
+    rows = SOFTMAX_TILE_ROWS // problem.num_q_heads_per_kv_head
+    sub_q = min(block_q, max(_power_of_two_below(rows), MIN_BLOCK_Q))
+    return PhaseConfig(phase, block_q, sub_q, blocks.block_kv, slots, lookahead)
+
+
+def vmem_bytes(config: KernelConfig) -> int:
+    """VMEM that the kernel's buffers take: the phases never run together."""
+    zeros_shape, zeros_dtype = refs.zero_rows_shape(config)
+    zeros = math.prod(zeros_shape) * jnp.dtype(zeros_dtype).itemsize
+    return zeros + max(_phase_bytes(config, phase) for phase in config.phases)
+
+
+def _phase_bytes(config: KernelConfig, phase: PhaseConfig) -> int:
+    entries = [e for e in refs.buffer_shapes(config, phase) if e is not None]
+    total = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in entries)
+    # Scores and probabilities of two softmax tiles pass through VMEM.
+    rows = config.query_rows(phase)
+    return total + 4 * rows * phase.block_kv * 4
+
+
+def smem_bytes(problem: Problem) -> int:
+    """SMEM that lengths and page table take."""
+    sequences, pages = problem.num_sequences, problem.pages_per_sequence
+    return 4 * (sequences * pages + 2 * sequences + 1 + 3 + problem.num_q_heads)
+
+
+def check_fits(
+    problem: Problem, config: KernelConfig, chip: Chip, vmem_limit_bytes: int
+) -> None:
+    """Raises with the estimate and what to change when something does not fit.
+
+    Raises:
+      ValueError: The buffers exceed ``vmem_limit_bytes``, the page table exceeds
+        SMEM, or a block is smaller than what the layout moves at once.
+    """
+    for phase in config.phases:
+        name = "decode_block_kv" if phase.is_decode else "block_kv"
+        if phase.block_kv < config.tokens_per_chunk:
+            raise ValueError(
+                f"block_sizes.{name}: expected at least {config.tokens_per_chunk} for "
+                f"a {config.cache.dtype} cache, got {phase.block_kv}"
+            )
+        if not phase.is_decode and phase.block_q < MIN_BLOCK_Q:
+            raise ValueError(
+                f"block_sizes.block_q: expected at least {MIN_BLOCK_Q}, got "
+                f"{phase.block_q}"
+            )
+    needed = vmem_bytes(config)
+    if needed > vmem_limit_bytes:
+        raise ValueError(
+            f"block_sizes: the buffers need about {needed:,} bytes of VMEM, more than "
+            f"the limit of {vmem_limit_bytes:,} on chip {chip.name}; use smaller "
+            "block_q, block_kv or decode_block_kv, or raise vmem_limit_bytes"
+        )
+    available = chip.smem_bytes - SMEM_RESERVE_BYTES
+    if smem_bytes(problem) > available:
+        raise ValueError(
+            f"page_indices: lengths and page table need {smem_bytes(problem):,} bytes "
+            f"of SMEM ({problem.num_sequences} sequences x "
+            f"{problem.pages_per_sequence} pages), more than the {available:,} "
+            f"available on chip {chip.name}; use fewer sequences, a larger page_size "
+            "or fewer pages per sequence"
+        )
+
+
+def _power_of_two_above(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def _power_of_two_below(value: int) -> int:
+    return 1 << max(value, 1).bit_length() - 1

@@ -1,0 +1,49 @@
+"""What the kernel needs to know of a chip. Passed in as a value, never looked up."""
+
+import dataclasses
+
+MIB = 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Memories of one TensorCore.
+
+    Attributes:
+      name: Short name, such as ``"v6e"``.
+      vmem_bytes: Vector memory.
+      smem_bytes: Scalar memory.
+    """
+
+    name: str
+    vmem_bytes: int
+    smem_bytes: int = MIB
+
+
+V5E = Chip("v5e", vmem_bytes=128 * MIB)
+V6E = Chip("v6e", vmem_bytes=128 * MIB)
+TPU7X = Chip("tpu7x", vmem_bytes=64 * MIB)
+# Small enough for every chip since v4.
+UNKNOWN = Chip("unknown", vmem_bytes=32 * MIB)
+
+_BY_NAME = {
+    "v5e": V5E,
+    "v5litepod": V5E,
+    "tpu v5 lite": V5E,
+    "tpu v5e": V5E,
+    "v6e": V6E,
+    "tpu v6 lite": V6E,
+    "tpu v6e": V6E,
+    "tpu7x": TPU7X,
+    "v7x": TPU7X,
+    "tpu7": TPU7X,
+}
+
+
+def find_chip(name: str | None) -> Chip:
+    """The chip of a short name (``"v6e"``) or of a device kind (``"TPU v6 lite"``).
+
+    A name that is not known gives limits that every chip meets: slower than
+    possible, but never out of memory.
+    """
+    return UNKNOWN if name is None else _BY_NAME.get(name.lower(), UNKNOWN)

@@ -1,0 +1,186 @@
+"""Frozen values that fix a kernel at compile time, grouped by what they change.
+
+* ``AttentionSpec`` changes answers.
+* ``CacheLayout`` (layout.py) is fixed by the allocated cache.
+* ``BlockSizes`` changes speed only.
+* ``PhaseConfig`` is one of the specialised loops; ``KernelConfig`` is the whole.
+"""
+
+import dataclasses
+import enum
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_kernels.ragged_paged_attention.layout import CacheLayout, align_to
+
+LOG2_E = math.log2(math.e)
+SUBLANES = 8
+
+
+class Phase(enum.Enum):
+    """Which part of ``distribution`` a loop serves."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+    MIXED = "mixed"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What is computed. See ``api.ragged_paged_attention`` for each meaning."""
+
+    sm_scale: float = 1.0
+    causal: bool = True
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    q_scale: float | None = None
+    k_scale: float | None = None
+    v_scale: float | None = None
+    has_sinks: bool = False
+    update_kv_cache: bool = True
+
+    @property
+    def query_multiplier(self) -> float:
+        """Factor folded into the queries before they meet the keys.
+
+        With quantised queries it is the inverse of their scale. Otherwise it holds
+        every factor of the score, so that the score needs no further arithmetic.
+        """
+        return 1.0 / self.q_scale if self.q_scale else self._score_factor
+
+    @property
+    def score_multiplier(self) -> float:
+        """Factor left for the product of (multiplied) queries and stored keys."""
+        return self.q_scale * self._score_factor if self.q_scale else 1.0
+
+    @property
+    def _score_factor(self) -> float:
+        # Scores are kept in units of log2, since the hardware has exp2 and not exp.
+        # A soft cap needs them in units of the cap first.
+        unit = LOG2_E if self.soft_cap is None else 1.0 / self.soft_cap
+        return self.sm_scale * (self.k_scale or 1.0) * unit
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Tile sizes. They change speed and rounding order, never the meaning.
+
+    Attributes:
+      decode_block_kv: Tokens of the cache fetched at once in decode; power of two.
+      block_q: Query tokens per tile in prefill and mixed; power of two.
+      block_kv: Tokens of the cache fetched at once there; power of two.
+    """
+
+    decode_block_kv: int
+    block_q: int
+    block_kv: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if not isinstance(size, int) or size < 1 or size.bit_count() != 1:
+                raise ValueError(
+                    f"block_sizes.{field.name}: expected a power of two, got {size!r}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """Static shape of one specialised loop.
+
+    Attributes:
+      phase: The part of ``distribution``.
+      block_q: Query tokens per tile: 1 in decode.
+      sub_q: Query tokens per softmax tile; divides ``block_q``.
+      block_kv: Tokens of keys and values per cell.
+      num_slots: Buffers in the ring of cells.
+      lookahead: Cells whose DMAs run ahead of the one being computed. The
+        ``num_slots - lookahead`` cells behind it may still be written back.
+    """
+
+    phase: Phase
+    block_q: int
+    sub_q: int
+    block_kv: int
+    num_slots: int
+    lookahead: int
+
+    def __post_init__(self):
+        if self.block_q % self.sub_q:
+            raise ValueError(f"expected {self.sub_q=} to divide {self.block_q=}")
+        if not 0 < self.lookahead < self.num_slots:
+            raise ValueError(f"expected 0 < {self.lookahead=} < {self.num_slots=}")
+
+    @property
+    def is_decode(self) -> bool:
+        return self.phase is Phase.DECODE
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """Everything static about one launch.
+
+    Attributes:
+      spec: What is computed.
+      cache: Geometry of the cache.
+      phases: The specialised loops, in the order they run.
+      num_tokens: T, rows of the query array, padding included.
+      pages_per_sequence: P, width of the page table.
+      num_q_heads: Hq.
+      io_dtype: Dtype of queries, keys and values as the kernel sees them.
+      out_dtype: Dtype of the output as the kernel writes it.
+      interpret: Run in Pallas TPU interpret mode.
+    """
+
+    spec: AttentionSpec
+    cache: CacheLayout
+    phases: tuple[PhaseConfig, ...]
+    num_tokens: int
+    pages_per_sequence: int
+    num_q_heads: int
+    io_dtype: np.dtype
+    out_dtype: np.dtype
+    interpret: bool = False
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.cache.num_kv_heads
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head (G)."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.cache.head_dim
+
+    @property
+    def lanes(self) -> int:
+        return self.cache.lanes
+
+    @property
+    def multiply_dtype(self) -> np.dtype:
+        """Dtype in which queries meet keys: the cache's if queries are quantised."""
+        return self.cache.dtype if self.spec.q_scale else self.value_dtype
+
+    @property
+    def value_dtype(self) -> np.dtype:
+        """Dtype in which probabilities meet values: the wider of queries and cache."""
+        is_wide = jnp.float32 in (self.io_dtype, self.cache.dtype)
+        return jnp.dtype(jnp.float32 if is_wide else jnp.bfloat16)
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Packed rows that new tokens are merged by: one register."""
+        return SUBLANES
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        return self.rows_per_chunk * self.cache.packing
+
+    def query_rows(self, phase: PhaseConfig) -> int:
+        """Rows of one softmax tile: G heads times ``sub_q`` tokens, whole registers."""
+        return align_to(self.group * phase.sub_q, SUBLANES)

@@ -1,0 +1,177 @@
+"""The kernel's references in groups, and beside each what allocates it."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_kernels.ragged_paged_attention import tile_io
+from jax_kernels.ragged_paged_attention.config import KernelConfig, PhaseConfig
+from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
+from jax_kernels.ragged_paged_attention.schedule import Cell
+
+# Rows of the zero buffer that clears the padded end of the output.
+ZERO_ROWS = 64
+
+
+class ScalarRefs(NamedTuple):
+    """Lengths and page table, in SMEM."""
+
+    kv_lens: Any  # i32[S]
+    page_indices: Any  # i32[S * P]
+    cu_q_lens: Any  # i32[S + 1]
+    distribution: Any  # i32[3]
+
+
+class HbmInputs(NamedTuple):
+    """Arrays in HBM; ``packing`` is that of their own dtype."""
+
+    queries: Any  # [T, Hq / packing, packing, D]
+    keys: Any  # [T, Hkv / packing, packing, D], or None
+    values: Any  # the same
+    kv_cache: Any  # CacheLayout.shape; the output is the same memory
+    sinks: Any  # f32[Hq] in SMEM, or None
+
+
+class HbmOutputs(NamedTuple):
+    """Arrays in HBM."""
+
+    out: Any  # [T, Hq / packing, packing, D]
+    kv_cache: Any  # CacheLayout.shape, or None when nothing is written
+
+
+class Buffers(NamedTuple):
+    """VMEM of one phase: the rings that DMAs fill and drain, and the state."""
+
+    queries: Any  # [slots, block_q, word rows, packing, lanes]
+    keys: Any  # [slots, new tokens, word rows, packing, lanes], or None
+    values: Any  # the same
+    kv: Any  # [slots, heads_per_page, block rows, packing, lanes]
+    out: Any  # [slots, block_q, word rows, packing, lanes]
+    seam: Any  # [heads_per_page, 1, packing, lanes]: the row of old and new tokens
+    q: Any  # [sub tiles, Hkv, query rows, lanes]: multiplied and cast
+    m: Any  # f32[sub tiles, Hkv, query rows, 128]
+    l: Any  # noqa: E741  f32[sub tiles, Hkv, query rows, 128]
+    acc: Any  # f32[sub tiles, Hkv, query rows, lanes]
+
+
+class Bookkeeping(NamedTuple):
+    """SMEM of one phase."""
+
+    cells: Any  # i32[slots * len(Cell)]: the cells in flight
+    written_rows: Any  # i32[slots]: cache rows being written back from a slot
+    out_tokens: Any  # i32[slots]: output rows being written from a slot
+
+
+class Semaphores(NamedTuple):
+    """DMA semaphores of one phase, one per slot of a ring."""
+
+    kv: Any
+    new_kv: Any
+    queries: Any
+    write_back: Any
+    out: Any
+
+
+def new_token_rows(config: KernelConfig, phase: PhaseConfig) -> int:
+    """Tokens that a slot holds of ``keys`` and of ``values``."""
+    return config.tokens_per_chunk if phase.is_decode else phase.block_kv
+
+
+def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
+    """Shapes and dtypes of ``Buffers``, as (shape, dtype) pairs or None."""
+    io_packing = dtype_packing(config.io_dtype)
+    out_packing = dtype_packing(config.out_dtype)
+    cache, lanes, slots = config.cache, config.lanes, phase.num_slots
+    new_kv = (
+        (
+            slots,
+            new_token_rows(config, phase),
+            tile_io.io_word_rows(config.num_kv_heads, io_packing),
+            io_packing,
+            lanes,
+        ),
+        config.io_dtype,
+    )
+    updates = config.spec.update_kv_cache
+    state = (
+        phase.block_q // phase.sub_q,
+        config.num_kv_heads,
+        config.query_rows(phase),
+    )
+    return Buffers(
+        queries=(
+            (
+                slots,
+                phase.block_q,
+                tile_io.io_word_rows(config.num_q_heads, io_packing),
+                io_packing,
+                lanes,
+            ),
+            config.io_dtype,
+        ),
+        keys=new_kv if updates else None,
+        values=new_kv if updates else None,
+        kv=(
+            (
+                slots,
+                cache.heads_per_page,
+                phase.block_kv // cache.packing,
+                cache.packing,
+                lanes,
+            ),
+            cache.dtype,
+        ),
+        out=(
+            (
+                slots,
+                phase.block_q,
+                tile_io.io_word_rows(config.num_q_heads, out_packing),
+                out_packing,
+                lanes,
+            ),
+            config.out_dtype,
+        ),
+        seam=(
+            ((cache.heads_per_page, 1, cache.packing, lanes), cache.dtype)
+            if updates and not phase.is_decode
+            else None
+        ),
+        # In decode a head is one row, which only 32-bit types can store alone.
+        q=(
+            (*state, lanes),
+            jnp.float32 if phase.is_decode else config.multiply_dtype,
+        ),
+        m=((*state, LANES), jnp.float32),
+        l=((*state, LANES), jnp.float32),
+        acc=((*state, lanes), jnp.float32),
+    )
+
+
+def allocate_phase(config: KernelConfig, phase: PhaseConfig):
+    """Scratch types of one phase: ``(Buffers, Bookkeeping, Semaphores)``."""
+    buffers = Buffers(
+        *(
+            None if entry is None else pltpu.VMEM(*entry)
+            for entry in buffer_shapes(config, phase)
+        )
+    )
+    slots = phase.num_slots
+    bookkeeping = Bookkeeping(
+        cells=pltpu.SMEM((slots * len(Cell._fields),), jnp.int32),
+        written_rows=pltpu.SMEM((slots,), jnp.int32),
+        out_tokens=pltpu.SMEM((slots,), jnp.int32),
+    )
+    semaphores = Semaphores(
+        *(pltpu.SemaphoreType.DMA((slots,)) for _ in Semaphores._fields)
+    )
+    return buffers, bookkeeping, semaphores
+
+
+def zero_rows_shape(config: KernelConfig) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of the zeros that clear the padded end of the output."""
+    packing = dtype_packing(config.out_dtype)
+    return (
+        (ZERO_ROWS, config.num_q_heads // packing, packing, config.lanes),
+        config.out_dtype,
+    )

@@ -1,0 +1,170 @@
+"""VMEM buffers seen as arrays: strided rows, heads, packing and unpacking.
+
+Nothing here knows of DMA, sequences or masks. A buffer is ``[..., packing, lanes]``
+with ``packing * itemsize == 4``; its last two axes are one *word row*: ``lanes``
+32-bit words. Word rows are what the hardware loads and stores with any start and
+any stride.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_kernels.ragged_paged_attention.config import KernelConfig
+from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout
+
+# Tests run on the Pallas interpreter, which indexes buffers but cannot reshape or
+# bitcast them. There the twin below does the same to values.
+
+
+class WordRows:
+    """The word rows of a buffer, addressed by number.
+
+    Args:
+      ref: [..., packing, lanes] in VMEM; the leading axes are flattened.
+      interpret: Use the twin for the Pallas interpreter.
+    """
+
+    def __init__(self, ref, interpret: bool):
+        self._ref = ref
+        self._interpret = interpret
+        self._lanes = ref.shape[-1]
+        self._num_rows = math.prod(ref.shape[:-2])
+
+    def load(self, start, size: int, stride: int = 1) -> jax.Array:
+        """u32[size, lanes]: rows start, start + stride, ..."""
+        if self._interpret:
+            rows = start + stride * jnp.arange(size, dtype=jnp.int32)
+            return jnp.take(to_words(self._ref[...]), rows, axis=0, mode="clip")
+        view, tiles = self._lane_tiles()
+        parts = [
+            view[pl.ds(start * tiles + tile, size, stride * tiles), :]
+            for tile in range(tiles)
+        ]
+        return parts[0] if tiles == 1 else jnp.concatenate(parts, axis=1)
+
+    def store(self, words: jax.Array, start, stride: int = 1) -> None:
+        """Stores u32[size, lanes] to rows start, start + stride, ..."""
+        size = words.shape[0]
+        if self._interpret:
+            rows = start + stride * jnp.arange(size, dtype=jnp.int32)
+            everything = to_words(self._ref[...]).at[rows].set(words)
+            self._ref[...] = from_words(everything, self._ref.shape, self._ref.dtype)
+            return
+        view, tiles = self._lane_tiles()
+        for tile in range(tiles):
+            part = words[:, tile * LANES : (tile + 1) * LANES]
+            view[pl.ds(start * tiles + tile, size, stride * tiles), :] = part
+
+    def _lane_tiles(self):
+        """The buffer as [rows * tiles, 128] words: strides need 128 lanes."""
+        tiles = self._lanes // LANES
+        view = self._ref.bitcast(jnp.uint32)
+        return view.reshape(self._num_rows * tiles, LANES), tiles
+
+
+def to_words(value: jax.Array) -> jax.Array:
+    """[..., packing, lanes] to u32[rows, lanes]; index 0 of packing in the low bits."""
+    packing, lanes = value.shape[-2:]
+    if packing > 1:
+        value = jnp.moveaxis(value, -2, -1)
+    else:
+        value = value[..., 0, :]
+    return jax.lax.bitcast_convert_type(value, jnp.uint32).reshape(-1, lanes)
+
+
+def from_words(words: jax.Array, shape, dtype) -> jax.Array:
+    """Inverse of ``to_words``."""
+    *lead, packing, lanes = shape
+    value = jax.lax.bitcast_convert_type(words, dtype)
+    if packing > 1:
+        value = jnp.moveaxis(value, -1, -2)
+    return value.reshape(*lead, packing, lanes)
+
+
+def unpack_heads(words: jax.Array, packing: int) -> list[jax.Array]:
+    """The heads that share a word row, as f32 arrays: one (f32) or two (bf16)."""
+    if packing == 1:
+        return [pltpu.bitcast(words, jnp.float32)]
+    # A bf16 is the upper half of the f32 of the same value.
+    low = pltpu.bitcast(words << jnp.uint32(16), jnp.float32)
+    high = pltpu.bitcast(words & jnp.uint32(0xFFFF0000), jnp.float32)
+    return [low, high]
+
+
+def pack_heads(heads: list[jax.Array]) -> jax.Array:
+    """Inverse of ``unpack_heads``, rounding to bf16 when there are two heads."""
+    if len(heads) == 1:
+        return pltpu.bitcast(heads[0], jnp.uint32)
+    low, high = (
+        pltpu.bitcast(head.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32)
+        for head in heads
+    )
+    return (low >> jnp.uint32(16)) | high
+
+
+def io_word_rows(num_heads: int, packing: int) -> int:
+    """Word rows per token in a VMEM buffer of queries, keys, values or outputs.
+
+    Made odd: loads with an even stride would hit the same memory bank again and
+    again.
+    """
+    return (num_heads // packing) | 1
+
+
+def zero_padding_lanes(x: jax.Array, head_dim: int) -> jax.Array:
+    """Zeros lanes at and past ``head_dim``, which a DMA never filled."""
+    if head_dim == x.shape[1]:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(lane < head_dim, x, 0.0)
+
+
+def quantise(x: jax.Array, dtype) -> jax.Array:
+    """f32 (already scaled) to ``dtype``; 8-bit types are clipped to their range."""
+    if dtype == jnp.int8:
+        return jnp.clip(jnp.round(x), -128.0, 127.0).astype(jnp.int32).astype(jnp.int8)
+    if jnp.dtype(dtype).itemsize == 1:
+        # Without the clip an overflow becomes NaN (e4m3fn) or infinity (e5m2).
+        limit = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -limit, limit)
+    return x.astype(dtype)
+
+
+def pack_tokens(
+    keys: jax.Array,  # f32[tokens, lanes]
+    values: jax.Array,  # f32[tokens, lanes]
+    config: KernelConfig,
+) -> list[jax.Array]:
+    """Cache word rows of consecutive tokens of one head.
+
+    Returns:
+      u32[tokens // packing, lanes]: keys and values apart, or one array that holds
+      both when they share a row.
+    """
+    cache, spec = config.cache, config.spec
+    keys = zero_padding_lanes(keys, cache.head_dim)
+    values = zero_padding_lanes(values, cache.head_dim)
+    if spec.k_scale is not None:
+        keys = keys / spec.k_scale
+    if spec.v_scale is not None:
+        values = values / spec.v_scale
+    rows = [keys, values]
+    if cache.is_fused_kv:
+        values = pltpu.roll(values, cache.value_lane, 1)
+        lane = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1)
+        rows = [jnp.where(lane < cache.value_lane, keys, values)]
+    return [pltpu.bitcast(quantise(x, cache.dtype), jnp.uint32) for x in rows]
+
+
+def words_to_tokens(words: jax.Array, stored_dtype, dtype) -> jax.Array:
+    """u32[rows, lanes] of the cache to [rows * packing, lanes] of ``dtype``."""
+    return pltpu.bitcast(words, stored_dtype).astype(dtype)
+
+
+def value_lanes_first(x: jax.Array, cache: CacheLayout) -> jax.Array:
+    """Moves the values of a fused row from their lanes to lane 0."""
+    return pltpu.roll(x, cache.value_lane, 1) if cache.is_fused_kv else x
