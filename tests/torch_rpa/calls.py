@@ -1,0 +1,101 @@
+"""Small ragged batches for the tests of the torch operator."""
+
+from __future__ import annotations
+
+import torch
+
+import torch_rpa
+from torch_rpa.validation import Inputs
+
+GARBAGE = -(2**31)  # as a page id or a length it would be noticed
+
+
+def make_call(
+    lengths: list[tuple[int, int]] | None = None,
+    *,
+    num_tokens: int = 24,
+    max_seqs: int = 5,
+    num_q_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 128,
+    page_size: int = 8,
+    pages_per_seq: int = 4,
+    num_pages: int = 32,
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype = torch.bfloat16,
+    sinks: bool = False,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Makes one call whose older tokens are in the cache already.
+
+    Pages are shuffled. Metadata at or past the live sequences, and page ids past the
+    live pages, are garbage.
+
+    Args:
+        lengths: ``(q_len, kv_len)`` of each live sequence, decodes first.
+        num_tokens: T; the rows after the last sequence are padding.
+        max_seqs: S.
+    """
+    if lengths is None:
+        lengths = [(1, 13), (1, 8), (9, 9), (7, 30)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    kv_cache = torch_rpa.empty_kv_cache(
+        num_pages, page_size, num_kv_heads, head_dim, dtype=cache_dtype
+    )
+    pages = torch_rpa.unpack_kv_cache(kv_cache, num_kv_heads, head_dim)
+    filling = torch.randn(pages.shape, generator=generator)
+    pages.copy_(filling * 8 if cache_dtype == torch.int8 else filling)
+
+    live = len(lengths)
+    kv_lens = torch.full((max_seqs,), GARBAGE, dtype=torch.int32)
+    cu_q_lens = torch.full((max_seqs + 1,), GARBAGE, dtype=torch.int32)
+    page_table = torch.full((max_seqs, pages_per_seq), GARBAGE, dtype=torch.int32)
+    free_pages = iter(torch.randperm(num_pages, generator=generator).tolist())
+    cu_q_lens[0] = 0
+    for seq, (q_len, kv_len) in enumerate(lengths):
+        kv_lens[seq] = kv_len
+        cu_q_lens[seq + 1] = cu_q_lens[seq] + q_len
+        for index in range(-(-kv_len // page_size)):
+            page_table[seq, index] = next(free_pages)
+    decodes = 0
+    while decodes < live and lengths[decodes][0] == 1:
+        decodes += 1
+    call = Inputs(
+        q=randn(num_tokens, num_q_heads, head_dim),
+        k=randn(num_tokens, num_kv_heads, head_dim),
+        v=randn(num_tokens, num_kv_heads, head_dim),
+        kv_cache=kv_cache,
+        kv_lens=kv_lens,
+        page_indices=page_table.reshape(-1),
+        cu_q_lens=cu_q_lens,
+        distribution=torch.tensor([decodes, decodes, live], dtype=torch.int32),
+        sinks=torch.randn(num_q_heads, generator=generator) if sinks else None,
+    )
+    return to_device(call, device)
+
+
+def to_device(call: Inputs, device: torch.device | str) -> Inputs:
+    """Returns copies of the tensors on a device, the cache included."""
+    return Inputs(
+        *[None if t is None else t.to(device, copy=True) for t in call]  # type: ignore[arg-type]
+    )
+
+
+def assert_same_up_to_rounding(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compares results whose float32 sums were taken in another order."""
+    assert out.dtype == expected.dtype
+    step = torch.finfo(expected.dtype).eps
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(
+        out.cpu(), expected, rtol=4 * step, atol=64 * step * scale
+    )
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the bytes of a tensor, for exact comparisons of any dtype."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8)

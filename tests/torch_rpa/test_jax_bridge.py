@@ -1,0 +1,263 @@
+"""The XLA implementation: values, lowering once, and no device opened by JAX."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+torch_xla = pytest.importorskip("torch_xla")
+
+import torch_xla.debug.metrics as xla_metrics  # noqa: E402
+import torch_xla.runtime as xla_runtime  # noqa: E402
+
+import torch_rpa  # noqa: E402
+from tests.torch_rpa.calls import assert_same_up_to_rounding, make_call, raw_bytes  # noqa: E402
+from torch_rpa import jax_bridge, ops, validation  # noqa: E402
+from torch_rpa.options import AttentionOptions  # noqa: E402
+
+on_xla_cpu = pytest.mark.skipif(
+    xla_runtime.device_type() != "CPU", reason="compares float32 exactly"
+)
+
+
+def xla_call(**arguments):
+    return make_call(device=torch_xla.device(), **arguments)
+
+
+def assert_xla_matches_eager(options, **arguments):
+    """The cache must agree in every byte, the output up to the order of sums."""
+    call, expected_call = xla_call(**arguments), make_call(**arguments)
+    expected = ops.ragged_paged_attention(*expected_call, **options)
+    out = ops.ragged_paged_attention(*call, **options)
+    torch_xla.sync()
+    assert_same_up_to_rounding(out, expected)
+    assert call.kv_cache.dtype == expected_call.kv_cache.dtype
+    assert torch.equal(raw_bytes(call.kv_cache), raw_bytes(expected_call.kv_cache))
+
+
+@on_xla_cpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize(
+    "cache_dtype",
+    [
+        torch.bfloat16,
+        torch.float32,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int8,
+    ],
+    ids=str,
+)
+def test_xla_carries_every_cache_dtype(cache_dtype, head_dim):
+    options = {"sm_scale": head_dim**-0.5}
+    if cache_dtype.itemsize == 1:
+        options |= {"k_scale": 0.25, "v_scale": 0.5}
+    assert_xla_matches_eager(options, head_dim=head_dim, cache_dtype=cache_dtype)
+
+
+@on_xla_cpu
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({"causal": False}, {}),
+        ({"sliding_window": 5}, {}),
+        ({"soft_cap": 2.0}, {}),
+        ({}, {"sinks": True}),
+        ({"out_dtype": torch.bfloat16}, {}),
+        ({"out_dtype": torch.float32}, {"dtype": torch.bfloat16}),
+        ({"q_scale": 0.03, "k_scale": 0.03}, {"cache_dtype": torch.int8}),
+        ({"chunk_prefill_size": 4}, {"lengths": [(1, 9), (4, 8), (4, 20), (3, 3)]}),
+        ({}, {"lengths": [(1, 3), (0, 9), (0, 0), (4, 4)]}),
+        ({}, {"lengths": []}),
+    ],
+    ids=str,
+)
+def test_xla_matches_eager_for_each_option(options, arguments):
+    assert_xla_matches_eager({"sm_scale": 0.1} | options, **arguments)
+
+
+@on_xla_cpu
+def test_reading_a_cache_leaves_it_alone():
+    call, expected_call = xla_call(), make_call()
+    expected = ops.ragged_paged_attention(
+        *expected_call._replace(k=None, v=None), update_kv_cache=False
+    )
+    torch_xla.sync(wait=True)
+    pointer = torch_xla._XLAC._unsafe_buffer_pointer(call.kv_cache)
+    out = ops.ragged_paged_attention(
+        *call._replace(k=None, v=None), update_kv_cache=False
+    )
+    torch_xla.sync(wait=True)
+    assert_same_up_to_rounding(out, expected)
+    assert torch_xla._XLAC._unsafe_buffer_pointer(call.kv_cache) == pointer
+    assert torch.equal(call.kv_cache.cpu(), expected_call.kv_cache)
+
+
+def test_the_functional_operator_leaves_the_cache_alone():
+    call, expected_call = xla_call(), make_call()
+    torch_xla.sync()
+    _, new_cache = ops.ragged_paged_attention_functional(*call)
+    torch_xla.sync()
+    assert torch.equal(call.kv_cache.cpu(), expected_call.kv_cache)
+    ops.ragged_paged_attention(*expected_call)
+    assert torch.equal(new_cache.cpu(), expected_call.kv_cache)
+
+
+def test_impl_reference_runs_on_xla_tensors():
+    call, expected_call = xla_call(), make_call()
+    expected = torch_rpa.ragged_paged_attention(*expected_call, impl="reference")
+    out = torch_rpa.ragged_paged_attention(*call, impl="reference")
+    assert_same_up_to_rounding(out, expected)
+
+
+# ---- lowering
+
+
+def test_a_signature_is_lowered_once(monkeypatch):
+    lowered = []
+    lower = jax_bridge._lower
+
+    def counting_lower(*arguments):
+        lowered.append(arguments)
+        return lower(*arguments)
+
+    monkeypatch.setattr(jax_bridge, "_lower", counting_lower)
+    first = xla_call(page_size=16)
+    for _ in range(2):
+        ops.ragged_paged_attention(*first, soft_cap=31.0)
+    ops.ragged_paged_attention(*xla_call(page_size=16, seed=1), soft_cap=31.0)
+    assert len(lowered) == 1
+    ops.ragged_paged_attention(*first, soft_cap=32.0)
+    ops.ragged_paged_attention(*xla_call(page_size=32), soft_cap=31.0)
+    assert len(lowered) == 3
+    torch_xla.sync()
+
+
+def test_fifty_decode_steps_with_changing_lengths_compile_once():
+    call = xla_call(page_size=32)
+    xla_metrics.clear_all()
+    for step in range(50):
+        # Sequences grow and end, host metadata goes to the device as in serving.
+        live = 4 - step // 20
+        kv_lens = torch.tensor([9 + step, 30 + step, 2 * step + 1, 1, 0])
+        page_indices = torch.arange(20).roll(step)
+        cu_q_lens = torch.arange(6)
+        distribution = torch.tensor([live, live, live])
+        metadata = [
+            tensor.to(torch.int32).to(torch_xla.device())
+            for tensor in (kv_lens, page_indices, cu_q_lens, distribution)
+        ]
+        ops.ragged_paged_attention(*call[:4], *metadata, sm_scale=0.125)
+        torch_xla.sync()
+    assert xla_metrics.metric_data("CompileTime")[0] == 1
+    assert not xla_metrics.executed_fallback_ops()
+
+
+def test_lowering_restores_the_configuration_of_jax():
+    import jax
+
+    before = jax.config.jax_use_shardy_partitioner, jax.config.jax_enable_x64
+    ops.ragged_paged_attention(*xla_call(), soft_cap=33.0)
+    torch_xla.sync()
+    after = jax.config.jax_use_shardy_partitioner, jax.config.jax_enable_x64
+    assert after == before
+
+
+def test_jax_opens_no_device_but_the_cpu():
+    """In a new process, with libtpu installed and JAX_PLATFORMS asking for the TPU."""
+    code = textwrap.dedent("""
+        import torch_xla
+        from tests.torch_rpa.calls import make_call
+        from torch_rpa import jax_bridge, ops
+
+        call = make_call(device=torch_xla.device())
+        ops.ragged_paged_attention(*call)
+        torch_xla.sync()
+        from jax._src import xla_bridge
+        assert set(xla_bridge._backends) <= {"cpu"}, xla_bridge._backends
+    """)
+    environment = os.environ | {"JAX_PLATFORMS": "tpu,cpu"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_host_cost_of_a_call_is_small():
+    call = xla_call()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(20):
+            torch_rpa.ragged_paged_attention(*call, sm_scale=0.1, sliding_window=6)
+        times.append((time.perf_counter() - start) / 20)
+        torch_xla.sync(wait=True)
+    assert min(times[1:]) < 150e-6
+
+
+# ---- errors and devices
+
+
+def test_static_errors_are_raised_at_the_call():
+    call = xla_call()
+    with pytest.raises(ValueError, match=r"kv_lens must be torch\.int32"):
+        ops.ragged_paged_attention(*call._replace(kv_lens=call.kv_lens.long()))
+    with pytest.raises(ValueError, match="v must be on the device of q, xla:0, got"):
+        ops.ragged_paged_attention(*call._replace(v=make_call().v))
+
+
+def test_values_are_checked_on_request(monkeypatch):
+    call = xla_call()
+    call.kv_lens[0] = 1000
+    with pytest.raises(ValueError, match=r"kv_lens\[0\] must be in"):
+        torch_rpa.ragged_paged_attention(*call, validate=True)
+    monkeypatch.setenv(validation.VALIDATE_ENV, "1")
+    with pytest.raises(ValueError, match=r"kv_lens\[0\] must be in"):
+        ops.ragged_paged_attention(*call)
+    torch_xla.sync()
+
+
+def test_asking_for_a_gradient_is_an_error():
+    call = xla_call()
+    call.q.requires_grad_()
+    for operator in (ops.ragged_paged_attention, ops.ragged_paged_attention_functional):
+        with pytest.raises(NotImplementedError, match="no backward"):
+            operator(*call)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip"),
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5", "v5p"),
+        ("v5p-8", "v5p"),
+        ("TPU v5 lite", "v5e"),
+        ("v5litepod-4", "v5e"),
+        ("v5e", "v5e"),
+        ("TPU v6 lite", "v6e"),
+        ("v6e-8", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("tpu7x-8", "tpu7x"),
+        ("TPU v9", None),
+        ("", None),
+        ("cpu", None),
+    ],
+)
+def test_chip_names(kind, chip):
+    assert jax_bridge.chip_name(kind) == chip
+
+
+def test_options_become_keywords_of_the_jax_function():
+    options = AttentionOptions(k_scale=0.5)
+    keywords = jax_bridge.jax_keywords(options, torch.bfloat16)
+    assert keywords["k_scale"] == 0.5
+    # Always explicit, so that quantised queries do not decide the output's dtype.
+    assert keywords["out_dtype"] == jax_bridge.jax_dtype(torch.bfloat16)
