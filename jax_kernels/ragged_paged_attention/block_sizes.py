@@ -139,7 +139,9 @@ def vmem_bytes(config: KernelConfig) -> int:
 
 def _phase_bytes(config: KernelConfig, phase: PhaseConfig) -> int:
     entries = [e for e in refs.buffer_shapes(config, phase) if e is not None]
-    total = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in entries)
+    total = sum(
+        math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in entries
+    )
     # Scores and probabilities of two softmax tiles pass through VMEM.
     rows = config.query_rows(phase)
     return total + 4 * rows * phase.block_kv * 4

@@ -29,6 +29,12 @@ def _wait_for(ref, semaphore) -> None:
     pltpu.make_async_copy(ref, ref, semaphore).wait()
 
 
+def _head_dim_lanes(config: KernelConfig):
+    """The lanes that exist in HBM, where rows of queries are not padded."""
+    whole = config.head_dim == config.lanes
+    return slice(None) if whole else pl.ds(0, config.head_dim)
+
+
 @dataclasses.dataclass(frozen=True)
 class Copies:
     """All copies of one phase.
@@ -197,9 +203,7 @@ class Copies:
 
     def wait_queries(self, cell: Cell, slot: Int) -> None:
         heads = self.inputs.queries.shape[1]
-        tokens = self._tokens(
-            self.buffers.queries.at[slot], 0, cell.num_queries, heads
-        )
+        tokens = self._tokens(self.buffers.queries.at[slot], 0, cell.num_queries, heads)
         _wait_for(tokens, self.semaphores.queries.at[slot])
 
     def start_output(self, cell: Cell, slot: Int) -> None:
@@ -227,10 +231,9 @@ class Copies:
 
     def _tokens(self, buffer, first: Int, num_tokens: Int, heads: int):
         """Tokens of a buffer, without its padding of heads and lanes."""
-        rows = buffer.at[pl.ds(first, num_tokens), pl.ds(0, heads)]
-        if self.config.head_dim == self.config.lanes:
-            return rows
-        return rows.at[:, :, :, pl.ds(0, self.config.head_dim)]
+        return buffer.at[
+            pl.ds(first, num_tokens), pl.ds(0, heads), :, _head_dim_lanes(self.config)
+        ]
 
     # The whole phase.
 
@@ -300,8 +303,6 @@ class OutputClearer:
             action(self._copy(first_row + whole * ZERO_ROWS, rest))
 
     def _copy(self, row: Int, num_rows: Int):
-        source = self.zeros.at[pl.ds(0, num_rows)]
-        if self.config.head_dim != self.config.lanes:
-            source = source.at[:, :, :, pl.ds(0, self.config.head_dim)]
+        source = self.zeros.at[pl.ds(0, num_rows), :, :, _head_dim_lanes(self.config)]
         target = self.out.at[pl.ds(row, num_rows)]
         return pltpu.make_async_copy(source, target, self.semaphore)

@@ -342,9 +342,7 @@ def _merge_new_tokens(copies: Copies, cell: Cell, slot: Int) -> None:
         for pair in range(config.num_kv_heads // packing):
             start = (first_token - origin) * stride + pair
             key_heads, value_heads = (
-                tile_io.unpack_heads(
-                    source.load(start, chunk_tokens, stride), packing
-                )
+                tile_io.unpack_heads(source.load(start, chunk_tokens, stride), packing)
                 for source in (keys, values)
             )
             for offset, tokens in enumerate(zip(key_heads, value_heads, strict=True)):
@@ -503,9 +501,7 @@ def _load_values(copies: Copies, slot: Int, head: Int, words_mask) -> jax.Array:
 
 
 def _load_block(copies: Copies, slot: Int, head: Int) -> jax.Array:
-    rows = tile_io.WordRows(
-        copies.buffers.kv.at[slot, head], copies.config.interpret
-    )
+    rows = tile_io.WordRows(copies.buffers.kv.at[slot, head], copies.config.interpret)
     return rows.load(0, copies.schedule.block_rows)
 
 

@@ -87,9 +87,7 @@ def _entry(structure, config: KernelConfig, *flat_refs) -> None:
     """Puts the flat references of Pallas back into their groups."""
     *group_refs, zeros, clear_semaphore = flat_refs
     scalars, inputs, outputs = jax.tree.unflatten(structure, group_refs)
-    kernel.rpa_kernel(
-        scalars, inputs, outputs, zeros, clear_semaphore, config=config
-    )
+    kernel.rpa_kernel(scalars, inputs, outputs, zeros, clear_semaphore, config=config)
 
 
 def _out_shape(config: KernelConfig) -> tuple[int, ...]:

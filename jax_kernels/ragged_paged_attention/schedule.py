@@ -142,9 +142,7 @@ class Schedule:
             tile_begin = origin + cursor.tile * block_q
             tile_end = tile_begin + block_q
             query_position = jnp.maximum(new_start, tile_begin)
-            num_queries = jnp.maximum(
-                jnp.minimum(tile_end, kv_len) - query_position, 0
-            )
+            num_queries = jnp.maximum(jnp.minimum(tile_end, kv_len) - query_position, 0)
 
         visible_end = jnp.minimum(tile_end, kv_len) if spec.causal else kv_len
         visible_end = jnp.where(num_queries > 0, jnp.maximum(visible_end, 0), 0)
