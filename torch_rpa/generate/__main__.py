@@ -104,10 +104,7 @@ def _run(args: argparse.Namespace) -> int:
         cache_dtype=CACHE_DTYPES_BY_NAME.get(args.cache_dtype),
     )
     if args.check and args.device == "xla":
-        import torch_xla.backends
-
-        # A TPU multiplies float32 in bfloat16 unless it is told not to.
-        torch_xla.backends.set_mat_mul_precision("highest")
+        _multiply_in_float32()
     tokenizer = models.load_tokenizer(args.model)
     texts = args.prompt or DEFAULT_PROMPTS
     prompts = [tokenizer.encode(text) for text in texts]
@@ -131,6 +128,15 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     del model
     return _check(args, prompts, result, eos_token_ids)
+
+
+def _multiply_in_float32() -> None:
+    """Tells a TPU, which would otherwise multiply float32 in bfloat16."""
+    import torch_xla.backends
+    import torch_xla.runtime
+
+    if torch_xla.runtime.device_type() == "TPU":
+        torch_xla.backends.set_mat_mul_precision("highest")
 
 
 def _printable(text: str) -> str:

@@ -110,14 +110,20 @@ def generate(
             f"prompts and max_new_tokens must fit the model's {limit} positions "
             f"together, got {longest}; shorten one of them"
         )
-    shapes = _step_shapes(prompts, options)
+    max_tokens_per_step = options.max_tokens_per_step or sum(map(len, prompts))
+    buckets = {_aligned(size) for size in (len(prompts), max_tokens_per_step)}
+    shapes = StepShapes(
+        token_buckets=tuple(sorted(buckets)),
+        num_sequences=len(prompts),
+        pages_per_sequence=pages_for(longest, options.page_size),
+    )
     allocator = PageAllocator(options.num_pages or _pages_for_all(prompts, options))
     scheduler = Scheduler(
         prompts,
         allocator,
         page_size=options.page_size,
         max_new_tokens=options.max_new_tokens,
-        max_tokens_per_step=shapes.token_buckets[-1],
+        max_tokens_per_step=max_tokens_per_step,
         eos_token_ids=eos_token_ids,
     )
     runner = ModelRunner(model, allocator.num_pages, options)
@@ -192,19 +198,6 @@ class ModelRunner:
             import torch_xla
 
             torch_xla.sync()
-
-
-def _step_shapes(
-    prompts: Sequence[Sequence[int]], options: EngineOptions
-) -> StepShapes:
-    num_tokens = options.max_tokens_per_step or sum(map(len, prompts))
-    buckets = {_aligned(len(prompts)), _aligned(max(num_tokens, len(prompts)))}
-    longest = max(map(len, prompts)) + options.max_new_tokens
-    return StepShapes(
-        token_buckets=tuple(sorted(buckets)),
-        num_sequences=len(prompts),
-        pages_per_sequence=pages_for(longest, options.page_size),
-    )
 
 
 def _pages_for_all(prompts: Sequence[Sequence[int]], options: EngineOptions) -> int:

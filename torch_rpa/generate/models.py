@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ def load_tokenizer(directory: Path | None) -> Tokenizer:
     """Returns the tokenizer of a model directory, or the built-in one."""
     if directory is None:
         return ByteTokenizer()
+    _require_directory(directory)
     return AutoTokenizer.from_pretrained(directory)
 
 
@@ -38,8 +38,7 @@ def load_model(
     """
     if directory is None:
         return _built_in_model(attention).to(dtype).eval()
-    if not directory.is_dir():
-        raise ValueError(f"model must be a directory, got {directory}")
+    _require_directory(directory)
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation=attention
     )
@@ -52,6 +51,12 @@ def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     if eos is None:
         return ()
     return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _require_directory(directory: Path) -> None:
+    # transformers would look for any other name on the network.
+    if not directory.is_dir():
+        raise ValueError(f"model must be a directory, got {directory}")
 
 
 def _built_in_model(attention: str) -> PreTrainedModel:
@@ -70,14 +75,8 @@ def _built_in_model(attention: str) -> PreTrainedModel:
         bos_token_id=ByteTokenizer.bos_token_id,
         eos_token_id=ByteTokenizer.eos_token_id,
     )
-    return _with_seed(
-        lambda: AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    )
-
-
-def _with_seed(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = build()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model

@@ -1,0 +1,101 @@
+"""The command line: what it prints, checks and refuses."""
+
+import runpy
+import sys
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from torch_rpa.generate import check
+from torch_rpa.generate.__main__ import main
+
+SHORT = ["--device", "cpu", "--max-new-tokens", "6"]
+
+
+@pytest.fixture
+def model_directory(llama, tmp_path):
+    """A tiny model with a tokenizer of bytes, as ``save_pretrained`` writes them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "</s>": 257}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>"
+    ).save_pretrained(tmp_path)
+    llama("eager").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_built_in_model_passes_its_check_on_the_xla_device(capsys):
+    arguments = ["--check", "--max-new-tokens", "8", "--page-size", "8"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "--- Once upon a time\n" in out
+    assert "compilations          2\n" in out
+    assert "check passed: 32 tokens" in out
+
+
+def test_a_model_directory_passes_its_check(model_directory, capsys):
+    arguments = ["--model", str(model_directory), "--check", *SHORT]
+    assert main([*arguments, "--prompt", "one", "--prompt", "two two"]) == 0
+    out = capsys.readouterr().out
+    assert "--- one\n" in out and "--- two two\n" in out
+    assert "prompt tokens         10\n" in out
+    assert "check passed: 12 tokens" in out
+
+
+def test_a_difference_fails_the_check_and_is_named(monkeypatch, capsys):
+    def one_token_off(model, prompt, **keywords):
+        tokens = reference(model, prompt, **keywords)
+        return [*tokens[:4], tokens[4] ^ 1, *tokens[5:]] if len(prompt) > 5 else tokens
+
+    reference = check.reference_generate
+    monkeypatch.setattr(check, "reference_generate", one_token_off)
+    arguments = ["--check", *SHORT, "--prompt", "four", "--prompt", "longer"]
+    assert main(arguments) == 1
+    assert "check FAILED: prompt 1, generated token 4: got" in capsys.readouterr().err
+
+
+def test_bfloat16_and_a_small_cache_dtype_run(capsys):
+    assert main([*SHORT, "--dtype", "bfloat16", "--cache-dtype", "int8"]) == 0
+    assert "generated tokens      24\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-pages", "3"], "raise num_pages (--num-pages)"),
+        (["--max-tokens-per-step", "2"], "at least the 4 prompts"),
+        (["--model", "no/such/directory"], "model must be a directory"),
+        (["--page-size", "12"], "page_size must be a power of two"),
+    ],
+)
+def test_user_mistakes_are_one_line(arguments, message, capsys):
+    assert main([*SHORT, *arguments]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--check", "--dtype", "bfloat16"],
+        ["--check", "--cache-dtype", "float8_e4m3fn"],
+        ["--max-new-tokens", "0"],
+        ["--device", "cuda"],
+    ],
+)
+def test_impossible_options_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: python -m torch_rpa.generate" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate", *SHORT, "--prompt", "a"])
+    monkeypatch.delitem(sys.modules, "torch_rpa.generate.__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("torch_rpa.generate", run_name="__main__")
+    assert "--- a\n" in capsys.readouterr().out

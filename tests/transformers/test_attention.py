@@ -1,0 +1,206 @@
+"""The attention function: what it forwards, and what it refuses to get wrong."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import torch_rpa
+from torch_rpa.transformers import (
+    RaggedBatch,
+    RPAContext,
+    empty_kv_caches,
+    rpa_attention,
+    use_rpa,
+)
+
+NUM_TOKENS, NUM_HEADS, HEAD_DIM = 3, 4, 32
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": NUM_HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD_DIM,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 20},
+    "gpt_oss": {
+        "sliding_window": 4,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+    "granite": {"attention_multiplier": 0.3},
+}
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def one_sequence(num_new: int, kv_len: int) -> RaggedBatch:
+    """A batch of one sequence that owns the pages 1 and 0, of 8 tokens each."""
+    return RaggedBatch(int32(kv_len), int32(1, 0), int32(0, num_new), int32(0, 0, 1))
+
+
+def build(family: str):
+    config = AutoConfig.for_model(family, **SMALL, **FAMILIES[family])
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_equal_eager_attention_in_every_phase(family):
+    model = build(family)
+    tokens = torch.randint(0, 64, (1, 14))
+    expected = model(tokens, use_cache=False).logits
+    caches = empty_kv_caches(use_rpa(model), 2, 8, dtype=torch.float32, device="cpu")
+    got = []
+    for start, stop in ((0, 6), (6, 11), (11, 12), (12, 13), (13, 14)):
+        context = RPAContext(caches, one_sequence(stop - start, stop))
+        positions = torch.arange(start, stop)[None]
+        got.append(
+            model(
+                input_ids=tokens[:, start:stop],
+                position_ids=positions,
+                use_cache=False,
+                rpa=context,
+            ).logits
+        )
+    # Both sum in float32, in different orders.
+    bound = 64 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (torch.cat(got, dim=1) - expected).abs().max() <= bound
+
+
+def module_of(**attributes):
+    config = SimpleNamespace(**attributes.pop("config", {}))
+    defaults = {"layer_idx": 0, "is_causal": True, "training": False}
+    return SimpleNamespace(config=config, **{**defaults, **attributes})
+
+
+def call(module=None, rpa="default", num_keys=NUM_TOKENS, batch=1, mask=None, **kwargs):
+    """Calls the attention function on one new sequence of three tokens."""
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(batch, NUM_HEADS, NUM_TOKENS, HEAD_DIM, generator=generator)
+    key, value = torch.randn(2, batch, 2, num_keys, HEAD_DIM, generator=generator)
+    if rpa == "default":
+        cache = torch_rpa.empty_kv_cache(2, 8, 2, HEAD_DIM, dtype=torch.float32)
+        rpa = RPAContext([cache], one_sequence(NUM_TOKENS, NUM_TOKENS))
+    module = module or module_of()
+    return rpa_attention(module, query, key, value, mask, rpa=rpa, **kwargs)[0]
+
+
+def test_the_layer_says_whether_its_window_slides():
+    narrow, full = call(sliding_window=1), call(sliding_window=None)
+    assert not torch.equal(narrow, full)
+    both = {"layer_types": ["sliding_attention"], "sliding_window": 1}
+    assert torch.equal(call(module_of(config=both)), narrow)
+    assert torch.equal(call(module_of(config=both), sliding_window=None), narrow)
+    layer_types = {**both, "layer_types": ["full_attention"]}
+    assert torch.equal(call(module_of(config=layer_types)), full)
+    unused = {"sliding_window": 1}
+    assert torch.equal(call(module_of(config=unused), sliding_window=None), full)
+
+
+def test_scaling_soft_cap_and_sinks_reach_the_operator():
+    plain = call(scaling=HEAD_DIM**-0.5)
+    assert torch.equal(call(), plain)
+    for kwargs in ({"scaling": 1.0}, {"softcap": 0.1}, {"s_aux": torch.zeros(4)}):
+        assert not torch.equal(call(**kwargs), plain)
+    # A sink of -inf has no weight.
+    no_sink = torch.full((4,), -torch.inf, dtype=torch.bfloat16)
+    assert torch.equal(call(s_aux=no_sink), plain)
+
+
+def test_harmless_and_empty_arguments_are_ignored():
+    positions = torch.arange(3)[None]
+    out = call(position_ids=positions, indices=None, output_attentions=False)
+    assert torch.equal(out, call())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"rpa": None}, ValueError, "rpa must be given .* got None"),
+        ({"use_cache": True}, ValueError, "use_cache must be False .*use_cache=True"),
+        ({"num_keys": 7}, ValueError, "3 queries and 7 keys"),
+        ({"batch": 2}, ValueError, r"\[1, T\] .* got batch size 2"),
+        (
+            {"mask": torch.zeros(1, 1, 3, 3)},
+            NotImplementedError,
+            r"attention_mask must be None: .* \[1, 1, 3, 3\]",
+        ),
+        ({"is_causal": False}, NotImplementedError, "asks for is_causal=False"),
+        (
+            {"module": module_of(is_causal=False)},
+            NotImplementedError,
+            "asks for is_causal=False",
+        ),
+        ({"module": module_of(training=True)}, NotImplementedError, "training=True"),
+        ({"dropout": 0.1}, NotImplementedError, "dropout=0.1.*eval"),
+        (
+            {"position_bias": torch.zeros(1), "indices": torch.zeros(1)},
+            NotImplementedError,
+            r"passes \['indices', 'position_bias'\]",
+        ),
+        (
+            {"module": module_of(config={"layer_types": ["chunked_attention"]})},
+            NotImplementedError,
+            "full or sliding attention, got 'chunked_attention'",
+        ),
+        (
+            {"module": module_of(config={"sliding_window": 4})},
+            NotImplementedError,
+            "does not pass sliding_window",
+        ),
+    ],
+)
+def test_what_could_change_the_answer_is_refused(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        call(**kwargs)
+
+
+def test_a_model_without_a_context_is_refused():
+    model = use_rpa(build("llama"))
+    with pytest.raises(ValueError, match="rpa must be given"):
+        model(torch.tensor([[1, 2]]))
+
+
+def test_a_gradient_is_refused():
+    model = use_rpa(build("llama"))
+    caches = empty_kv_caches(model, 2, 8, dtype=torch.float32, device="cpu")
+    context = RPAContext(caches, one_sequence(2, 2))
+    with pytest.raises(NotImplementedError, match="no_grad"):
+        model(torch.tensor([[1, 2]]), use_cache=False, rpa=context)
+
+
+def test_a_model_with_attention_of_its_own_is_refused():
+    class Stubborn:
+        config = build("llama").config
+
+        def set_attn_implementation(self, name):
+            """Ignores the request, as transformers does for such models."""
+
+    with pytest.raises(NotImplementedError, match="Stubborn keeps its own attention"):
+        use_rpa(Stubborn())
+
+
+def test_a_model_without_attention_layers_has_no_caches():
+    with pytest.raises(NotImplementedError, match="attention module for each layer"):
+        empty_kv_caches(torch.nn.Linear(1, 1), 2, 8, dtype=torch.float32, device="cpu")
