@@ -192,7 +192,8 @@ def _store(
         return values.astype(cache.dtype)
     scaled = values.astype(jnp.float32)
     if scale is not None:
-        scaled = scaled / scale
+        # Compilers differ in how they divide; they agree on a product.
+        scaled = scaled * (1.0 / scale)
     if cache.dtype == jnp.int8:
         limits = jnp.iinfo(cache.dtype)
         scaled = jnp.clip(jnp.round(scaled), limits.min, limits.max)

@@ -1,0 +1,44 @@
+"""Chooses the device before JAX or torch_xla is imported; skips hardware tests."""
+
+import os
+import pathlib
+
+import pytest
+
+
+def _has_tpu() -> bool:
+    if "RPA_TEST_TPU" in os.environ:
+        return os.environ["RPA_TEST_TPU"] == "1"
+    # /dev/vfio/vfio is only the driver; a numbered group is a device.
+    return pathlib.Path("/dev/accel0").exists() or any(
+        path.name.isdigit() for path in pathlib.Path("/dev").glob("vfio/*")
+    )
+
+
+HAS_TPU = _has_tpu()
+
+if not HAS_TPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    # For compiling with libtpu where there is no TPU: ask no metadata server, and let
+    # several test processes load the library.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Skips tests marked ``tpu``, visibly, where there is no TPU."""
+    if HAS_TPU:
+        return
+    skip = pytest.mark.skip(reason="needs a TPU; RPA_TEST_TPU=1 insists there is one")
+    for item in items:
+        if item.get_closest_marker("tpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def has_tpu() -> bool:
+    """Whether the tests run on a TPU."""
+    return HAS_TPU

@@ -1,0 +1,1 @@
+"""Batches, an independent float64 oracle, and error budgets shared by the tests."""
