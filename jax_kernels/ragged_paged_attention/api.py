@@ -18,7 +18,11 @@ from jax_kernels.ragged_paged_attention import (
 from jax_kernels.ragged_paged_attention import (
     launch as launch_lib,
 )
-from jax_kernels.ragged_paged_attention.config import AttentionSpec, BlockSizes
+from jax_kernels.ragged_paged_attention.config import (
+    AttentionSpec,
+    BlockSizes,
+    KernelConfig,
+)
 from jax_kernels.ragged_paged_attention.layout import dtype_packing
 
 
@@ -58,7 +62,7 @@ def ragged_paged_attention(
 
     For a query at position i and head h, with g = h // G::
 
-        score[j] = sm_scale * q_i . k_j[g]        optionally soft_cap * tanh(. / soft_cap)
+        score[j] = sm_scale * q_i . k_j[g]      or soft_cap * tanh(that / soft_cap)
         out_i    = sum_j exp(score[j]) v_j[g] / (sum_j exp(score[j]) + exp(sinks[h]))
 
     over the visible positions j: ``j < kv_len``, ``j <= i`` if causal, and
@@ -153,9 +157,9 @@ def ragged_paged_attention(
     result = launch_lib.launch(
         refs.ScalarRefs(kv_lens, page_indices, cu_q_lens, distribution),
         refs.HbmInputs(
-            queries=_heads_by_word(queries, config.io_dtype),
-            keys=_heads_by_word(keys, config.io_dtype) if update_kv_cache else None,
-            values=_heads_by_word(values, config.io_dtype) if update_kv_cache else None,
+            queries=_heads_by_word(queries, config),
+            keys=_heads_by_word(keys, config) if update_kv_cache else None,
+            values=_heads_by_word(values, config) if update_kv_cache else None,
             kv_cache=kv_cache,
             sinks=sinks,
         ),
@@ -163,15 +167,19 @@ def ragged_paged_attention(
         vmem_limit_bytes=vmem_limit_bytes,
         interpret_params=_interpret_params(interpret),
     )
-    out = result.out.reshape(queries.shape).astype(problem.out_dtype)
+    out = result.out.reshape(*queries.shape[:2], config.io_lanes)
+    out = out[..., : config.head_dim].astype(problem.out_dtype)
     return out, result.kv_cache if update_kv_cache else kv_cache
 
 
-def _heads_by_word(x: jax.Array, dtype) -> jax.Array:
+def _heads_by_word(x: jax.Array, config: KernelConfig) -> jax.Array:
     """[T, H, D] as [T, H / packing, packing, D]: the same bytes, heads in words."""
-    packing = dtype_packing(dtype)
+    packing = dtype_packing(config.io_dtype)
     num_tokens, num_heads, head_dim = x.shape
-    return x.astype(dtype).reshape(num_tokens, num_heads // packing, packing, head_dim)
+    if head_dim < config.io_lanes:
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, config.io_lanes - head_dim)])
+    shape = (num_tokens, num_heads // packing, packing, config.io_lanes)
+    return x.astype(config.io_dtype).reshape(shape)
 
 
 def _interpret_params(

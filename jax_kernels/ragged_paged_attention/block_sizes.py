@@ -5,7 +5,7 @@ import math
 
 import jax.numpy as jnp
 
-from jax_kernels.ragged_paged_attention import refs
+from jax_kernels.ragged_paged_attention import layout, refs
 from jax_kernels.ragged_paged_attention.chips import Chip
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
@@ -139,8 +139,12 @@ def vmem_bytes(config: KernelConfig) -> int:
 
 def _phase_bytes(config: KernelConfig, phase: PhaseConfig) -> int:
     entries = [e for e in refs.buffer_shapes(config, phase) if e is not None]
+    # A row shorter than a register takes a whole one.
     total = sum(
-        math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in entries
+        math.prod(shape[:-1])
+        * layout.align_to(shape[-1], layout.LANES)
+        * jnp.dtype(dtype).itemsize
+        for shape, dtype in entries
     )
     # Scores and probabilities of two softmax tiles pass through VMEM.
     rows = config.query_rows(phase)

@@ -13,7 +13,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kernels.ragged_paged_attention.layout import CacheLayout, align_to
+from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout, align_to
 
 LOG2_E = math.log2(math.e)
 SUBLANES = 8
@@ -160,6 +160,15 @@ class KernelConfig:
     @property
     def lanes(self) -> int:
         return self.cache.lanes
+
+    @property
+    def io_lanes(self) -> int:
+        """Length of a row of queries, keys, values and outputs in HBM.
+
+        A short row is D long, and the hardware moves whole rows only. A row of more
+        than one register is padded by the caller to whole registers.
+        """
+        return self.head_dim if self.head_dim < LANES else self.lanes
 
     @property
     def multiply_dtype(self) -> np.dtype:

@@ -29,12 +29,6 @@ def _wait_for(ref, semaphore) -> None:
     pltpu.make_async_copy(ref, ref, semaphore).wait()
 
 
-def _head_dim_lanes(config: KernelConfig):
-    """The lanes that exist in HBM, where rows of queries are not padded."""
-    whole = config.head_dim == config.lanes
-    return slice(None) if whole else pl.ds(0, config.head_dim)
-
-
 @dataclasses.dataclass(frozen=True)
 class Copies:
     """All copies of one phase.
@@ -230,10 +224,8 @@ class Copies:
         return self._tokens(self.buffers.out.at[slot], 0, num_tokens, heads)
 
     def _tokens(self, buffer, first: Int, num_tokens: Int, heads: int):
-        """Tokens of a buffer, without its padding of heads and lanes."""
-        return buffer.at[
-            pl.ds(first, num_tokens), pl.ds(0, heads), :, _head_dim_lanes(self.config)
-        ]
+        """Tokens of a buffer, without the word row that is there for the banks."""
+        return buffer.at[pl.ds(first, num_tokens), pl.ds(0, heads)]
 
     # The whole phase.
 
@@ -303,6 +295,6 @@ class OutputClearer:
             action(self._copy(first_row + whole * ZERO_ROWS, rest))
 
     def _copy(self, row: Int, num_rows: Int):
-        source = self.zeros.at[pl.ds(0, num_rows), :, :, _head_dim_lanes(self.config)]
+        source = self.zeros.at[pl.ds(0, num_rows)]
         target = self.out.at[pl.ds(row, num_rows)]
         return pltpu.make_async_copy(source, target, self.semaphore)

@@ -244,7 +244,7 @@ def _prepare_queries(copies: Copies, cell: Cell, slot: Int) -> None:
     stride = source.shape[-3]
 
     def prepare(x: jax.Array) -> jax.Array:
-        x = tile_io.zero_padding_lanes(x, config.head_dim)
+        x = tile_io.widen(x, config.lanes)
         if config.spec.q_scale is None:
             x = x * config.spec.query_multiplier
             x = x.astype(config.multiply_dtype)
@@ -306,7 +306,7 @@ def _store_output(copies: Copies, cell: Cell, slot: Int) -> None:
             for offset in range(packing):
                 head, member = divmod(pair * packing + offset, config.group)
                 heads.append(buffers.acc[sub, head, pl.ds(member * sub_q, sub_q), :])
-            words = tile_io.pack_heads(heads)
+            words = tile_io.pack_heads(heads)[:, : config.io_lanes]
             rows.store(words, sub * (sub_q * stride) + pair, stride)
 
     lax.fori_loop(0, _live_sub_tiles(copies, cell), sub_tile, None)
@@ -395,7 +395,7 @@ def _load_state(buffers: refs.Buffers, sub: Int, head: Int) -> SoftmaxState:
 
 def _attend(copies: Copies, cell: Cell, slot: Int, *, is_masked: bool) -> None:
     """Scores, softmax and values of one cell, for all heads and live sub tiles."""
-    config, buffers, phase = copies.config, copies.buffers, copies.schedule.phase
+    config, phase = copies.config, copies.schedule.phase
     interleaved = _largest_divisor(
         config.num_kv_heads, MAX_INTERLEAVED_HEADS[phase.phase]
     )

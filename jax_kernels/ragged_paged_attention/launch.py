@@ -96,5 +96,5 @@ def _out_shape(config: KernelConfig) -> tuple[int, ...]:
         config.num_tokens,
         config.num_q_heads // packing,
         packing,
-        config.head_dim,
+        config.io_lanes,
     )

@@ -26,8 +26,8 @@ class ScalarRefs(NamedTuple):
 class HbmInputs(NamedTuple):
     """Arrays in HBM; ``packing`` is that of their own dtype."""
 
-    queries: Any  # [T, Hq / packing, packing, D]
-    keys: Any  # [T, Hkv / packing, packing, D], or None
+    queries: Any  # [T, Hq / packing, packing, io_lanes]
+    keys: Any  # [T, Hkv / packing, packing, io_lanes], or None
     values: Any  # the same
     kv_cache: Any  # CacheLayout.shape; the output is the same memory
     sinks: Any  # f32[Hq] in SMEM, or None
@@ -36,18 +36,18 @@ class HbmInputs(NamedTuple):
 class HbmOutputs(NamedTuple):
     """Arrays in HBM."""
 
-    out: Any  # [T, Hq / packing, packing, D]
+    out: Any  # [T, Hq / packing, packing, io_lanes]
     kv_cache: Any  # CacheLayout.shape, or None when nothing is written
 
 
 class Buffers(NamedTuple):
     """VMEM of one phase: the rings that DMAs fill and drain, and the state."""
 
-    queries: Any  # [slots, block_q, word rows, packing, lanes]
-    keys: Any  # [slots, new tokens, word rows, packing, lanes], or None
+    queries: Any  # [slots, block_q, word rows, packing, io_lanes]
+    keys: Any  # [slots, new tokens, word rows, packing, io_lanes], or None
     values: Any  # the same
     kv: Any  # [slots, heads_per_page, block rows, packing, lanes]
-    out: Any  # [slots, block_q, word rows, packing, lanes]
+    out: Any  # [slots, block_q, word rows, packing, io_lanes]
     seam: Any  # [heads_per_page, 1, packing, lanes]: the row of old and new tokens
     q: Any  # [sub tiles, Hkv, query rows, lanes]: multiplied and cast
     m: Any  # f32[sub tiles, Hkv, query rows, 128]
@@ -89,7 +89,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             new_token_rows(config, phase),
             tile_io.io_word_rows(config.num_kv_heads, io_packing),
             io_packing,
-            lanes,
+            config.io_lanes,
         ),
         config.io_dtype,
     )
@@ -106,7 +106,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
                 phase.block_q,
                 tile_io.io_word_rows(config.num_q_heads, io_packing),
                 io_packing,
-                lanes,
+                config.io_lanes,
             ),
             config.io_dtype,
         ),
@@ -128,7 +128,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
                 phase.block_q,
                 tile_io.io_word_rows(config.num_q_heads, out_packing),
                 out_packing,
-                lanes,
+                config.io_lanes,
             ),
             config.out_dtype,
         ),
@@ -172,6 +172,6 @@ def zero_rows_shape(config: KernelConfig) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of the zeros that clear the padded end of the output."""
     packing = dtype_packing(config.out_dtype)
     return (
-        (ZERO_ROWS, config.num_q_heads // packing, packing, config.lanes),
+        (ZERO_ROWS, config.num_q_heads // packing, packing, config.io_lanes),
         config.out_dtype,
     )

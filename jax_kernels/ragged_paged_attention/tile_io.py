@@ -60,10 +60,10 @@ class WordRows:
             view[pl.ds(start * tiles + tile, size, stride * tiles), :] = part
 
     def _lane_tiles(self):
-        """The buffer as [rows * tiles, 128] words: strides need 128 lanes."""
-        tiles = self._lanes // LANES
+        """The buffer as [rows * tiles, up to 128] words: strides need one register."""
+        tiles = max(self._lanes // LANES, 1)
         view = self._ref.bitcast(jnp.uint32)
-        return view.reshape(self._num_rows * tiles, LANES), tiles
+        return view.reshape(self._num_rows * tiles, min(self._lanes, LANES)), tiles
 
 
 def to_words(value: jax.Array) -> jax.Array:
@@ -115,12 +115,12 @@ def io_word_rows(num_heads: int, packing: int) -> int:
     return (num_heads // packing) | 1
 
 
-def zero_padding_lanes(x: jax.Array, head_dim: int) -> jax.Array:
-    """Zeros lanes at and past ``head_dim``, which a DMA never filled."""
-    if head_dim == x.shape[1]:
+def widen(x: jax.Array, lanes: int) -> jax.Array:
+    """Appends zero lanes: ``[rows, D]`` to ``[rows, lanes]``."""
+    rows, width = x.shape
+    if width == lanes:
         return x
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where(lane < head_dim, x, 0.0)
+    return jnp.concatenate([x, jnp.zeros((rows, lanes - width), x.dtype)], axis=1)
 
 
 def quantise(x: jax.Array, dtype) -> jax.Array:
@@ -135,8 +135,8 @@ def quantise(x: jax.Array, dtype) -> jax.Array:
 
 
 def pack_tokens(
-    keys: jax.Array,  # f32[tokens, lanes]
-    values: jax.Array,  # f32[tokens, lanes]
+    keys: jax.Array,  # f32[tokens, io_lanes]
+    values: jax.Array,  # f32[tokens, io_lanes]
     config: KernelConfig,
 ) -> list[jax.Array]:
     """Cache word rows of consecutive tokens of one head.
@@ -146,8 +146,7 @@ def pack_tokens(
       both when they share a row.
     """
     cache, spec = config.cache, config.spec
-    keys = zero_padding_lanes(keys, cache.head_dim)
-    values = zero_padding_lanes(values, cache.head_dim)
+    keys, values = widen(keys, cache.lanes), widen(values, cache.lanes)
     if spec.k_scale is not None:
         keys = keys / spec.k_scale
     if spec.v_scale is not None:
