@@ -47,7 +47,12 @@ class StepInputs(NamedTuple):
     def to(self, device: torch.device | str) -> StepInputs:
         """Moves every tensor to a device."""
         batch = RaggedBatch(*(tensor.to(device) for tensor in self.batch))
-        return StepInputs(*(tensor.to(device) for tensor in self[:3]), batch)
+        return StepInputs(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.last_tokens.to(device),
+            batch,
+        )
 
 
 def build_step_inputs(rows: Sequence[Row], shapes: StepShapes) -> StepInputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,7 +53,8 @@ def reference_generate(
         pad_token_id=0,
     )
     input_ids = torch.tensor([prompt])
-    tokens = model.generate(input_ids, attention_mask=torch.ones_like(input_ids))
+    generate: Callable[..., torch.Tensor] = model.generate  # pyright: ignore
+    tokens = generate(input_ids, attention_mask=torch.ones_like(input_ids))
     return tokens[0, len(prompt) :].tolist()
 
 

@@ -89,7 +89,7 @@ def generate(
     options: EngineOptions,
     *,
     eos_token_ids: Iterable[int] = (),
-    on_step: Callable[[StepRecord], None] = lambda record: None,
+    on_step: Callable[[StepRecord], object] = lambda record: None,
 ) -> GenerationResult:
     """Generates greedily for all prompts at once.
 
@@ -156,7 +156,8 @@ class ModelRunner:
             import torch_xla
 
             self.device = torch_xla.device()
-        self.model = use_rpa(model).to(self.device)
+        self.model = use_rpa(model)
+        self.model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.model.tie_weights()  # moving to an XLA device unties them
         self.kv_caches = empty_kv_caches(
             self.model,

@@ -37,7 +37,8 @@ def load_model(
         dtype: Of the weights.
     """
     if directory is None:
-        return _built_in_model(attention).to(dtype).eval()
+        model = _built_in_model(attention).eval()
+        return model.to(dtype)  # pyright: ignore[reportArgumentType]
     _require_directory(directory)
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation=attention

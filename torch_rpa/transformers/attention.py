@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from torch_rpa.transformers.context import RPAContext
+from torch_rpa.transformers.context import AttentionModule, RPAContext
 
 # transformers gives names with "flash", "sdpa", "paged|" or "/" meanings of their own.
 ATTENTION_NAME = "rpa"
@@ -53,7 +52,7 @@ def use_rpa(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def rpa_attention(
-    module: nn.Module,
+    module: AttentionModule,
     query: torch.Tensor,  # [1, Hq, T, D], rotary embedding applied
     key: torch.Tensor,  # [1, Hkv, T, D]
     value: torch.Tensor,  # [1, Hkv, T, D]
@@ -120,7 +119,7 @@ def _refuse_caches(
 
 
 def _refuse_other_meanings(
-    module: nn.Module,
+    module: AttentionModule,
     attention_mask: torch.Tensor | None,
     dropout: float,
     is_causal: bool | None,
@@ -153,7 +152,7 @@ def _refuse_other_meanings(
         )
 
 
-def _sliding_window(module: nn.Module, argument: int | None) -> int | None:
+def _sliding_window(module: AttentionModule, argument: int | None) -> int | None:
     """Returns the window of a layer: what it passes, else what its config says."""
     config = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)

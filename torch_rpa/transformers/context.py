@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 import torch_rpa
+
+
+class AttentionModule(Protocol):
+    """What an attention module of transformers says about itself."""
+
+    config: Any
+    layer_idx: int
+    head_dim: int
+    num_key_value_groups: int
+    training: bool
 
 
 class RaggedBatch(NamedTuple):
@@ -73,12 +83,13 @@ def empty_kv_caches(
     ]
 
 
-def _attention_layers(model: nn.Module) -> list[nn.Module]:
-    layers = {
-        module.layer_idx: module
+def _attention_layers(model: nn.Module) -> list[AttentionModule]:
+    modules: list[Any] = [
+        module
         for module in model.modules()
         if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
-    }
+    ]
+    layers: dict[int, AttentionModule] = {m.layer_idx: m for m in modules}
     if sorted(layers) != list(range(len(layers))) or not layers:
         raise NotImplementedError(
             f"model must have an attention module for each layer, got layers "
