@@ -75,8 +75,9 @@ def ragged_paged_attention(
             CPU tensors. "reference" takes the plain computation on every device.
             "pallas_interpret" runs the Pallas kernel on CPU tensors, simulated: slow,
             for debugging. Nothing falls back silently.
-        validate: Check the values of the metadata first, waiting for them. None does so
-            if the environment variable ``TORCH_RPA_VALIDATE`` is 1.
+        validate: True checks the values of the metadata first, waiting for them.
+            Otherwise they are checked if the environment variable
+            ``TORCH_RPA_VALIDATE`` is 1.
 
     Returns:
         ``[T, Hq, D]``. Rows of no live sequence, and rows that see no key, are zeros.
@@ -106,17 +107,15 @@ def ragged_paged_attention(
         validation.validate_values(inputs, AttentionOptions(**options))
     if impl is None:
         return ops.ragged_paged_attention(*inputs, **options)
-    return _run_selected(impl, inputs, AttentionOptions(**options), validate)
+    return _run_selected(impl, inputs, AttentionOptions(**options))
 
 
-def _run_selected(
-    impl: str, inputs: Inputs, options: AttentionOptions, validate: bool | None
-) -> torch.Tensor:
+def _run_selected(impl: str, inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
     """Runs an implementation other than the device's own."""
     validation.validate_gradients(inputs)
-    if validate is None and validation.values_requested():
-        validation.validate_values(inputs, options)
     if impl == "pallas_interpret":
+        if validation.values_requested():
+            validation.validate_values(inputs, options)
         from torch_rpa import jax_bridge
 
         return jax_bridge.interpret_pallas_(inputs, options)

@@ -74,7 +74,10 @@ def call(
     if validation.values_requested():
         _validate_values(tensors, options)
     user_computation, computation = entry
-    operands = [t for t in tensors if t is not None]
+    # torch_xla numbers the parameters of a graph depth first, last operand first. With
+    # q last and the cache first, the caches of the layers before come before.
+    q, k, v, *rest = tensors
+    operands = [t for t in (*rest, v, k, q) if t is not None]
     return user_computation(CALL_NAME, operands, computation)
 
 
@@ -192,14 +195,13 @@ def _lower(inputs: Inputs, options: AttentionOptions, target: Target) -> Any:
 
     torch_xla._XLAC._init_computation_client()  # before JAX looks for devices
     jax = _import_jax()
-    present = tuple(tensor is not None for tensor in inputs)
+    q, k, v, *rest = inputs
     structs = [
-        jax.ShapeDtypeStruct(tuple(t.shape), jax_dtype(t.dtype))
-        for t in inputs
-        if t is not None
+        None if t is None else jax.ShapeDtypeStruct(tuple(t.shape), jax_dtype(t.dtype))
+        for t in (*rest, v, k, q)
     ]
     keywords = jax_keywords(options, inputs.q.dtype)
-    function = functools.partial(_run, present, _implementation(target), keywords)
+    function = functools.partial(_run, _implementation(target), keywords)
     name = "ragged_paged_attention"
     with _lowering_config():
         traced = jax.jit(function, keep_unused=True).trace(*structs)
@@ -209,15 +211,11 @@ def _lower(inputs: Inputs, options: AttentionOptions, target: Target) -> Any:
 
 
 def _run(
-    present: tuple[bool, ...],
-    implementation: Callable,
-    keywords: dict[str, Any],
-    *operands: Any,
+    implementation: Callable, keywords: dict[str, Any], *operands: Any
 ) -> tuple[Any, ...]:
-    """The traced function: puts the missing arguments back as None."""
-    rest = iter(operands)
-    arguments = [next(rest) if there else None for there in present]
-    out, new_cache = implementation(*arguments, **keywords)
+    """The traced function, with the operands in the order of :func:`call`."""
+    *rest, v, k, q = operands
+    out, new_cache = implementation(q, k, v, *rest, **keywords)
     return (out, new_cache) if keywords["update_kv_cache"] else (out,)
 
 

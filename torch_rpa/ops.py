@@ -71,8 +71,38 @@ def _composite(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
         out, new_cache = ragged_paged_attention_functional(
             *tensors, **options, donate_kv_cache=donate
         )
-        kv_cache.copy_(new_cache)
+        _update_in_place(kv_cache, new_cache)
         return out
+
+
+def _update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:
+    """Makes ``new_cache`` the value of ``kv_cache``.
+
+    Where tensors are functionalized this does what functionalization makes of any
+    ``foo_``, and it matters that it is not ``copy_``:
+
+    * In lazy mode torch_xla's ``copy_`` keeps the id of the tensor. XLA pairs donated
+      parameters with outputs of their size in order, and torch_xla orders outputs by
+      id: with a fresh id that is the order of execution, which is the order of the
+      parameters too (see ``jax_bridge.call``). A cache paired with the buffer of
+      another layer's would be copied in every step.
+    * In a graph of torch.compile, ``copy`` would make torch_xla output each cache
+      twice, and XLA copy it for the second.
+    """
+    if isinstance(kv_cache, FunctionalTensor):
+        assert isinstance(new_cache, FunctionalTensor)
+        kv_cache.replace_(torch._from_functional_tensor(new_cache.elem))
+        kv_cache.commit_update()
+        kv_cache.sync()
+    elif torch._is_functional_tensor(kv_cache):
+        value = torch._from_functional_tensor(new_cache)
+        old_value = torch._from_functional_tensor(kv_cache)
+        torch.ops.aten._propagate_xla_data(old_value, value)
+        torch._functionalize_replace(kv_cache, value)
+        torch._functionalize_commit_update(kv_cache)
+        torch._functionalize_sync(kv_cache)
+    else:
+        kv_cache.copy_(new_cache)
 
 
 def _autograd_cpu(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ml_dtypes  # noqa: F401  (names bfloat16 and float8 for NumPy)
+import numpy as np
 import torch
 
 import torch_rpa
+from tests.support import numerics
+from tests.support.ragged_batches import RaggedBatch
 from torch_rpa.validation import Inputs
 
 GARBAGE = -(2**31)  # as a page id or a length it would be noticed
@@ -99,3 +103,30 @@ def assert_same_up_to_rounding(out: torch.Tensor, expected: torch.Tensor) -> Non
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the bytes of a tensor, for exact comparisons of any dtype."""
     return tensor.detach().cpu().contiguous().view(torch.uint8)
+
+
+def from_batch(batch: RaggedBatch, device: torch.device | str = "cpu") -> Inputs:
+    """The tensors of a hostile batch: NaN in dead slots and padding, garbage ids."""
+    return Inputs(
+        *[None if x is None else _tensor(x).to(device) for x in batch.arguments]
+    )
+
+
+def assert_matches_oracle(
+    out: torch.Tensor, call: Inputs, batch: RaggedBatch, **options
+) -> None:
+    """Fails unless out is within its error budget and every byte of the cache right."""
+    with np.errstate(invalid="ignore"):  # padding rows of int8 queries: NaN to integer
+        numerics.assert_matches_oracle(
+            _array(out), _array(call.kv_cache), batch.arguments, **options
+        )
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    dtype = getattr(torch, array.dtype.name)
+    return torch.from_numpy(np.array(array).view(np.uint8)).view(dtype)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    return raw_bytes(tensor).numpy().view(dtype)

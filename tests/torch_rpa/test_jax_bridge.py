@@ -15,7 +15,14 @@ import torch_xla.debug.metrics as xla_metrics  # noqa: E402
 import torch_xla.runtime as xla_runtime  # noqa: E402
 
 import torch_rpa  # noqa: E402
-from tests.torch_rpa.calls import assert_same_up_to_rounding, make_call, raw_bytes  # noqa: E402
+from tests.torch_rpa.calls import (  # noqa: E402
+    assert_matches_oracle,
+    assert_same_up_to_rounding,
+    from_batch,
+    make_call,
+    raw_bytes,
+)
+from tests.torch_rpa.scenarios import SCENARIOS, make_scenario  # noqa: E402
 from torch_rpa import jax_bridge, ops, validation  # noqa: E402
 from torch_rpa.options import AttentionOptions  # noqa: E402
 
@@ -59,25 +66,13 @@ def test_xla_carries_every_cache_dtype(cache_dtype, head_dim):
     assert_xla_matches_eager(options, head_dim=head_dim, cache_dtype=cache_dtype)
 
 
-@on_xla_cpu
-@pytest.mark.parametrize(
-    ("options", "arguments"),
-    [
-        ({"causal": False}, {}),
-        ({"sliding_window": 5}, {}),
-        ({"soft_cap": 2.0}, {}),
-        ({}, {"sinks": True}),
-        ({"out_dtype": torch.bfloat16}, {}),
-        ({"out_dtype": torch.float32}, {"dtype": torch.bfloat16}),
-        ({"q_scale": 0.03, "k_scale": 0.03}, {"cache_dtype": torch.int8}),
-        ({"chunk_prefill_size": 4}, {"lengths": [(1, 9), (4, 8), (4, 20), (3, 3)]}),
-        ({}, {"lengths": [(1, 3), (0, 9), (0, 0), (4, 4)]}),
-        ({}, {"lengths": []}),
-    ],
-    ids=str,
-)
-def test_xla_matches_eager_for_each_option(options, arguments):
-    assert_xla_matches_eager({"sm_scale": 0.1} | options, **arguments)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_xla_matches_the_float64_oracle(name):
+    batch, options, oracle_options = make_scenario(name)
+    call = from_batch(batch, torch_xla.device())
+    out = torch_rpa.ragged_paged_attention(*call, **options)
+    torch_xla.sync()
+    assert_matches_oracle(out, call, batch, **oracle_options)
 
 
 @on_xla_cpu

@@ -1,4 +1,4 @@
-"""The eager reference on cases that can be worked out by hand."""
+"""The eager reference: against float64, and on cases worked out by hand."""
 
 import math
 
@@ -6,9 +6,23 @@ import pytest
 import torch
 
 import torch_rpa
-from tests.torch_rpa.calls import make_call, raw_bytes
+from tests.torch_rpa.calls import (
+    assert_matches_oracle,
+    from_batch,
+    make_call,
+    raw_bytes,
+)
+from tests.torch_rpa.scenarios import SCENARIOS, make_scenario
 from torch_rpa import reference
 from torch_rpa.options import AttentionOptions
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_reference_matches_the_float64_oracle(name):
+    batch, options, oracle_options = make_scenario(name)
+    call = from_batch(batch)
+    out = torch_rpa.ragged_paged_attention(*call, **options)
+    assert_matches_oracle(out, call, batch, **oracle_options)
 
 
 def counting_call(num_tokens=4, head_dim=32, cache_dtype=torch.float32, **changes):

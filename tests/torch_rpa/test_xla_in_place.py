@@ -68,6 +68,35 @@ def test_caches_stay_in_their_buffers(mode, cache_dtype):
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+@pytest.mark.parametrize("mode", ["lazy", "openxla"])
+def test_every_layer_keeps_its_own_buffer(mode, order):
+    """XLA pairs donated buffers with outputs of their size by order, not by use.
+
+    Swapped buffers would be right on a CPU, but on a TPU each would cost a copy.
+    """
+    tokens = torch.zeros(24, dtype=torch.int32).to(torch_xla.device())
+    calls = [make_call(device=torch_xla.device(), seed=seed) for seed in range(3)]
+    caches = [call.kv_cache for call in calls]
+    q, k, v, _, *metadata = calls[0][:8]
+    torch_xla.sync(wait=True)
+    pointers = [pointer(cache) for cache in caches]
+
+    def step(hidden, tokens, k, v, caches, metadata):
+        for layer in order:
+            hidden = ops.ragged_paged_attention(hidden, k, v, caches[layer], *metadata)
+        # An older tensor than all caches, which depends on all layers.
+        tokens.add_(hidden.sum((1, 2)).to(torch.int32))
+        return hidden
+
+    torch._dynamo.reset()
+    function = step if mode == "lazy" else torch.compile(step, backend="openxla")
+    for _ in range(3):
+        function(q, tokens, k, v, caches, metadata)
+        torch_xla.sync(wait=True)
+        assert [pointer(cache) for cache in caches] == pointers
+
+
 def aliased_parameters():
     """(time, number of aliased parameters) of each compilation."""
     return xla_metrics.metric_data("InputOutputAliasCount")[2]

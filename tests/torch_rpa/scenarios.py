@@ -1,0 +1,48 @@
+"""Batches and options that every implementation of the operator must get right."""
+
+from tests.support.ragged_batches import make_ragged_batch
+
+MIXED = [(1, 17), (1, 16), (1, 1), (7, 7), (5, 40), (16, 48)]
+
+# name -> (sequences, arguments of make_ragged_batch, options of the operator)
+SCENARIOS = {
+    "mixed": (MIXED, {}, {}),
+    "bf16": (MIXED, {"q_dtype": "bfloat16"}, {}),
+    "decode only": ([(1, n) for n in (1, 2, 15, 16, 17, 33)], {}, {}),
+    "prefill only": ([(n, n) for n in (1, 15, 16, 17)], {"head_dim": 128}, {}),
+    "chunks": (
+        [(1, 20), (4, 4), (4, 19), (3, 30)],
+        {"distribution": (1, 3, 4)},
+        {"chunk_prefill_size": 4},
+    ),
+    "nothing live": ([], {}, {}),
+    "empty sequences": ([(1, 5), (0, 9), (0, 0), (4, 9)], {}, {}),
+    "shared prefix": ([(1, 37), (5, 40)], {"shared_prefix_pages": 2}, {}),
+    "window": (MIXED, {"head_dim": 96}, {"sliding_window": 6}),
+    "full attention": (MIXED, {}, {"causal": False}),
+    "soft cap": (MIXED, {}, {"soft_cap": 3.0, "sm_scale": 1.0}),
+    "sinks": (MIXED, {"with_sinks": True, "num_q_heads": 6}, {}),
+    "odd group": (MIXED, {"num_q_heads": 15, "num_kv_heads": 3}, {}),
+    "float32 into bf16": (MIXED, {"cache_dtype": "bfloat16"}, {}),
+    "fp8": (MIXED, {"cache_dtype": "float8_e4m3fn", "q_dtype": "bfloat16"}, {}),
+    "fp8 scales": (
+        MIXED,
+        {"cache_dtype": "float8_e5m2", "head_dim": 128, "k_scale": 0.5, "v_scale": 2.0},
+        {"k_scale": 0.5, "v_scale": 2.0},
+    ),
+    "int8 with quantised queries": (
+        MIXED,
+        {"cache_dtype": "int8", "k_scale": 0.03, "v_scale": 0.03},
+        {"q_scale": 0.03, "k_scale": 0.03, "v_scale": 0.03},
+    ),
+    "read only": (MIXED, {"cache_holds_new_tokens": True}, {"update_kv_cache": False}),
+}
+
+
+def make_scenario(name):
+    """Returns the batch, its options, and the options that the oracle knows."""
+    sequences, arguments, options = SCENARIOS[name]
+    batch = make_ragged_batch(sequences, **arguments)
+    options = {"sm_scale": batch.queries.shape[2] ** -0.5} | options
+    oracle_options = {k: v for k, v in options.items() if k != "chunk_prefill_size"}
+    return batch, options, oracle_options

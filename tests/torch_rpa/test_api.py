@@ -1,0 +1,69 @@
+"""The public function: choice of implementation, and the simulated kernel."""
+
+import pytest
+import torch
+
+import torch_rpa
+from tests.torch_rpa.calls import (
+    assert_matches_oracle,
+    from_batch,
+    make_call,
+    raw_bytes,
+    to_device,
+)
+from tests.torch_rpa.scenarios import make_scenario
+
+
+def test_the_result_and_the_cache_are_those_of_the_operator():
+    call, expected_call = make_call(sinks=True), make_call(sinks=True)
+    options = {"sm_scale": 0.1, "soft_cap": 5.0, "k_scale": 2.0}
+    out = torch_rpa.ragged_paged_attention(*call, **options)
+    expected = torch.ops.rpa.ragged_paged_attention(*expected_call, **options)
+    assert torch.equal(out, expected)
+    assert torch.equal(raw_bytes(call.kv_cache), raw_bytes(expected_call.kv_cache))
+
+
+def test_an_unknown_implementation_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"impl must be one of .*'reference'.*'flash'"):
+        torch_rpa.ragged_paged_attention(*make_call(), impl="flash")
+
+
+def test_no_implementation_but_the_operator_differentiates_either():
+    call = make_call()
+    call.q.requires_grad_()
+    for impl in (None, "reference", "pallas_interpret"):
+        with pytest.raises(NotImplementedError, match="no backward"):
+            torch_rpa.ragged_paged_attention(*call, impl=impl)
+
+
+def test_reference_on_cpu_tensors_is_the_operator():
+    call, expected_call = make_call(), make_call()
+    out = torch_rpa.ragged_paged_attention(*call, impl="reference")
+    assert torch.equal(out, torch_rpa.ragged_paged_attention(*expected_call))
+
+
+def test_pallas_interpret_wants_cpu_tensors():
+    call = to_device(make_call(), "meta")
+    with pytest.raises(NotImplementedError, match=r"CPU tensors, got meta.*\.cpu\(\)"):
+        torch_rpa.ragged_paged_attention(*call, impl="pallas_interpret")
+
+
+@pytest.mark.parametrize("name", ["mixed", "bf16", "fp8", "fp8 scales", "read only"])
+def test_pallas_interpret_runs_the_kernel_in_place(name):
+    batch, options, oracle_options = make_scenario(name)
+    call = from_batch(batch)
+    address = call.kv_cache.data_ptr()
+    out = torch_rpa.ragged_paged_attention(*call, **options, impl="pallas_interpret")
+    assert call.kv_cache.data_ptr() == address
+    assert_matches_oracle(out, call, batch, **oracle_options)
+
+
+@pytest.mark.parametrize("impl", [None, "reference", "pallas_interpret"])
+def test_values_are_checked_for_every_implementation(monkeypatch, impl):
+    call = make_call()
+    call.distribution[:] = torch.tensor([3, 3, 4])  # the third has nine tokens
+    with pytest.raises(ValueError, match="distribution puts sequence 2"):
+        torch_rpa.ragged_paged_attention(*call, impl=impl, validate=True)
+    monkeypatch.setenv("TORCH_RPA_VALIDATE", "1")
+    with pytest.raises(ValueError, match="distribution puts sequence 2"):
+        torch_rpa.ragged_paged_attention(*call, impl=impl)
