@@ -52,6 +52,7 @@ class Progress(NamedTuple):
     cursor: Cursor
     num_cells: Int
     num_tiles: Int  # tiles with queries
+    stored_end: Int  # see Schedule.describe
 
 
 def rpa_kernel(
@@ -67,8 +68,11 @@ def rpa_kernel(
     num_live = scalars.distribution[2]
     num_live_tokens = jnp.where(num_live > 0, scalars.cu_q_lens[num_live], 0)
     clearer = OutputClearer(config, outputs.out, zeros, clear_semaphore)
-    zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
-    clearer.start(num_live_tokens)
+
+    @pl.when(num_live_tokens < config.num_tokens)
+    def _():
+        zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
+        clearer.start(num_live_tokens)
 
     for phase in config.phases:
         begin, end = _sequences_of(phase, scalars, config)
@@ -106,7 +110,10 @@ def _run_phase(
     copies.reset()
     issue = functools.partial(_issue, copies, end)
     start = Progress(
-        Cursor(jnp.int32(begin), jnp.int32(0), jnp.int32(0)), jnp.int32(0), jnp.int32(0)
+        Cursor(jnp.int32(begin), jnp.int32(0), jnp.int32(0)),
+        num_cells=jnp.int32(0),
+        num_tiles=jnp.int32(0),
+        stored_end=jnp.int32(0),
     )
     progress = lax.fori_loop(0, phase.lookahead, lambda _, p: issue(p), start)
 
@@ -130,12 +137,15 @@ def _issue(copies: Copies, end: Int, progress: Progress) -> Progress:
     num_slots = schedule.phase.num_slots
 
     def start(progress: Progress) -> Progress:
-        lengths = _read_lengths(copies.scalars, progress.cursor.sequence)
-        cell = schedule.describe(progress.cursor, lengths)
+        cursor, stored_end = progress.cursor, progress.stored_end
+        lengths = _read_lengths(copies.scalars, cursor.sequence)
         slot = lax.rem(progress.num_cells, jnp.int32(num_slots))
+        if copies.config.spec.update_kv_cache:
+            stored_end = _stored_end(copies, slot, cursor.sequence, stored_end)
+            copies.wait_write_back(slot)
+        cell = schedule.describe(cursor, lengths, stored_end)
         _store_cell(copies.bookkeeping.cells, slot, cell)
         if copies.config.spec.update_kv_cache:
-            copies.wait_write_back(slot)
             copies.start_new_tokens(cell, slot)
         copies.start_block(cell, slot)
         is_first = _is_first_block(cell)
@@ -145,14 +155,29 @@ def _issue(copies: Copies, end: Int, progress: Progress) -> Progress:
             queries_slot = lax.rem(progress.num_tiles, jnp.int32(num_slots))
             copies.start_queries(cell, queries_slot)
 
+        following = schedule.advance(cell)
         return Progress(
-            schedule.advance(cell),
+            following,
             progress.num_cells + 1,
             progress.num_tiles + is_first.astype(jnp.int32),
+            jnp.where(following.sequence == cursor.sequence, stored_end, 0),
         )
 
     return lax.cond(
         progress.cursor.sequence < end, start, lambda progress: progress, progress
+    )
+
+
+def _stored_end(copies: Copies, slot: Int, sequence: Int, stored_end: Int) -> Int:
+    """How far a sequence is stored once the write-back of a slot has ended."""
+    if copies.schedule.phase.is_decode:
+        return stored_end  # One new token, met once.
+    earlier = _load_cell(copies.bookkeeping.cells, slot)
+    has_written = copies.bookkeeping.written_rows[slot] > 0
+    return jnp.where(
+        has_written & (earlier.sequence == sequence),
+        copies.schedule.written_end(earlier),
+        stored_end,
     )
 
 

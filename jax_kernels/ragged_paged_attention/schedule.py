@@ -19,8 +19,10 @@ Worked example, ``block_q = 4``, ``block_kv = 8``, packing 2, causal, two sequen
 
 * Tiles start at packed rows (position 6, not 7, begins tile 0), so every packed row
   that is written belongs to exactly one tile.
-* Only old tokens are read from the cache, new ones always come from ``keys`` and
-  ``values``: nothing that this launch writes is ever read back.
+* A token is read from the cache when it is old, or when this launch has written it
+  and has seen the write end (``stored_end``). Any other new token comes from ``keys``
+  and ``values`` again. So nothing is read while it is being written, and nothing
+  waits. Above, no write has ended yet when cells 2 and 3 are issued.
 * The row 6 | 7 holds an old and a new token (the *seam*). Tile 0 reads it, merges it
   and keeps it for later tiles, which must not read what tile 0 is writing.
 * The row 12 | 13 holds a new token and a dead slot (the *tail*). The tile that
@@ -121,8 +123,15 @@ class Schedule:
         """Whether every block lies within one page."""
         return self.phase.block_kv <= self.config.cache.page_size
 
-    def describe(self, cursor: Cursor, lengths: Lengths) -> Cell:
-        """The cell at a cursor."""
+    def describe(self, cursor: Cursor, lengths: Lengths, stored_end: Int = 0) -> Cell:
+        """The cell at a cursor.
+
+        Args:
+          cursor: The place in the list.
+          lengths: The sequence at that place.
+          stored_end: New tokens of the sequence before this position are known to be
+            in the cache. 0: nothing is known. A multiple of the packing.
+        """
         spec, packing = self.config.spec, self.config.cache.packing
         block_kv = self.phase.block_kv
         kv_len = lengths.kv_len
@@ -171,7 +180,7 @@ class Schedule:
             old_end = jnp.where(
                 cursor.tile == 0,
                 ceil_to(new_start, packing),
-                floor_to(new_start, packing),
+                jnp.maximum(floor_to(new_start, packing), stored_end),
             )
         cache_begin = jnp.maximum(floor_to(visible_begin, packing), block_start)
         cache_end = jnp.minimum(old_end, ceil_to(block_end, packing))
@@ -179,7 +188,9 @@ class Schedule:
 
         tail_row = jnp.int32(-1)
         if spec.update_kv_cache:
-            new_begin = jnp.maximum(jnp.maximum(new_start, block_start), 0)
+            # The first tile meets each block once, so nothing of it is stored yet.
+            known_end = jnp.where(cursor.tile == 0, 0, stored_end)
+            new_begin = jnp.maximum(jnp.maximum(new_start, block_start), known_end)
             new_end = jnp.maximum(block_end, new_begin)
             # A causal tile owns its own positions. Otherwise the first tile meets
             # every key, so it owns them all.
@@ -222,6 +233,10 @@ class Schedule:
             write_row_begin=write_row_begin,
             write_row_end=write_row_end,
         )
+
+    def written_end(self, cell: Cell) -> Int:
+        """The position after the rows that a cell writes, a multiple of the packing."""
+        return cell.block_start + cell.write_row_end * self.config.cache.packing
 
     def advance(self, cell: Cell) -> Cursor:
         """The cursor of the cell after ``cell``; the sequence may be the next one."""
