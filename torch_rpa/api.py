@@ -42,6 +42,11 @@ def ragged_paged_attention(
     each query attends to its sequence as the cache stores it. All shapes are static:
     pad ``T`` and ``S`` and say in ``distribution`` how many sequences are live.
 
+    On an XLA device the cache stays in its buffer, in lazy mode and under
+    ``torch.compile(backend="openxla")``, provided that each layer has a tensor of its
+    own (an update through a view of a larger one copies it) and that
+    ``torch_xla.sync()`` ends each step.
+
     Args:
         q: ``[T, Hq, D]`` bfloat16 or float32. Sequence ``s`` owns the rows
             ``cu_q_lens[s] .. cu_q_lens[s + 1]``.

@@ -50,9 +50,7 @@ _lock = threading.Lock()
 _computations: dict[tuple, Any] = {}
 
 
-def call(
-    tensors: Sequence[torch.Tensor | None], options: dict[str, Any]
-) -> list[torch.Tensor]:
+def call(tensors: Sequence[Any], options: dict[str, Any]) -> list[torch.Tensor]:
     """Adds the attention to torch_xla's graph.
 
     Args:
@@ -72,7 +70,7 @@ def call(
     if entry is None:
         entry = _prepare(signature, tensors, options)
     if validation.values_requested():
-        _validate_values(tensors, options)
+        validation.validate_values(Inputs(*tensors), AttentionOptions(**options))
     user_computation, computation = entry
     # torch_xla numbers the parameters of a graph depth first, last operand first. With
     # q last and the cache first, the caches of the layers before come before.
@@ -169,11 +167,10 @@ def chip_name(kind: str) -> str | None:
 
 
 def _prepare(
-    signature: tuple, tensors: Sequence[torch.Tensor | None], options: dict[str, Any]
+    signature: tuple, tensors: Sequence[Any], options: dict[str, Any]
 ) -> tuple[Callable, Any]:
     """Validates and lowers a new signature."""
-    inputs = Inputs(*tensors, *(None,) * (len(Inputs._fields) - len(tensors)))  # type: ignore[arg-type]
-    attention_options = AttentionOptions(**options)
+    inputs, attention_options = Inputs(*tensors), AttentionOptions(**options)
     validation.validate_static(inputs, attention_options)
     target = _state.target or device_target(inputs.q.device)
     with _lock:
@@ -264,13 +261,6 @@ def _lowering_config() -> Iterator[None]:
         config.traceback_in_locations_limit(0),
     ):
         yield
-
-
-def _validate_values(
-    tensors: Sequence[torch.Tensor | None], options: dict[str, Any]
-) -> None:
-    inputs = Inputs(*tensors, *(None,) * (len(Inputs._fields) - len(tensors)))  # type: ignore[arg-type]
-    validation.validate_values(inputs, AttentionOptions(**options))
 
 
 # ---- the kernel on plain CPU tensors

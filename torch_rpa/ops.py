@@ -7,10 +7,10 @@ Three operators, one below the other::
       rpa::ragged_paged_attention_readonly      returns out; kv_cache is only read
 
 On CPU tensors the public operator is the eager reference. Everywhere else it is
-composite: it calls a functional operator and copies the new cache onto ``kv_cache``,
-which is how PyTorch/XLA expresses an update in place (its functionalization refuses
-custom operators that mutate). This module imports torch only; torch_xla and JAX come
-in with the first call on an XLA device.
+composite: it calls a functional operator and makes the new cache the value of
+``kv_cache``, which is how PyTorch/XLA expresses an update in place (its
+functionalization refuses custom operators that mutate). This module imports torch only;
+torch_xla and JAX come in with the first call on an XLA device.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ragged_paged_attention_readonly = torch.ops.rpa.ragged_paged_attention_readonly.
 # ---- the public operator
 
 
-def _composite(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
+def _composite(*tensors: Any, **options: Any) -> torch.Tensor:
     """Any device but the CPU: the functional operator, then an update in place."""
     validation.validate_gradients(tensors)
     with torch._C._AutoDispatchBelowAutograd():
@@ -105,17 +105,17 @@ def _update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:
         kv_cache.copy_(new_cache)
 
 
-def _autograd_cpu(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
+def _autograd_cpu(*tensors: Any, **options: Any) -> torch.Tensor:
     validation.validate_gradients(tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return ragged_paged_attention(*tensors, **options)
 
 
-def _cpu(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
+def _cpu(*tensors: Any, **options: Any) -> torch.Tensor:
     """CPU: the eager reference."""
     from torch_rpa import reference
 
-    inputs, attention_options = _as_inputs(tensors), AttentionOptions(**options)
+    inputs, attention_options = Inputs(*tensors), AttentionOptions(**options)
     if validation.values_requested():
         validation.validate_values(inputs, attention_options)
     return reference.ragged_paged_attention_(inputs, attention_options)
@@ -124,37 +124,37 @@ def _cpu(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
 # ---- the functional operators
 
 
-def _functional_autograd(*tensors: torch.Tensor | None, **options: Any) -> Any:
+def _functional_autograd(*tensors: Any, **options: Any) -> Any:
     validation.validate_gradients(tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return ragged_paged_attention_functional(*tensors, **options)
 
 
-def _readonly_autograd(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
+def _readonly_autograd(*tensors: Any, **options: Any) -> torch.Tensor:
     validation.validate_gradients(tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return ragged_paged_attention_readonly(*tensors, **options)
 
 
 def _functional_cpu(
-    *tensors: torch.Tensor | None, donate_kv_cache: bool = False, **options: Any
+    *tensors: Any, donate_kv_cache: bool = False, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     del donate_kv_cache  # a hint about memory
     _require_update(options)
-    inputs = _as_inputs(tensors)
+    inputs = Inputs(*tensors)
     inputs = inputs._replace(
         kv_cache=inputs.kv_cache.clone(memory_format=torch.contiguous_format)
     )
     return _cpu(*inputs, **options), inputs.kv_cache
 
 
-def _readonly_cpu(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
+def _readonly_cpu(*tensors: Any, **options: Any) -> torch.Tensor:
     _require_no_update(options)
     return _cpu(*tensors, **options)
 
 
 def _functional_xla(
-    *tensors: torch.Tensor | None, donate_kv_cache: bool = False, **options: Any
+    *tensors: Any, donate_kv_cache: bool = False, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from torch_rpa import jax_bridge
 
@@ -165,7 +165,7 @@ def _functional_xla(
     return out, new_cache
 
 
-def _readonly_xla(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
+def _readonly_xla(*tensors: Any, **options: Any) -> torch.Tensor:
     from torch_rpa import jax_bridge
 
     _require_no_update(options)
@@ -174,22 +174,22 @@ def _readonly_xla(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor
 
 
 def _functional_fake(
-    *tensors: torch.Tensor | None, donate_kv_cache: bool = False, **options: Any
+    *tensors: Any, donate_kv_cache: bool = False, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     del donate_kv_cache
     _require_update(options)
-    inputs = _as_inputs(tensors)
+    inputs = Inputs(*tensors)
     return _fake_out(inputs, AttentionOptions(**options)), torch.empty_like(
         inputs.kv_cache, memory_format=torch.contiguous_format
     )
 
 
-def _readonly_fake(*tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
+def _readonly_fake(*tensors: Any, **options: Any) -> torch.Tensor:
     _require_no_update(options)
-    return _fake_out(_as_inputs(tensors), AttentionOptions(**options))
+    return _fake_out(Inputs(*tensors), AttentionOptions(**options))
 
 
-def _unsupported_device(*tensors: torch.Tensor | None, **options: Any) -> Any:
+def _unsupported_device(*tensors: Any, **options: Any) -> Any:
     del options
     devices = sorted({str(t.device) for t in tensors if t is not None})
     layouts = sorted({str(t.layout) for t in tensors if t is not None})
@@ -207,11 +207,6 @@ def _fake_out(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
         dtype=options.out_dtype or inputs.q.dtype,
         memory_format=torch.contiguous_format,
     )
-
-
-def _as_inputs(tensors: tuple[torch.Tensor | None, ...]) -> Inputs:
-    # The dispatcher leaves out trailing arguments that have their default.
-    return Inputs(*tensors, *(None,) * (len(Inputs._fields) - len(tensors)))  # type: ignore[arg-type]
 
 
 def _require_update(options: dict[str, Any]) -> None:

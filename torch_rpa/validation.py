@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     page_indices: torch.Tensor  # i32[S * P]
     cu_q_lens: torch.Tensor  # i32[S + 1]
     distribution: torch.Tensor  # i32[3]
-    sinks: torch.Tensor | None  # f32[Hq]
+    sinks: torch.Tensor | None = None  # f32[Hq]
 
 
 def values_requested() -> bool:

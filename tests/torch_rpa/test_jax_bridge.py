@@ -27,7 +27,7 @@ from torch_rpa import jax_bridge, ops, validation  # noqa: E402
 from torch_rpa.options import AttentionOptions  # noqa: E402
 
 on_xla_cpu = pytest.mark.skipif(
-    xla_runtime.device_type() != "CPU", reason="compares float32 exactly"
+    xla_runtime.device_type() != "CPU", reason="for the XLA CPU device"
 )
 
 
@@ -162,6 +162,7 @@ def test_lowering_restores_the_configuration_of_jax():
     assert after == before
 
 
+@on_xla_cpu  # a second process cannot have the TPU
 def test_jax_opens_no_device_but_the_cpu():
     """In a new process, with libtpu installed and JAX_PLATFORMS asking for the TPU."""
     code = textwrap.dedent("""

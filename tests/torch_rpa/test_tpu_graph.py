@@ -13,14 +13,20 @@ import torch
 torch_xla = pytest.importorskip("torch_xla")
 
 import torch_xla.core.dynamo_bridge as dynamo_bridge  # noqa: E402
+import torch_xla.runtime as xla_runtime  # noqa: E402
 
 from tests.torch_rpa.calls import make_call  # noqa: E402
 from tests.torch_rpa.tpu_compiler import compile_for_tpu, graph_of  # noqa: E402
 from torch_rpa import jax_bridge, ops  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+    ),
+    pytest.mark.skipif(
+        xla_runtime.device_type() != "CPU", reason="torch_xla itself holds libtpu"
+    ),
+]
 
 CHIPS = ["tpu7x", "v6e"]
 HEADS = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
