@@ -104,7 +104,8 @@ def generate(
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     longest = max(map(len, prompts)) + options.max_new_tokens
-    limit = getattr(model.config, "max_position_embeddings", longest)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", longest)
     if longest > limit:
         raise ValueError(
             f"prompts and max_new_tokens must fit the model's {limit} positions "
