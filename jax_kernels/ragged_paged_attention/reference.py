@@ -10,6 +10,8 @@ queries of one sequence attend to blocks of its pages, with an online softmax::
           gather pages -> scores -> running maximum, sum and accumulator
 """
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -33,6 +35,44 @@ class _LiveSequences(NamedTuple):
     q_lens: jax.Array  # i32[S]
     kv_lens: jax.Array  # i32[S]
     page_table: jax.Array  # i32[S, P]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Everything about the attention that is static."""
+
+    problem: validation.Problem
+    causal: bool
+    sliding_window: int | None
+    soft_cap: float | None
+
+    @property
+    def block_q(self) -> int:
+        """A power of two near the mean query length: 1 for a batch of decodes."""
+        mean = max(self.problem.num_tokens // self.problem.num_sequences, 1)
+        return min(1 << (mean.bit_length() - 1), _MAX_BLOCK_Q)
+
+    @property
+    def block_pages(self) -> int:
+        """Pages per inner step."""
+        num_pages = max(_BLOCK_KV // self.problem.cache.page_size, 1)
+        return min(num_pages, self.problem.pages_per_sequence)
+
+    @property
+    def block_kv(self) -> int:
+        """Keys per inner step."""
+        return self.block_pages * self.problem.cache.page_size
+
+
+class _QueryBlock(NamedTuple):
+    """Some consecutive queries of one sequence, and the keys that any of them sees."""
+
+    first_row: jax.Array  # i32[], row of the first query
+    num_rows: jax.Array  # i32[], rows that are of this sequence
+    tile: jax.Array  # f32[block_q, Hkv, G, D], scaled
+    positions: jax.Array  # i32[block_q]
+    first_key: jax.Array  # i32[]
+    end_key: jax.Array  # i32[]
 
 
 class _AttentionState(NamedTuple):
@@ -134,15 +174,16 @@ def ragged_paged_attention_reference(
         queries = _store(queries, problem.cache, q_scale)
     if k_scale is not None:
         scale *= k_scale
+    # A wider window sees the same keys, and could overflow int32.
+    window = None
+    if sliding_window is not None:
+        window = min(sliding_window, problem.max_kv_len)
     out = _attend(
         queries.astype(jnp.float32) * scale,
         bits,
         sequences,
         sinks,
-        problem,
-        causal=causal,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
+        _Plan(problem, causal, window, soft_cap),
     )
     if v_scale is not None:
         out = out * v_scale
@@ -259,112 +300,131 @@ def _attend(
     bits: jax.Array,
     sequences: _LiveSequences,
     sinks: jax.Array | None,
-    problem: validation.Problem,
-    *,
-    causal: bool,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    plan: _Plan,
 ) -> jax.Array:
     """Attention of scaled queries f32[T, Hq, D] to the cache; float32[T, Hq, D]."""
-    cache = problem.cache
-    block_q = _block_q(problem.num_tokens, problem.num_sequences)
-    block_pages = min(max(_BLOCK_KV // cache.page_size, 1), problem.pages_per_sequence)
-    block_kv = block_pages * cache.page_size
-    num_columns = layout.align_to(problem.pages_per_sequence, block_pages)
-    page_table = jnp.pad(
-        sequences.page_table,
-        ((0, 0), (0, num_columns - problem.pages_per_sequence)),
-    )
-    max_kv_len = problem.pages_per_sequence * cache.page_size
-    window = None if sliding_window is None else min(sliding_window, max_kv_len)
+    problem = plan.problem
     # A block may reach past the last token; it never moves back to fit.
-    tail = ((0, block_q), (0, 0), (0, 0))
-    queries = jnp.pad(queries, tail).reshape(
-        -1, problem.num_kv_heads, problem.num_q_heads_per_kv_head, problem.head_dim
-    )
-    sink_logits = jnp.full(problem.num_q_heads, -jnp.inf) if sinks is None else sinks
-    initial_max = jnp.broadcast_to(
-        sink_logits.reshape((*queries.shape[1:3], 1)), (*queries.shape[1:3], block_q)
-    )
-    initial = _AttentionState(
-        row_max=initial_max,
-        row_sum=jnp.where(jnp.isneginf(initial_max), 0.0, 1.0),
-        accumulator=jnp.zeros((*initial_max.shape, problem.head_dim)),
-    )
+    tail = ((0, plan.block_q), (0, 0), (0, 0))
+    queries = jnp.pad(queries, tail)
+    initial = _initial_state(sinks, plan)
+    padding = -problem.pages_per_sequence % plan.block_pages
+    page_table = jnp.pad(sequences.page_table, ((0, 0), (0, padding)))
 
-    def attend_to_block(block, state, sequence, q_tile, q_position, first_key, end_key):
-        column = block * block_pages
-        pages = lax.dynamic_slice(page_table, (sequence, column), (1, block_pages))[0]
-        is_live = column + jnp.arange(block_pages) < _cdiv(end_key, cache.page_size)
-        tile_keys, tile_values = _gather(bits, jnp.where(is_live, pages, 0), cache)
-        position = block * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
-        # Dead slots may hold NaN, and 0 * NaN is NaN.
-        is_used = ((position >= first_key) & (position < end_key))[:, None]
-        scores = jnp.einsum(
-            "qhgd,hkd->hgqk",
-            q_tile,
-            jnp.where(is_used, tile_keys, 0.0),
-            precision=lax.Precision.HIGHEST,
-        )
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        is_visible = is_used[:, 0] & jnp.ones((block_q, 1), bool)
-        if causal:
-            is_visible &= position <= q_position[:, None]
-        if window is not None:
-            is_visible &= position > q_position[:, None] - window
-        return _accumulate(
-            state,
-            jnp.where(is_visible, scores, -jnp.inf),
-            jnp.where(is_used, tile_values, 0.0),
-        )
-
-    def attend_queries(q_block, out, sequence):
-        offset = q_block * block_q
-        start = sequences.q_starts[sequence] + offset
-        num_rows = jnp.minimum(sequences.q_lens[sequence] - offset, block_q)
-        kv_len = jnp.minimum(sequences.kv_lens[sequence], max_kv_len)
-        first_position = kv_len - sequences.q_lens[sequence] + offset
-        end_key = kv_len
-        if causal:
-            end_key = jnp.minimum(kv_len, first_position + num_rows)
-        first_key = jnp.int32(0)
-        if window is not None:
-            first_key = jnp.maximum(first_position - window + 1, 0)
-        q_tile = lax.dynamic_slice_in_dim(queries, start, block_q)
-        row = jnp.arange(block_q, dtype=jnp.int32)
+    def attend_query_block(index, out, sequence):
+        block = _query_block(queries, sequences, sequence, index, plan)
         state = lax.fori_loop(
-            first_key // block_kv,
-            _cdiv(end_key, block_kv),
-            lambda block, state: attend_to_block(
-                block, state, sequence, q_tile, first_position + row, first_key, end_key
+            block.first_key // plan.block_kv,
+            _cdiv(block.end_key, plan.block_kv),
+            lambda index, state: _attend_to_pages(
+                state, block, bits, page_table[sequence], index, plan
             ),
             initial,
         )
-        tile = _normalize(state).reshape(block_q, problem.num_q_heads, -1)
-        previous = lax.dynamic_slice_in_dim(out, start, block_q)
-        tile = jnp.where((row < num_rows)[:, None, None], tile, previous)
-        return lax.dynamic_update_slice_in_dim(out, tile, start, 0)
+        tile = _normalize(state).reshape(plan.block_q, problem.num_q_heads, -1)
+        previous = lax.dynamic_slice_in_dim(out, block.first_row, plan.block_q)
+        is_own = jnp.arange(plan.block_q) < block.num_rows
+        tile = jnp.where(is_own[:, None, None], tile, previous)
+        return lax.dynamic_update_slice_in_dim(out, tile, block.first_row, 0)
 
     def attend_sequence(sequence, out):
-        has_work = sequences.kv_lens[sequence] > 0
-        num_blocks = _cdiv(sequences.q_lens[sequence], block_q)
+        num_blocks = _cdiv(sequences.q_lens[sequence], plan.block_q)
         return lax.fori_loop(
             0,
-            jnp.where(has_work, num_blocks, 0),
-            lambda q_block, out: attend_queries(q_block, out, sequence),
+            jnp.where(sequences.kv_lens[sequence] > 0, num_blocks, 0),
+            functools.partial(attend_query_block, sequence=sequence),
             out,
         )
 
-    out = jnp.zeros((problem.num_tokens, problem.num_q_heads, problem.head_dim))
-    out = lax.fori_loop(0, sequences.count, attend_sequence, jnp.pad(out, tail))
+    out = jnp.zeros(queries.shape)
+    out = lax.fori_loop(0, sequences.count, attend_sequence, out)
     return out[: problem.num_tokens]
 
 
-def _block_q(num_tokens: int, num_sequences: int) -> int:
-    """A power of two near the mean query length: 1 for a batch of decodes."""
-    mean = max(num_tokens // num_sequences, 1)
-    return min(1 << (mean.bit_length() - 1), _MAX_BLOCK_Q)
+def _initial_state(sinks: jax.Array | None, plan: _Plan) -> _AttentionState:
+    """The state that has seen the sink, if there is one, and no key."""
+    problem = plan.problem
+    heads = (problem.num_kv_heads, problem.num_q_heads_per_kv_head)
+    if sinks is None:
+        sinks = jnp.full(problem.num_q_heads, -jnp.inf)
+    row_max = jnp.broadcast_to(sinks.reshape(*heads, 1), (*heads, plan.block_q))
+    return _AttentionState(
+        row_max=row_max,
+        row_sum=jnp.where(jnp.isneginf(row_max), 0.0, 1.0),
+        accumulator=jnp.zeros((*row_max.shape, problem.head_dim)),
+    )
+
+
+def _query_block(
+    queries: jax.Array,
+    sequences: _LiveSequences,
+    sequence: jax.Array,
+    index: jax.Array,
+    plan: _Plan,
+) -> _QueryBlock:
+    """Block ``index`` of the queries of a sequence."""
+    problem = plan.problem
+    offset = index * plan.block_q
+    first_row = sequences.q_starts[sequence] + offset
+    q_len = sequences.q_lens[sequence]
+    kv_len = jnp.minimum(sequences.kv_lens[sequence], problem.max_kv_len)
+    num_rows = jnp.minimum(q_len - offset, plan.block_q)
+    first_position = kv_len - q_len + offset
+    first_key, end_key = jnp.int32(0), kv_len
+    if plan.causal:
+        end_key = jnp.minimum(kv_len, first_position + num_rows)
+    if plan.sliding_window is not None:
+        first_key = jnp.maximum(first_position - plan.sliding_window + 1, 0)
+    tile = lax.dynamic_slice_in_dim(queries, first_row, plan.block_q)
+    return _QueryBlock(
+        first_row=first_row,
+        num_rows=num_rows,
+        tile=tile.reshape(
+            plan.block_q,
+            problem.num_kv_heads,
+            problem.num_q_heads_per_kv_head,
+            problem.head_dim,
+        ),
+        positions=first_position + jnp.arange(plan.block_q, dtype=jnp.int32),
+        first_key=first_key,
+        end_key=end_key,
+    )
+
+
+def _attend_to_pages(
+    state: _AttentionState,
+    block: _QueryBlock,
+    bits: jax.Array,
+    page_row: jax.Array,
+    index: jax.Array,
+    plan: _Plan,
+) -> _AttentionState:
+    """Adds block ``index`` of the pages i32[P, padded] of a sequence to the state."""
+    cache = plan.problem.cache
+    first_column = index * plan.block_pages
+    pages = lax.dynamic_slice_in_dim(page_row, first_column, plan.block_pages)
+    column = first_column + jnp.arange(plan.block_pages, dtype=jnp.int32)
+    # Ids past the live pages are garbage: read any page instead and mask it.
+    pages = jnp.where(column * cache.page_size < block.end_key, pages, 0)
+    keys, values = _gather(bits, pages, cache)
+
+    position = index * plan.block_kv + jnp.arange(plan.block_kv, dtype=jnp.int32)
+    is_used = (position >= block.first_key) & (position < block.end_key)
+    # Dead slots may hold NaN, and 0 * NaN is NaN.
+    keys = jnp.where(is_used[:, None], keys, 0.0)
+    values = jnp.where(is_used[:, None], values, 0.0)
+    scores = jnp.einsum(
+        "qhgd,hkd->hgqk", block.tile, keys, precision=lax.Precision.HIGHEST
+    )
+    if plan.soft_cap is not None:
+        scores = plan.soft_cap * jnp.tanh(scores / plan.soft_cap)
+    query_position = block.positions[:, None]
+    is_visible = jnp.broadcast_to(is_used, (plan.block_q, plan.block_kv))
+    if plan.causal:
+        is_visible &= position <= query_position
+    if plan.sliding_window is not None:
+        is_visible &= position > query_position - plan.sliding_window
+    return _accumulate(state, jnp.where(is_visible, scores, -jnp.inf), values)
 
 
 def _gather(

@@ -7,7 +7,6 @@ and is meant for tests and debugging.
 
 import dataclasses
 import math
-import numbers
 from typing import Protocol
 
 import jax.numpy as jnp
@@ -51,6 +50,11 @@ class Problem:
     q_dtype: np.dtype
     out_dtype: np.dtype
     cache: layout.CacheLayout
+
+    @property
+    def max_kv_len(self) -> int:
+        """Tokens that the pages of one sequence hold."""
+        return self.pages_per_sequence * self.cache.page_size
 
     @property
     def num_kv_heads(self) -> int:
@@ -266,17 +270,16 @@ def _check_bool(name: str, value: object) -> None:
 
 
 def _check_positive(name: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"{name}: expected a positive finite Python float, got {value!r}"
-        )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value) and value > 0:
+            return
+    raise ValueError(f"{name}: expected a positive finite Python float, got {value!r}")
 
 
 def _check_positive_int(name: str, value: object) -> None:
-    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (is_int and value > 0):
-        raise ValueError(f"{name}: expected a positive Python int, got {value!r}")
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return
+    raise ValueError(f"{name}: expected a positive Python int, got {value!r}")
 
 
 def validate_dynamic(

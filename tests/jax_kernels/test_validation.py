@@ -47,6 +47,7 @@ def test_problem_holds_the_static_sizes():
     assert problem.num_kv_heads == 2
     assert problem.num_q_heads_per_kv_head == 3
     assert problem.head_dim == 128
+    assert problem.max_kv_len == 64
 
 
 def test_output_has_the_dtype_of_the_queries_by_default():
