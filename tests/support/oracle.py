@@ -92,9 +92,10 @@ def read_slots(
 def store(numbers: np.ndarray, dtype, scale: float | None) -> np.ndarray:
     """Numbers as a cache of ``dtype`` holds them: scaled, clipped, rounded to even.
 
-    Scaling by 1 / scale is a float32 multiplication by that number, the one form whose
-    bytes all backends agree on: XLA turns a division by a constant into one by the
-    reciprocal, numpy and PyTorch do not, and a TPU has no exact division.
+    Dividing by the scale means one float32 product with 1.0 / scale. Left to itself
+    XLA turns a division by a constant into a product with a reciprocal that is
+    rounded differently, and others divide: only the product has the same bytes
+    everywhere.
     """
     dtype = np.dtype(dtype)
     numbers = np.asarray(numbers).astype(np.float32)
