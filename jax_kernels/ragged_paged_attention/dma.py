@@ -130,15 +130,28 @@ class Copies:
         rows = cache.rows_per_page
         shift = log2(rows)
 
-        def copy_page(index: Int, _) -> None:
-            page_begin = index << shift
-            part_begin = jnp.maximum(begin, page_begin)
-            part_end = jnp.minimum(end, page_begin + rows)
+        def copy_part(index: Int, part_begin: Int, part_end: Int) -> None:
             page = page_table[table_row + first_page + index]
-            copy(page, part_begin - page_begin, part_begin, part_end - part_begin)
+            first = part_begin - (index << shift)
+            copy(page, first, part_begin, part_end - part_begin)
 
-        last = jnp.where(end > begin, (end + (rows - 1)) >> shift, begin >> shift)
-        jax.lax.fori_loop(begin >> shift, last, copy_page, None)
+        def copy_page(index: Int, _) -> None:
+            page = page_table[table_row + first_page + index]
+            copy(page, 0, index << shift, rows)
+
+        # A part of a page at the start (a window) and at the end (the last page).
+        first_whole = (begin + (rows - 1)) >> shift
+        end_whole = end >> shift
+
+        @pl.when(begin < jnp.minimum(end, first_whole << shift))
+        def _():
+            copy_part(begin >> shift, begin, jnp.minimum(end, first_whole << shift))
+
+        jax.lax.fori_loop(first_whole, end_whole, copy_page, None)
+
+        @pl.when((end_whole >= first_whole) & (end > (end_whole << shift)))
+        def _():
+            copy_part(end_whole, end_whole << shift, end)
 
     # New keys and values.
 

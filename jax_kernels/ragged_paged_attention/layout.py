@@ -48,7 +48,7 @@ CACHE_DTYPES = tuple(
 
 
 def align_to(value: int, multiple: int) -> int:
-    """Rounds ``value`` up to a multiple of ``multiple``: ``align_to(96, 128) == 128``."""
+    """Rounds up to a multiple: ``align_to(96, 128) == 128``."""
     return -(-value // multiple) * multiple
 
 

@@ -6,7 +6,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention import tile_io
-from jax_kernels.ragged_paged_attention.config import KernelConfig, PhaseConfig
+from jax_kernels.ragged_paged_attention.config import (
+    SUBLANES,
+    KernelConfig,
+    PhaseConfig,
+)
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 from jax_kernels.ragged_paged_attention.schedule import Cell
 
@@ -49,7 +53,8 @@ class Buffers(NamedTuple):
     kv: Any  # [slots, heads_per_page, block rows, packing, lanes]
     out: Any  # [slots, block_q, word rows, packing, io_lanes]
     seam: Any  # [heads_per_page, 1, packing, lanes]: the row of old and new tokens
-    q: Any  # [sub tiles, Hkv, query rows, lanes]: multiplied and cast
+    q: Any  # [sub tiles, Hkv, query rows, lanes]: multiplied and cast; None in decode
+    sinks: Any  # f32[Hkv, query rows, 128], or None: where rows start in decode
     m: Any  # f32[sub tiles, Hkv, query rows, 128]
     l: Any  # noqa: E741  f32[sub tiles, Hkv, query rows, 128]
     acc: Any  # f32[sub tiles, Hkv, query rows, lanes]
@@ -78,6 +83,12 @@ def new_token_rows(config: KernelConfig, phase: PhaseConfig) -> int:
     return config.tokens_per_chunk if phase.is_decode else phase.block_kv
 
 
+def _query_word_rows(config: KernelConfig, phase: PhaseConfig) -> int:
+    rows = tile_io.io_word_rows(config.num_q_heads, dtype_packing(config.io_dtype))
+    # Decode loads whole registers from the first word row of any key head.
+    return rows + config.query_rows(phase) + SUBLANES if phase.is_decode else rows
+
+
 def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     """Shapes and dtypes of ``Buffers``, as (shape, dtype) pairs or None."""
     io_packing = dtype_packing(config.io_dtype)
@@ -104,7 +115,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             (
                 slots,
                 phase.block_q,
-                tile_io.io_word_rows(config.num_q_heads, io_packing),
+                _query_word_rows(config, phase),
                 io_packing,
                 config.io_lanes,
             ),
@@ -137,10 +148,11 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             if updates and not phase.is_decode
             else None
         ),
-        # In decode a head is one row, which only 32-bit types can store alone.
-        q=(
-            (*state, lanes),
-            jnp.float32 if phase.is_decode else config.multiply_dtype,
+        q=None if phase.is_decode else ((*state, lanes), config.multiply_dtype),
+        sinks=(
+            ((*state[1:], LANES), jnp.float32)
+            if config.spec.has_sinks and phase.is_decode
+            else None
         ),
         m=((*state, LANES), jnp.float32),
         l=((*state, LANES), jnp.float32),

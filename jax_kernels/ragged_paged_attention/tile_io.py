@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jax_kernels.ragged_paged_attention.config import SUBLANES as SUBLANES
 from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout
 
@@ -106,6 +107,13 @@ def pack_heads(heads: list[jax.Array]) -> jax.Array:
     return (low >> jnp.uint32(16)) | high
 
 
+def pack_rows(x: jax.Array, packing: int) -> jax.Array:
+    """f32[rows, lanes] to u32[rows // packing, lanes]: consecutive rows share words."""
+    if packing == 1:
+        return pltpu.bitcast(x, jnp.uint32)
+    return pltpu.bitcast(x.astype(jnp.bfloat16), jnp.uint32)
+
+
 def io_word_rows(num_heads: int, packing: int) -> int:
     """Word rows per token in a VMEM buffer of queries, keys, values or outputs.
 
@@ -121,6 +129,14 @@ def widen(x: jax.Array, lanes: int) -> jax.Array:
     if width == lanes:
         return x
     return jnp.concatenate([x, jnp.zeros((rows, lanes - width), x.dtype)], axis=1)
+
+
+def prepare_queries(x: jax.Array, config: KernelConfig) -> jax.Array:
+    """f32 queries, multiplied and cast to what meets the keys."""
+    x = x * config.spec.query_multiplier
+    if config.spec.q_scale is not None:
+        return quantise(x, config.multiply_dtype)
+    return x.astype(config.multiply_dtype)
 
 
 def quantise(x: jax.Array, dtype) -> jax.Array:
@@ -148,9 +164,9 @@ def pack_tokens(
     cache, spec = config.cache, config.spec
     keys, values = widen(keys, cache.lanes), widen(values, cache.lanes)
     if spec.k_scale is not None:
-        keys = keys / spec.k_scale
+        keys = keys * (1.0 / spec.k_scale)
     if spec.v_scale is not None:
-        values = values / spec.v_scale
+        values = values * (1.0 / spec.v_scale)
     rows = [keys, values]
     if cache.is_fused_kv:
         values = pltpu.roll(values, cache.value_lane, 1)

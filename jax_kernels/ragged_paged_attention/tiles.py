@@ -1,0 +1,254 @@
+"""One cell of prefill or mixed: a tile of queries meets a block of keys and values.
+
+The tile is cut into sub tiles of ``sub_q`` tokens. The rows of a sub tile are the
+G query heads of one key head, each with its ``sub_q`` tokens: row = g * sub_q + t.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jax_kernels.ragged_paged_attention import (
+    masking,
+    new_tokens,
+    online_softmax,
+    refs,
+    tile_io,
+)
+from jax_kernels.ragged_paged_attention.block_loads import (
+    largest_divisor,
+    load_keys,
+    load_values,
+    value_words_mask,
+)
+from jax_kernels.ragged_paged_attention.config import LOG2_E
+from jax_kernels.ragged_paged_attention.dma import Copies
+from jax_kernels.ragged_paged_attention.layout import dtype_packing
+from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
+from jax_kernels.ragged_paged_attention.pipeline import load_cell
+from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
+
+# Heads whose matmuls and softmaxes are interleaved by the compiler.
+INTERLEAVED_HEADS = 4
+
+
+def process(copies: Copies, step: Int, tile: Int) -> Int:
+    """Computes one cell; returns the number of tiles finished so far."""
+    num_slots = jnp.int32(copies.schedule.phase.num_slots)
+    slot, tile_slot = lax.rem(step, num_slots), lax.rem(tile, num_slots)
+    cell = load_cell(copies.bookkeeping.cells, slot)
+
+    @pl.when((cell.block == 0) & (cell.num_queries > 0))
+    def _():
+        copies.wait_queries(cell, tile_slot)
+        _prepare_queries(copies, cell, tile_slot)
+        _init_state(copies, cell)
+
+    copies.wait_block(cell, slot)
+    if copies.config.spec.update_kv_cache:
+
+        @pl.when(cell.new_end > cell.new_begin)
+        def _():
+            copies.wait_new_tokens(cell, slot)
+            new_tokens.merge(copies, cell, slot)
+
+        _carry_seam(copies, cell, slot)
+
+        @pl.when(cell.write_row_end > cell.write_row_begin)
+        def _():
+            copies.start_write_back(cell, slot)
+
+    @pl.when(cell.num_queries > 0)
+    def _():
+        is_masked = masking.needs_mask(
+            cell, copies.schedule.phase.block_kv, copies.config.spec
+        )
+        lax.cond(
+            is_masked,
+            lambda: _attend(copies, cell, slot, is_masked=True),
+            lambda: _attend(copies, cell, slot, is_masked=False),
+        )
+
+    is_last = (cell.num_queries > 0) & (cell.block + 1 >= cell.num_blocks)
+
+    @pl.when(is_last)
+    def _():
+        copies.wait_output(tile_slot)
+        _store_output(copies, cell, tile_slot)
+        copies.start_output(cell, tile_slot)
+
+    return tile + is_last.astype(jnp.int32)
+
+
+def _live_sub_tiles(copies: Copies, cell: Cell) -> Int:
+    sub_q = copies.schedule.phase.sub_q
+    return (cell.num_queries + (sub_q - 1)) >> log2(sub_q)
+
+
+def _prepare_queries(copies: Copies, cell: Cell, slot: Int) -> None:
+    """Splits a tile by key head, applies the multiplier and casts, once per tile."""
+    config, sub_q = copies.config, copies.schedule.phase.sub_q
+    packing = dtype_packing(config.io_dtype)
+    source = copies.buffers.queries.at[slot]
+    rows = tile_io.WordRows(source, config.interpret)
+    stride = source.shape[-3]
+
+    def sub_tile(sub: Int, _) -> None:
+        for pair in range(config.num_q_heads // packing):
+            words = rows.load(sub * (sub_q * stride) + pair, sub_q, stride)
+            for offset, x in enumerate(tile_io.unpack_heads(words, packing)):
+                head, member = divmod(pair * packing + offset, config.group)
+                place = pl.ds(member * sub_q, sub_q)
+                x = tile_io.widen(x, config.lanes)
+                copies.buffers.q[sub, head, place, :] = tile_io.prepare_queries(
+                    x, config
+                )
+
+    lax.fori_loop(0, _live_sub_tiles(copies, cell), sub_tile, None)
+
+
+def _init_state(copies: Copies, cell: Cell) -> None:
+    """No key seen yet; a sink counts as one key with its logit and a zero value."""
+    config, buffers = copies.config, copies.buffers
+    sub_q = copies.schedule.phase.sub_q
+
+    def sub_tile(sub: Int, _) -> None:
+        shape = buffers.m.shape[1:]
+        total = 1.0 if config.spec.has_sinks else 0.0
+        buffers.m[sub] = jnp.full(shape, online_softmax.NO_KEY_MAX, jnp.float32)
+        buffers.l[sub] = jnp.full(shape, total, jnp.float32)
+        buffers.acc[sub] = jnp.zeros(buffers.acc.shape[1:], jnp.float32)
+        if not config.spec.has_sinks:
+            return
+        for query_head in range(config.num_q_heads):
+            head, member = divmod(query_head, config.group)
+            logit = copies.inputs.sinks[query_head] * LOG2_E
+            place = pl.ds(member * sub_q, sub_q)
+            buffers.m[sub, head, place, :] = jnp.full(
+                (sub_q, shape[-1]), logit, jnp.float32
+            )
+
+    lax.fori_loop(0, _live_sub_tiles(copies, cell), sub_tile, None)
+
+
+def _store_output(copies: Copies, cell: Cell, slot: Int) -> None:
+    """Normalises a tile and lays it out as ``[tokens, heads, head_dim]``."""
+    config, buffers = copies.config, copies.buffers
+    sub_q = copies.schedule.phase.sub_q
+    packing = dtype_packing(config.out_dtype)
+    target = buffers.out.at[slot]
+    rows = tile_io.WordRows(target, config.interpret)
+    stride = target.shape[-3]
+
+    def sub_tile(sub: Int, _) -> None:
+        for head in range(config.num_kv_heads):
+            state = _load_state(buffers, sub, head)
+            out = online_softmax.normalise(state, config.spec.v_scale)
+            buffers.acc[sub, head] = tile_io.value_lanes_first(out, config.cache)
+        for pair in range(config.num_q_heads // packing):
+            heads = []
+            for offset in range(packing):
+                head, member = divmod(pair * packing + offset, config.group)
+                heads.append(buffers.acc[sub, head, pl.ds(member * sub_q, sub_q), :])
+            words = tile_io.pack_heads(heads)[:, : config.io_lanes]
+            rows.store(words, sub * (sub_q * stride) + pair, stride)
+
+    lax.fori_loop(0, _live_sub_tiles(copies, cell), sub_tile, None)
+
+
+def _carry_seam(copies: Copies, cell: Cell, slot: Int) -> None:
+    """Keeps the row of old and new tokens for the later tiles of the sequence."""
+    seam = copies.buffers.seam
+    if seam is None:
+        return
+    packing = copies.config.cache.packing
+    row = (cell.new_start >> log2(packing)) - (cell.block_start >> log2(packing))
+    has_seam = (cell.new_start & (packing - 1)) != 0
+    in_block = (row >= 0) & (row < copies.schedule.block_rows)
+    many_tiles = (cell.num_tiles > 1) & (cell.num_queries > 0)
+    row_ref = copies.buffers.kv.at[slot, :, pl.ds(jnp.maximum(row, 0), 1)]
+
+    @pl.when(has_seam & in_block & many_tiles)
+    def _():
+        @pl.when(cell.tile == 0)
+        def _():
+            seam[...] = row_ref[...]
+
+        @pl.when(cell.tile > 0)
+        def _():
+            row_ref[...] = seam[...]
+
+
+def _load_state(buffers: refs.Buffers, sub: Int, head: Int) -> SoftmaxState:
+    return SoftmaxState(
+        buffers.m[sub, head], buffers.l[sub, head], buffers.acc[sub, head]
+    )
+
+
+def _attend(copies: Copies, cell: Cell, slot: Int, *, is_masked: bool) -> None:
+    """Scores, softmax and values of one cell, for all heads and live sub tiles."""
+    config, phase = copies.config, copies.schedule.phase
+    interleaved = largest_divisor(config.num_kv_heads, INTERLEAVED_HEADS)
+    words_mask = value_words_mask(copies, cell) if is_masked else None
+
+    def sub_tile(sub: Int, _) -> None:
+        mask = _tile_mask(copies, cell, sub) if is_masked else None
+
+        def head_group(index: Int, _) -> None:
+            heads = [index * interleaved + i for i in range(interleaved)]
+            _attend_heads(copies, slot, sub, heads, mask, words_mask)
+
+        lax.fori_loop(0, config.num_kv_heads // interleaved, head_group, None)
+
+    first = jnp.int32(0)
+    if config.spec.causal:
+        # Sub tiles that end before the block starts see nothing of it.
+        ahead = cell.block_start - cell.query_position
+        first = jnp.maximum(ahead >> log2(phase.sub_q), 0)
+    lax.fori_loop(first, _live_sub_tiles(copies, cell), sub_tile, None)
+
+
+def _attend_heads(copies, slot, sub, heads, mask, words_mask) -> None:
+    """One softmax tile for each of some heads.
+
+    The source order is the pipeline: the scores of the next head are computed
+    before the softmax and the values of the present one, so that the matrix units
+    and the vector units have work at the same time.
+    """
+    config, buffers = copies.config, copies.buffers
+
+    def scores_of(head: Int) -> jax.Array:
+        k = load_keys(copies, slot, head)
+        scores = online_softmax.score_tile(buffers.q[sub, head], k, config.spec)
+        if mask is not None:
+            scores = jnp.where(mask, scores, online_softmax.MASKED_SCORE)
+        return scores
+
+    following = scores_of(heads[0])
+    for index, head in enumerate(heads):
+        scores = following
+        if index + 1 < len(heads):
+            following = scores_of(heads[index + 1])
+        state = _load_state(buffers, sub, head)
+        p, correction, state = online_softmax.probabilities(scores, state)
+        buffers.m[sub, head], buffers.l[sub, head] = state.m, state.l
+        v = load_values(copies, slot, head, words_mask)
+        buffers.acc[sub, head] = online_softmax.accumulate(
+            p.astype(config.value_dtype), v, correction, buffers.acc[sub, head]
+        )
+
+
+def _tile_mask(copies: Copies, cell: Cell, sub: Int) -> jax.Array:
+    """Visible pairs of one softmax tile; its rows are heads times tokens."""
+    config, phase = copies.config, copies.schedule.phase
+    num_rows = config.query_rows(phase)
+    row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
+    token = row & (phase.sub_q - 1)
+    key = lax.broadcasted_iota(jnp.int32, (1, phase.block_kv), 1)
+    return masking.attention_mask(
+        cell.query_position + sub * phase.sub_q + token,
+        cell.block_start + key,
+        cell.visible_end,
+        config.spec,
+    )
