@@ -1,0 +1,205 @@
+"""The kernel against float64: every dtype, layout and option, and the whole cache.
+
+Each case crosses tiles, blocks, pages and packed rows. The output is held to the error
+budget of its data (support/numerics.py), the cache to every byte. Pages are permuted,
+dead slots and padding hold NaN and infinity, and entries that must not be used hold
+garbage (support/ragged_batches.py).
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from jax_kernels.ragged_paged_attention import BlockSizes
+from tests.support.interpret import SMALL_BLOCKS, assert_kernel_matches_oracle
+from tests.support.ragged_batches import make_ragged_batch
+
+# (q_len, kv_len): three decodes, a fresh prompt, and two that continue at odd places.
+LENGTHS = ((1, 1), (1, 17), (1, 40), (5, 5), (20, 33), (40, 71))
+BF16, F32 = "bfloat16", "float32"
+E4M3, E5M2, INT8 = "float8_e4m3fn", "float8_e5m2", "int8"
+# Scales that use most of the range of int8 for normal numbers.
+INT8_SCALES = {"k_scale": 0.03, "v_scale": 0.025}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compilation of the kernel. Fields are those of ``make_ragged_batch``."""
+
+    heads: tuple[int, int] = (4, 2)  # Hq, Hkv
+    head_dim: int = 128
+    page_size: int = 16
+    q_dtype: str = BF16
+    cache_dtype: str = BF16
+    with_sinks: bool = False
+    lengths: tuple[tuple[int, int], ...] = LENGTHS
+    blocks: BlockSizes = SMALL_BLOCKS
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self, **batch_options) -> None:
+        """Runs the kernel and compares it with the oracle."""
+        options = {"sm_scale": self.head_dim**-0.5} | self.options
+        batch = make_ragged_batch(
+            self.lengths,
+            num_q_heads=self.heads[0],
+            num_kv_heads=self.heads[1],
+            head_dim=self.head_dim,
+            page_size=self.page_size,
+            q_dtype=self.q_dtype,
+            cache_dtype=self.cache_dtype,
+            with_sinks=self.with_sinks,
+            cache_holds_new_tokens=not options.get("update_kv_cache", True),
+            k_scale=options.get("k_scale"),
+            v_scale=options.get("v_scale"),
+            **batch_options,
+        )
+        assert_kernel_matches_oracle(batch, block_sizes=self.blocks, **options)
+
+
+def cases(**named: Case):
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, id=name) for name, case in named.items()]
+    )
+
+
+@cases(
+    q_bf16_cache_bf16=Case(),
+    q_f32_cache_f32=Case(q_dtype=F32, cache_dtype=F32),
+    q_bf16_cache_f32=Case(cache_dtype=F32, head_dim=64),
+    q_f32_cache_bf16=Case(q_dtype=F32, head_dim=96, heads=(6, 2)),
+    q_bf16_cache_e4m3=Case(
+        cache_dtype=E4M3, options={"k_scale": 0.5, "v_scale": 2.0}, page_size=32
+    ),
+    q_f32_cache_e4m3=Case(q_dtype=F32, cache_dtype=E4M3, head_dim=64),
+    q_bf16_cache_e5m2=Case(
+        cache_dtype=E5M2, head_dim=64, options={"k_scale": 3.0, "v_scale": 0.3}
+    ),
+    q_bf16_cache_int8=Case(cache_dtype=INT8, options=INT8_SCALES, page_size=8),
+    q_f32_cache_int8=Case(
+        q_dtype=F32, cache_dtype=INT8, head_dim=64, options=INT8_SCALES
+    ),
+)
+def test_every_dtype_stays_within_its_error_budget(case):
+    case.check()
+
+
+@cases(
+    bf16_cache=Case(options={"k_scale": 0.5, "v_scale": 3.0}),
+    e4m3_queries=Case(
+        cache_dtype=E4M3, options={"q_scale": 0.01, "k_scale": 0.5}, with_sinks=True
+    ),
+    e5m2_queries=Case(
+        cache_dtype=E5M2, head_dim=64, options={"q_scale": 2.0, "soft_cap": 3.0}
+    ),
+    int8_queries=Case(
+        cache_dtype=INT8, options={"q_scale": 0.03, **INT8_SCALES}, head_dim=96
+    ),
+)
+def test_scales_multiply_scores_and_output(case):
+    case.check()
+
+
+@cases(
+    d32_mqa_8_to_1=Case(head_dim=32, heads=(8, 1), with_sinks=True),
+    d40_mha_5_to_5=Case(
+        head_dim=40, heads=(5, 5), cache_dtype=E4M3, page_size=64, with_sinks=True
+    ),
+    d64_gqa_6_to_2=Case(head_dim=64, heads=(6, 2), with_sinks=True),
+    d72_mqa_3_to_1=Case(head_dim=72, heads=(3, 1), page_size=128, with_sinks=True),
+    d96_mha_7_to_7=Case(head_dim=96, heads=(7, 7), with_sinks=True),
+    d192=Case(head_dim=192, page_size=8),
+    d256=Case(head_dim=256, heads=(6, 2), page_size=256, with_sinks=True),
+)
+def test_every_head_layout_finds_its_heads_and_sinks(case):
+    """Rule 11: sinks and everything per head are padded together with the group."""
+    case.check()
+
+
+@cases(
+    full=Case(options={"causal": False}),
+    window_of_1=Case(options={"sliding_window": 1}, head_dim=64),
+    window_within_a_page=Case(
+        options={"sliding_window": 5}, lengths=((1, 90), *LENGTHS)
+    ),
+    window_across_blocks=Case(
+        options={"sliding_window": 37},
+        lengths=((1, 130), (1, 96), *LENGTHS, (3, 150)),
+        page_size=8,
+    ),
+    window_larger_than_all=Case(options={"sliding_window": 1000}, cache_dtype=E4M3),
+    window_full=Case(options={"sliding_window": 20, "causal": False}),
+    soft_cap=Case(options={"soft_cap": 0.7}),
+    soft_cap_window_sinks=Case(
+        options={"soft_cap": 5.0, "sliding_window": 18},
+        with_sinks=True,
+        head_dim=64,
+        page_size=8,
+    ),
+    out_f32=Case(options={"out_dtype": F32}),
+    out_bf16=Case(q_dtype=F32, cache_dtype=F32, options={"out_dtype": BF16}),
+)
+def test_every_option_means_what_the_oracle_says(case):
+    case.check()
+
+
+@cases(
+    split=Case(options={"update_kv_cache": False}),
+    fused_e4m3=Case(
+        options={"update_kv_cache": False, "k_scale": 0.5, "sliding_window": 25},
+        cache_dtype=E4M3,
+        head_dim=64,
+        heads=(3, 1),
+        with_sinks=True,
+    ),
+    full=Case(options={"update_kv_cache": False, "causal": False}),
+)
+def test_without_update_everything_is_read_from_the_cache(case):
+    """Rule 9: nothing is written, and there are no keys and values to pass."""
+    case.check()
+
+
+@cases(
+    page_smaller_than_chunk=Case(page_size=8, cache_dtype=E4M3),
+    page_is_block=Case(page_size=32, blocks=BlockSizes(32, 32, 32)),
+    page_larger_than_block=Case(page_size=512, blocks=BlockSizes(64, 32, 32)),
+    page_larger_than_block_with_window=Case(
+        page_size=128,
+        options={"sliding_window": 40},
+        lengths=((1, 200), (1, 130), (1, 96), (45, 150), (33, 33)),
+    ),
+    blocks_differ=Case(page_size=16, blocks=BlockSizes(64, 64, 128), head_dim=64),
+)
+def test_pages_and_blocks_of_any_relation_give_the_same_meaning(case):
+    case.check()
+
+
+@cases(
+    bf16=Case(
+        lengths=((1, 1), (1, 30), (32, 40), (32, 33), (7, 9)),
+        options={"chunk_prefill_size": 32},
+    ),
+    chunk_not_a_power_of_two=Case(
+        lengths=((1, 50), (48, 48), (48, 101), (48, 66), (2, 70)),
+        options={"chunk_prefill_size": 48, "sliding_window": 50},
+        head_dim=64,
+        cache_dtype=E4M3,
+        with_sinks=True,
+    ),
+)
+def test_chunked_prefill_has_a_loop_of_its_own(case):
+    decodes = sum(q_len == 1 for q_len, _ in case.lengths)
+    case.check(distribution=(decodes, len(case.lengths) - 1, len(case.lengths)))
+
+
+def test_positions_beyond_int16_are_told_apart():
+    """Rule 1: mask coordinates are int32, also where a window is added to them."""
+    case = Case(
+        heads=(1, 1),
+        head_dim=64,
+        page_size=512,
+        lengths=((1, 41_003), (3, 32_770)),
+        blocks=BlockSizes(1024, 32, 1024),
+        options={"sliding_window": 32_500},
+    )
+    case.check()
