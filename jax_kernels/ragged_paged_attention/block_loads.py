@@ -37,11 +37,12 @@ def value_words_mask(copies: Copies, cell: Cell, size: int | None = None) -> jax
     cancel. Rows before the window were not fetched at all.
     """
     packing = copies.config.cache.packing
+    no_window = copies.config.spec.sliding_window is None
     return masking.live_word_mask(
         cell.block_start,
         (size or copies.schedule.phase.block_kv) // packing,
         packing,
-        cell.visible_begin & -packing,
+        None if no_window else cell.visible_begin & -packing,
         cell.visible_end,
     )
 

@@ -59,18 +59,15 @@ def prepare(copies: Copies) -> None:
 
 def process(
     copies: Copies,
-    step: Int,
-    tile: Int,
-    progress: Progress,
-    plan: Callable[[Progress], Progress],
-) -> tuple[Int, Progress]:
-    """Computes one cell, and plans the next one to be fetched.
+    slot: Int,
+    tile_slot: Int,
+    plan: Callable[[], Progress],
+) -> tuple[jax.Array, Progress]:
+    """Computes the cell in a slot, and plans a later one on the way.
 
     Returns:
-      The number of tiles finished so far, and the progress after ``plan``.
+      Whether the cell was the last of its sequence, and the result of ``plan``.
     """
-    num_slots = jnp.int32(copies.schedule.phase.num_slots)
-    slot, tile_slot = lax.rem(step, num_slots), lax.rem(tile, num_slots)
     cell = load_cell(copies.bookkeeping.cells, slot)
 
     @pl.when(cell.block == 0)
@@ -90,7 +87,7 @@ def process(
         functools.partial(_compute, copies, cell, slot, tile_slot, plan, size, is_edge)
         for size, is_edge in _stretches(copies)
     ]
-    progress = lax.switch(_choose_stretch(copies, cell, is_last), stretches, progress)
+    progress = lax.switch(_choose_stretch(copies, cell, is_last), stretches)
 
     @pl.when(cell.write_row_end > cell.write_row_begin)
     def _():
@@ -102,7 +99,7 @@ def process(
     def _():
         copies.start_output(cell, tile_slot)
 
-    return tile + is_done.astype(jnp.int32), progress
+    return is_done, progress
 
 
 def _stretches(copies: Copies) -> list[tuple[int, bool]]:
@@ -136,14 +133,12 @@ def _compute(
     cell: Cell,
     slot: Int,
     tile_slot: Int,
-    plan: Callable[[Progress], Progress],
+    plan: Callable[[], Progress],
     size: int,
     is_edge: bool,
-    progress: Progress,
 ) -> Progress:
     """One stretch: ``size`` tokens of every head."""
     config = copies.config
-    progress = plan(progress)
     group_heads = _heads_per_stretch(copies)
     num_groups = config.num_kv_heads // group_heads
     mask = words_mask = None
@@ -151,19 +146,23 @@ def _compute(
         mask = _token_mask(copies, cell, size)
         words_mask = value_words_mask(copies, cell, size)
 
-    def head_group(index: Int) -> None:
+    def head_group(index: Int, finish: Callable[[], Progress | None]):
         heads = [index * group_heads + i for i in range(group_heads)]
-        if is_edge and config.spec.update_kv_cache:
-            _merge_new_token(copies, cell, slot, heads)
         states = _attend(copies, cell, slot, tile_slot, heads, size, mask, words_mask)
+        # The last products are still on their way out of the matrix units: scalar
+        # work fills the wait.
+        result = finish()
+        for head, state in zip(heads, states, strict=True):
+            _store_state(copies, head, state)
         if is_edge:
             _store_output(copies, tile_slot, heads, states)
+        return result
 
-    if num_groups == 1:
-        head_group(0)
-    else:
-        lax.fori_loop(0, num_groups, lambda index, _: head_group(index), None)
-    return progress
+    if num_groups > 1:
+        lax.fori_loop(
+            0, num_groups - 1, lambda index, _: head_group(index, lambda: None), None
+        )
+    return head_group(num_groups - 1, plan)
 
 
 def _heads_per_stretch(copies: Copies) -> int:
@@ -186,14 +185,11 @@ def _token_mask(copies: Copies, cell: Cell, size: int) -> jax.Array:
     )
 
 
-def _merge_new_token(copies: Copies, cell: Cell, slot: Int, heads) -> None:
+def _merge_new_token(copies: Copies, cell: Cell, slot: Int, pair: Int) -> None:
     """Merges the new token if it lies in this block; otherwise changes nothing."""
     chunk = (cell.new_begin - cell.block_start) >> log2(copies.config.tokens_per_chunk)
     last = copies.schedule.block_rows // copies.config.rows_per_chunk - 1
-    packing = dtype_packing(copies.config.io_dtype)
-    pairs = [heads[0] // packing + i for i in range(len(heads) // packing)]
-    chunk = jnp.clip(chunk, 0, last)
-    new_tokens.merge_chunk(copies, cell, slot, chunk, pairs)
+    new_tokens.merge_chunk(copies, cell, slot, jnp.clip(chunk, 0, last), [pair])
 
 
 def _load_query(copies: Copies, tile_slot: Int, head: Int, parity: int) -> jax.Array:
@@ -226,12 +222,17 @@ def _attend(copies, cell, slot, tile_slot, heads, size, mask, words_mask):
 
     The order matters: head by head, the matrix units wait for every softmax.
     """
-    config, buffers = copies.config, copies.buffers
+    config = copies.config
     packing = dtype_packing(config.io_dtype)
     is_first = cell.block == 0
+    merges = mask is not None and config.spec.update_kv_cache
 
     scores = []
     for offset, head in enumerate(heads):
+        if merges and offset % packing == 0:
+            # Just before its head, so that the matrix units start at once.
+            pair = heads[0] // packing + offset // packing
+            _merge_new_token(copies, cell, slot, pair)
         q = _load_query(copies, tile_slot, head, (offset * config.group) % packing)
         k = load_keys(copies, slot, head, size)
         s = online_softmax.score_tile(q, k, config.spec)
@@ -243,14 +244,12 @@ def _attend(copies, cell, slot, tile_slot, heads, size, mask, words_mask):
     for head, s in zip(heads, scores, strict=True):
         state = _load_state(copies, head, is_first)
         p, correction, state = online_softmax.probabilities(s, state)
-        buffers.m[0, head], buffers.l[0, head] = state.m, state.l
         weighted.append((p.astype(config.value_dtype), correction, state))
 
     states = []
     for head, (p, correction, state) in zip(heads, weighted, strict=True):
         v = load_values(copies, slot, head, words_mask, size)
         acc = online_softmax.accumulate(p, v, correction, state.acc)
-        buffers.acc[0, head] = acc
         states.append(state._replace(acc=acc))
     return states
 
@@ -266,6 +265,12 @@ def _load_state(copies: Copies, head: Int, is_first: jax.Array) -> SoftmaxState:
         l=jnp.where(is_first, start_l, buffers.l[0, head]),
         acc=jnp.where(is_first, 0.0, buffers.acc[0, head]),
     )
+
+
+def _store_state(copies: Copies, head: Int, state: SoftmaxState) -> None:
+    buffers = copies.buffers
+    buffers.m[0, head], buffers.l[0, head] = state.m, state.l
+    buffers.acc[0, head] = state.acc
 
 
 def _store_output(copies: Copies, tile_slot: Int, heads, states) -> None:

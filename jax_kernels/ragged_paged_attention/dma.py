@@ -23,6 +23,10 @@ from jax_kernels.ragged_paged_attention.refs import (
 )
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int, Schedule, log2
 
+# Up to this many pages per block, their copies are a straight line of code under
+# predicates, which the compiler can mix with vector work. A loop it cannot.
+MAX_UNROLLED_PAGES = 8
+
 
 def _wait_for(ref, semaphore) -> None:
     """Waits for as many bytes as ``ref`` holds."""
@@ -73,7 +77,9 @@ class Copies:
 
             @pl.when(cell.tail_row >= 0)
             def _():
-                self._for_each_page(cell, cell.tail_row, cell.tail_row + 1, fetch)
+                self._for_each_page(
+                    cell, cell.tail_row, cell.tail_row + 1, fetch, is_one_row=True
+                )
 
     def wait_block(self, cell: Cell, slot: Int) -> None:
         num_rows = cell.cache_row_end - cell.cache_row_begin
@@ -93,7 +99,13 @@ class Copies:
                 semaphore,
             ).start()
 
-        self._for_each_page(cell, cell.write_row_begin, cell.write_row_end, write)
+        self._for_each_page(
+            cell,
+            cell.write_row_begin,
+            cell.write_row_end,
+            write,
+            is_one_row=self.schedule.phase.is_decode,
+        )
         num_rows = cell.write_row_end - cell.write_row_begin
         self.bookkeeping.written_rows[slot] = num_rows
 
@@ -109,8 +121,18 @@ class Copies:
             rows = self.buffers.kv.at[slot, :, pl.ds(0, num_rows)]
             _wait_for(rows, semaphores.at[slot])
 
-    def _for_each_page(self, cell: Cell, begin: Int, end: Int, copy) -> None:
-        """Calls ``copy(page, page_row, block_row, num_rows)`` for rows begin .. end."""
+    def _for_each_page(
+        self, cell: Cell, begin: Int, end: Int, copy, *, is_one_row: bool = False
+    ) -> None:
+        """Calls ``copy(page, page_row, block_row, num_rows)`` for rows begin .. end.
+
+        Args:
+          cell: The cell whose block the rows belong to.
+          begin: First row.
+          end: Row after the last.
+          copy: Starts one copy; called under a predicate.
+          is_one_row: Whether there is one row at the most.
+        """
         cache = self.config.cache
         table_row = cell.sequence * self.config.pages_per_sequence
         first_page = cell.block_start >> log2(cache.page_size)
@@ -130,28 +152,26 @@ class Copies:
         rows = cache.rows_per_page
         shift = log2(rows)
 
-        def copy_part(index: Int, part_begin: Int, part_end: Int) -> None:
-            page = page_table[table_row + first_page + index]
-            first = part_begin - (index << shift)
-            copy(page, first, part_begin, part_end - part_begin)
+        def copy_page(index: Int) -> None:
+            part_begin = jnp.maximum(begin, index << shift)
+            part_end = jnp.minimum(end, (index << shift) + rows)
 
-        def copy_page(index: Int, _) -> None:
-            page = page_table[table_row + first_page + index]
-            copy(page, 0, index << shift, rows)
+            @pl.when(part_end > part_begin)
+            def _():
+                page = page_table[table_row + first_page + index]
+                page_row = part_begin - (index << shift)
+                copy(page, page_row, part_begin, part_end - part_begin)
 
-        # A part of a page at the start (a window) and at the end (the last page).
-        first_whole = (begin + (rows - 1)) >> shift
-        end_whole = end >> shift
-
-        @pl.when(begin < jnp.minimum(end, first_whole << shift))
-        def _():
-            copy_part(begin >> shift, begin, jnp.minimum(end, first_whole << shift))
-
-        jax.lax.fori_loop(first_whole, end_whole, copy_page, None)
-
-        @pl.when((end_whole >= first_whole) & (end > (end_whole << shift)))
-        def _():
-            copy_part(end_whole, end_whole << shift, end)
+        if is_one_row:
+            copy_page(begin >> shift)
+            return
+        num_pages = self.schedule.block_rows // rows
+        if num_pages <= MAX_UNROLLED_PAGES:
+            for index in range(num_pages):
+                copy_page(index)
+            return
+        last = jnp.where(end > begin, (end + (rows - 1)) >> shift, begin >> shift)
+        jax.lax.fori_loop(begin >> shift, last, lambda index, _: copy_page(index), None)
 
     # New keys and values.
 

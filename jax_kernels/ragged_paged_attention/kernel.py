@@ -91,18 +91,25 @@ def _run_phase(
         progress = fetcher.plan(progress)
 
     def is_unfinished(carry):
-        step, _, progress = carry
-        return step < progress.num_cells
+        num_done, _, _, progress = carry
+        return num_done < progress.num_cells
 
     def run_step(carry):
-        step, tile, progress = carry
+        num_done, slot, tile_slot, progress = carry
         if schedule.phase.is_decode:
             progress = fetcher.start(fetcher.reuse_slot(progress))
-            tile, progress = decode.process(copies, step, tile, progress, fetcher.plan)
+            plan = functools.partial(fetcher.plan, progress)
+            is_done, progress = decode.process(copies, slot, tile_slot, plan)
         else:
             progress = fetcher.fetch(progress)
-            tile = tiles.process(copies, step, tile)
-        return step + 1, tile, progress
+            is_done = tiles.process(copies, slot, tile_slot)
+        return (
+            num_done + 1,
+            schedule.next_slot(slot, True),
+            schedule.next_slot(tile_slot, is_done),
+            progress,
+        )
 
-    lax.while_loop(is_unfinished, run_step, (jnp.int32(0), jnp.int32(0), progress))
+    zero = jnp.int32(0)
+    lax.while_loop(is_unfinished, run_step, (zero, zero, zero, progress))
     copies.drain()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
-from jax_kernels.ragged_paged_attention.schedule import Cell, Int
+from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
 
 
 def attention_mask(
@@ -49,7 +49,7 @@ def live_word_mask(
     first_position: Int,
     num_rows: int,
     packing: int,
-    live_begin: Int,
+    live_begin: Int | None,
     live_end: Int,
 ) -> jax.Array:  # u32[num_rows, 1]
     """All-ones bits for the tokens of packed rows that lie in a range of positions.
@@ -57,16 +57,25 @@ def live_word_mask(
     Row r packs positions ``first_position + r * packing + (0 .. packing - 1)``, the
     earliest in the lowest bits. Example with packing 2: of the row that packs
     positions 6 and 7, live range 7 .. 9, the mask is 0xffff0000.
+
+    Args:
+      first_position: Of the first row; a multiple of ``packing``.
+      num_rows: Rows of the mask.
+      packing: Tokens per row.
+      live_begin: First live position, or None when everything before the end is.
+      live_end: Position after the last live one.
     """
-    bits = 32 // packing
     row = jax.lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
-    start = first_position + row * packing
 
-    def low_bits(end: Int) -> jax.Array:
+    def bits_before(end: Int) -> jax.Array:
         """Ones for the tokens of each row before position ``end``."""
-        count = jnp.clip(end - start, 0, packing)
-        # A shift by the whole word is undefined, so a full row is chosen apart.
-        partial = (jnp.uint32(1) << (count * bits).astype(jnp.uint32)) - jnp.uint32(1)
-        return jnp.where(count == packing, jnp.uint32(0xFFFFFFFF), partial)
+        # Only one row is partly live, so its bits are scalar work.
+        num_tokens = end - first_position
+        whole_rows = num_tokens >> log2(packing)
+        rest = (num_tokens & (packing - 1)) * (32 // packing)
+        partial = (jnp.uint32(1) << rest.astype(jnp.uint32)) - jnp.uint32(1)
+        tail = jnp.where(row == whole_rows, partial, jnp.uint32(0))
+        return jnp.where(row < whole_rows, jnp.uint32(0xFFFFFFFF), tail)
 
-    return low_bits(live_end) & ~low_bits(live_begin)
+    bits = bits_before(live_end)
+    return bits if live_begin is None else bits & ~bits_before(live_begin)

@@ -1,8 +1,8 @@
 """The fetching side of the loop: which cell is next, and its DMAs.
 
-Planning a cell is scalar arithmetic without side effects beyond a note in SMEM, so
-it can run in the shadow of vector work. Starting it issues its DMAs. Both work on
-the same ``Progress``; the computing side reads the notes.
+Planning a cell is scalar arithmetic and a note in SMEM, so the compiler can run it in
+the shadow of vector work. Starting it issues its DMAs, which the compiler keeps in
+order with everything around them. The computing side reads the notes.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from jax_kernels.ragged_paged_attention import refs
@@ -28,15 +27,16 @@ class Progress(NamedTuple):
     """How far the fetching side is."""
 
     cursor: Cursor  # of the next cell to plan
-    is_planned: Int  # 1: the cell in slot ``num_cells`` is planned, not started
+    is_planned: Int  # 1: the cell in ``slot`` is planned, not started
     num_cells: Int  # started
-    num_tiles: Int  # started tiles with queries
+    slot: Int  # of the next cell to start
+    tile_slot: Int  # of the next tile of queries to start
     stored_end: Int  # see Schedule.describe
 
 
 @dataclasses.dataclass(frozen=True)
 class Fetcher:
-    """Plans and starts cells of sequences up to ``end``."""
+    """Starts the DMAs of one cell after the other, of sequences up to ``end``."""
 
     copies: Copies
     end: Int
@@ -47,85 +47,81 @@ class Fetcher:
 
     def begin(self, sequence: Int) -> Progress:
         zero = jnp.int32(0)
-        return Progress(Cursor(jnp.int32(sequence), zero, zero), zero, zero, zero, zero)
+        cursor = Cursor(jnp.int32(sequence), zero, zero)
+        return Progress(cursor, zero, zero, zero, zero, zero)
 
-    def plan(self, progress: Progress) -> Progress:
-        """Notes the cell at the cursor, if there is one, and moves the cursor."""
-        cursor = progress.cursor
-        is_live = cursor.sequence < self.end
-        # Past the end, the last sequence stands in and the result is not used.
-        sequence = jnp.minimum(cursor.sequence, self.end - 1)
-        cell = self.schedule.describe(
-            cursor._replace(sequence=sequence),
-            _read_lengths(self.copies.scalars, sequence),
-            progress.stored_end,
-        )
-        store_cell(self.copies.bookkeeping.cells, self._slot(progress), cell)
-        following = self.schedule.advance(cell)
-        return progress._replace(
-            cursor=jax.tree.map(
-                lambda new, old: jnp.where(is_live, new, old), following, cursor
-            ),
-            is_planned=is_live.astype(jnp.int32),
-            stored_end=jnp.where(
-                following.sequence == sequence, progress.stored_end, 0
-            ),
-        )
+    def fetch(self, progress: Progress) -> Progress:
+        """Plans and starts the next cell, if there is one."""
+        return self.start(self.plan(self.reuse_slot(progress)))
 
     def reuse_slot(self, progress: Progress) -> Progress:
         """Waits until the slot of the next cell is free."""
         if not self.copies.config.spec.update_kv_cache:
             return progress
-        slot = self._slot(progress)
-        if not self.schedule.phase.is_decode:  # There nothing is read twice.
-            earlier = load_cell(self.copies.bookkeeping.cells, slot)
-            has_written = self.copies.bookkeeping.written_rows[slot] > 0
-            is_same = earlier.sequence == progress.cursor.sequence
-            progress = progress._replace(
-                stored_end=jnp.where(
-                    has_written & is_same,
-                    self.schedule.written_end(earlier),
-                    progress.stored_end,
-                )
-            )
-        self.copies.wait_write_back(slot)
+        progress = progress._replace(stored_end=self._stored_end(progress))
+        self.copies.wait_write_back(progress.slot)
         return progress
+
+    def plan(self, progress: Progress) -> Progress:
+        """Notes the cell at the cursor, if there is one, and moves the cursor."""
+        cursor = progress.cursor
+        is_live = cursor.sequence < self.end
+        # Past the end, the last sequence stands in and its cell is not started.
+        sequence = jnp.minimum(cursor.sequence, self.end - 1)
+        lengths = _read_lengths(self.copies.scalars, sequence)
+        cell = self.schedule.describe(
+            cursor._replace(sequence=sequence), lengths, progress.stored_end
+        )
+        _store_cell(self.copies.bookkeeping.cells, progress.slot, cell)
+        following = self.schedule.advance(cell)
+        is_same = following.sequence == sequence
+        return progress._replace(
+            cursor=jax.tree.map(
+                lambda new, old: jnp.where(is_live, new, old), following, cursor
+            ),
+            is_planned=is_live.astype(jnp.int32),
+            stored_end=jnp.where(is_same, progress.stored_end, 0),
+        )
 
     def start(self, progress: Progress) -> Progress:
         """Starts the DMAs of the planned cell, if there is one."""
-        slot = self._slot(progress)
-        cell = load_cell(self.copies.bookkeeping.cells, slot)
+        copies, slot = self.copies, progress.slot
+        cell = load_cell(copies.bookkeeping.cells, slot)
         is_live = progress.is_planned > 0
         is_first = is_live & (cell.block == 0) & (cell.num_queries > 0)
 
         @pl.when(is_live)
         def _():
-            if self.copies.config.spec.update_kv_cache:
-                self.copies.start_new_tokens(cell, slot)
-            self.copies.start_block(cell, slot)
+            if copies.config.spec.update_kv_cache:
+                copies.start_new_tokens(cell, slot)
+            copies.start_block(cell, slot)
 
         @pl.when(is_first)
         def _():
-            self.copies.start_queries(cell, self._ring(progress.num_tiles))
+            copies.start_queries(cell, progress.tile_slot)
 
         return progress._replace(
             is_planned=jnp.int32(0),
             num_cells=progress.num_cells + progress.is_planned,
-            num_tiles=progress.num_tiles + is_first.astype(jnp.int32),
+            slot=self.schedule.next_slot(slot, is_live),
+            tile_slot=self.schedule.next_slot(progress.tile_slot, is_first),
         )
 
-    def fetch(self, progress: Progress) -> Progress:
-        """Plans and starts the next cell."""
-        return self.start(self.plan(self.reuse_slot(progress)))
+    def _stored_end(self, progress: Progress) -> Int:
+        """How far the sequence is stored once the write-back of the slot has ended."""
+        if self.schedule.phase.is_decode:
+            return progress.stored_end  # One new token, met once.
+        slot = progress.slot
+        earlier = load_cell(self.copies.bookkeeping.cells, slot)
+        has_written = self.copies.bookkeeping.written_rows[slot] > 0
+        return jnp.where(
+            has_written & (earlier.sequence == progress.cursor.sequence),
+            self.schedule.written_end(earlier),
+            progress.stored_end,
+        )
 
-    def _slot(self, progress: Progress) -> Int:
-        return self._ring(progress.num_cells)
 
-    def _ring(self, count: Int) -> Int:
-        return lax.rem(count, jnp.int32(self.schedule.phase.num_slots))
-
-
-def store_cell(cells_ref, slot: Int, cell: Cell) -> None:
+def _store_cell(cells_ref, slot: Int, cell: Cell) -> None:
     for index, value in enumerate(cell):
         cells_ref[slot * len(cell) + index] = jnp.asarray(value, jnp.int32)
 

@@ -234,6 +234,11 @@ class Schedule:
             write_row_end=write_row_end,
         )
 
+    def next_slot(self, slot: Int, is_used: Int) -> Int:
+        """The slot after this one in the ring, if this one was used."""
+        wrapped = jnp.where(slot + 1 == self.phase.num_slots, 0, slot + 1)
+        return jnp.where(is_used, wrapped, slot)
+
     def written_end(self, cell: Cell) -> Int:
         """The position after the rows that a cell writes, a multiple of the packing."""
         return cell.block_start + cell.write_row_end * self.config.cache.packing

@@ -33,10 +33,8 @@ from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
 INTERLEAVED_HEADS = 4
 
 
-def process(copies: Copies, step: Int, tile: Int) -> Int:
-    """Computes one cell; returns the number of tiles finished so far."""
-    num_slots = jnp.int32(copies.schedule.phase.num_slots)
-    slot, tile_slot = lax.rem(step, num_slots), lax.rem(tile, num_slots)
+def process(copies: Copies, slot: Int, tile_slot: Int) -> jax.Array:
+    """Computes the cell in a slot; returns whether it was the last of its tile."""
     cell = load_cell(copies.bookkeeping.cells, slot)
 
     @pl.when((cell.block == 0) & (cell.num_queries > 0))
@@ -78,7 +76,7 @@ def process(copies: Copies, step: Int, tile: Int) -> Int:
         _store_output(copies, cell, tile_slot)
         copies.start_output(cell, tile_slot)
 
-    return tile + is_last.astype(jnp.int32)
+    return is_last
 
 
 def _live_sub_tiles(copies: Copies, cell: Cell) -> Int:
