@@ -104,7 +104,7 @@ def test_queries_without_any_key_give_zeros_and_write_nothing(distribution, sequ
             assert not np.any(rows.astype(np.float32))
 
 
-@pytest.mark.parametrize("num_live", [0, 1, 63, 64, 65, 191, 192, 193, 255, 256])
+@pytest.mark.parametrize("num_live", [0, 1, 64, 65, 191, 192, 255, 256])
 def test_rows_past_the_last_sequence_are_zeros(num_live):
     """Rule 5, around the size in which rows are cleared."""
     sequences = [(min(num_live, 128), 130)] if num_live else []
@@ -127,9 +127,9 @@ def test_decodes_of_every_length_around_a_boundary(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("num_old", [0, 1, 2, 3, 15, 16, 30, 31, 32, 33])
+@pytest.mark.parametrize("num_old", [0, 1, 3, 30, 33])
 def test_chunks_that_start_and_end_around_a_boundary(layout, num_old):
-    q_lens = (2, 3, 15, 16, 17, 31, 32, 33, 64)
+    q_lens = (2, 3, 15, 17, 31, 32, 33, 64)
     sequences = [(q_len, num_old + q_len) for q_len in q_lens]
     assert_kernel_matches_oracle(make_batch(sequences, layout=layout), **OPTIONS)
 
@@ -166,7 +166,7 @@ def ragged_sequences(draw):
     return sequences, (len(decodes), prefill_end, len(sequences))
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=10, derandomize=True)
 @given(ragged_sequences())
 def test_any_batch_matches_the_oracle(drawn):
     sequences, distribution = drawn

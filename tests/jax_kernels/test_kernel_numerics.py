@@ -107,6 +107,11 @@ def test_scales_multiply_scores_and_output(case):
     ),
     d64_gqa_6_to_2=Case(head_dim=64, heads=(6, 2), with_sinks=True),
     d72_mqa_3_to_1=Case(head_dim=72, heads=(3, 1), page_size=128, with_sinks=True),
+    d64_gqa_30_to_10=Case(head_dim=64, heads=(30, 10), lengths=LENGTHS[1:4]),
+    d64_mha_16_to_16=Case(head_dim=64, heads=(16, 16), lengths=LENGTHS[1:4]),
+    d128_mqa_32_to_1_f32=Case(
+        heads=(32, 1), q_dtype=F32, cache_dtype=INT8, lengths=LENGTHS[1:5]
+    ),
     d96_mha_7_to_7=Case(head_dim=96, heads=(7, 7), with_sinks=True),
     d192=Case(head_dim=192, page_size=8),
     d256=Case(head_dim=256, heads=(6, 2), page_size=256, with_sinks=True),
@@ -140,6 +145,27 @@ def test_every_head_layout_finds_its_heads_and_sinks(case):
     out_bf16=Case(q_dtype=F32, cache_dtype=F32, options={"out_dtype": BF16}),
 )
 def test_every_option_means_what_the_oracle_says(case):
+    case.check()
+
+
+# The code of decode exists in several lengths, and without masks for long contexts.
+LONG_DECODES = tuple((1, kv_len) for kv_len in (60, 256, 257, 512, 513, 1025, 1300))
+
+
+@cases(
+    split=Case(lengths=LONG_DECODES, blocks=BlockSizes(512, 32, 32), page_size=64),
+    fused_window_sinks=Case(
+        lengths=LONG_DECODES,
+        blocks=BlockSizes(512, 32, 32),
+        page_size=64,
+        head_dim=64,
+        heads=(6, 2),
+        cache_dtype=E4M3,
+        with_sinks=True,
+        options={"sliding_window": 700},
+    ),
+)
+def test_decode_over_long_blocks(case):
     case.check()
 
 
@@ -199,7 +225,7 @@ def test_positions_beyond_int16_are_told_apart():
         head_dim=64,
         page_size=512,
         lengths=((1, 41_003), (3, 32_770)),
-        blocks=BlockSizes(1024, 32, 1024),
+        blocks=BlockSizes(2048, 32, 2048),
         options={"sliding_window": 32_500},
     )
     case.check()
