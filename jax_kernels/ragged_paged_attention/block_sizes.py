@@ -19,23 +19,23 @@ from jax_kernels.ragged_paged_attention.validation import Problem
 # Share of VMEM given to the kernel; the rest is left to the program around it.
 VMEM_LIMIT_SHARE = 0.9
 # Share of that limit that buffers may take by default; the compiler spills to the rest.
-DEFAULT_BUFFER_SHARE = 0.7
+DEFAULT_BUFFER_SHARE = 0.95
 # The compiler keeps some SMEM for itself and needs more for spilled scalars.
 SMEM_RESERVE_BYTES = 128 * 1024
 
-# A fetch of this size takes about as long as the latency of HBM, so a few of them
-# in flight keep the memory busy.
-TARGET_FETCH_BYTES = 2 * 1024 * 1024
-MIN_BLOCK_KV, MAX_BLOCK_KV = 128, 1024
+# A fetch of this size takes about as long as the latency of HBM, and hides the
+# scalar work of a cell. Shorter contexts fetch and compute less of a block.
+TARGET_FETCH_BYTES = 4 * 1024 * 1024
+MIN_BLOCK_KV, MAX_BLOCK_KV = 128, 4096
 PREFILL_BLOCK_KV = 512
 PREFILL_TILE_ROWS = 1024
-SOFTMAX_TILE_ROWS = 512
+SOFTMAX_TILE_ROWS = 1024
 MIN_BLOCK_Q = 32  # rows of an 8-bit register tile
 
 # (slots, cells fetched ahead). Decode cells are short: the write-back of one must
 # have time to land before its slot is filled again.
 DECODE_RING = (6, 3)
-PREFILL_RING = (4, 2)
+PREFILL_RING = (3, 2)
 
 
 def choose(problem: Problem, spec: AttentionSpec, chip: Chip) -> BlockSizes:

@@ -117,6 +117,15 @@ class PhaseConfig:
     def is_decode(self) -> bool:
         return self.phase is Phase.DECODE
 
+    @property
+    def num_tile_slots(self) -> int:
+        """Buffers in the rings of queries and outputs: the tiles in flight.
+
+        A decode tile may be a single cell, whose output needs the time to land that
+        its write-back has. Larger tiles take longer than that.
+        """
+        return self.num_slots if self.is_decode else self.lookahead + 1
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:

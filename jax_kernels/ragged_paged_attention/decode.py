@@ -205,7 +205,7 @@ def _load_query(copies: Copies, tile_slot: Int, head: Int, parity: int) -> jax.A
     packing = dtype_packing(config.io_dtype)
     num_rows = config.query_rows(copies.schedule.phase)
     rows = tile_io.WordRows(copies.buffers.queries.at[tile_slot], config.interpret)
-    first = (head * config.group) // packing if packing > 1 else head * config.group
+    first = (head * config.group) >> log2(packing)
     if packing == 1:
         x = pltpu.bitcast(rows.load(first, num_rows), jnp.float32)
     else:
@@ -231,7 +231,7 @@ def _attend(copies, cell, slot, tile_slot, heads, size, mask, words_mask):
     for offset, head in enumerate(heads):
         if merges and offset % packing == 0:
             # Just before its head, so that the matrix units start at once.
-            pair = heads[0] // packing + offset // packing
+            pair = (heads[0] >> log2(packing)) + offset // packing
             _merge_new_token(copies, cell, slot, pair)
         q = _load_query(copies, tile_slot, head, (offset * config.group) % packing)
         k = load_keys(copies, slot, head, size)
@@ -243,14 +243,14 @@ def _attend(copies, cell, slot, tile_slot, heads, size, mask, words_mask):
     weighted = []
     for head, s in zip(heads, scores, strict=True):
         state = _load_state(copies, head, is_first)
-        p, correction, state = online_softmax.probabilities(s, state)
-        weighted.append((p.astype(config.value_dtype), correction, state))
+        p, m, correction = online_softmax.probabilities(s, state.m)
+        weighted.append((p, correction, state._replace(m=m)))
 
     states = []
     for head, (p, correction, state) in zip(heads, weighted, strict=True):
         v = load_values(copies, slot, head, words_mask, size)
-        acc = online_softmax.accumulate(p, v, correction, state.acc)
-        states.append(state._replace(acc=acc))
+        sums = online_softmax.accumulate(p, v, correction, state.l, state.acc)
+        states.append(SoftmaxState(state.m, *sums))
     return states
 
 
@@ -292,7 +292,7 @@ def _store_output(copies: Copies, tile_slot: Int, heads, states) -> None:
         return
     # A word row holds heads of two key heads.
     members = [out[g : g + 1] for out in outs for g in range(group)]
-    first = heads[0] * group // packing
+    first = (heads[0] * group) >> log2(packing)
     for index in range(len(members) // packing):
         pair = members[index * packing : (index + 1) * packing]
         rows.store(tile_io.pack_heads(pair), first + index)

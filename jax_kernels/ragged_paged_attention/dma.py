@@ -266,13 +266,15 @@ class Copies:
         """Nothing is in flight yet."""
         for slot in range(self.schedule.phase.num_slots):
             self.bookkeeping.written_rows[slot] = 0
+        for slot in range(self.schedule.phase.num_tile_slots):
             self.bookkeeping.out_tokens[slot] = 0
 
     def drain(self) -> None:
         """Waits for every write of the phase."""
-        for slot in range(self.schedule.phase.num_slots):
-            if self.config.spec.update_kv_cache:
+        if self._updates:
+            for slot in range(self.schedule.phase.num_slots):
                 self.wait_write_back(jnp.int32(slot))
+        for slot in range(self.schedule.phase.num_tile_slots):
             self.wait_output(jnp.int32(slot))
 
     @property

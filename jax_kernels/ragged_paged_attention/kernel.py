@@ -24,7 +24,7 @@ from jax_kernels.ragged_paged_attention.config import (
 )
 from jax_kernels.ragged_paged_attention.dma import Copies, OutputClearer
 from jax_kernels.ragged_paged_attention.pipeline import Fetcher
-from jax_kernels.ragged_paged_attention.schedule import Schedule
+from jax_kernels.ragged_paged_attention.schedule import Schedule, next_slot
 
 
 def rpa_kernel(
@@ -105,8 +105,8 @@ def _run_phase(
             is_done = tiles.process(copies, slot, tile_slot)
         return (
             num_done + 1,
-            schedule.next_slot(slot, True),
-            schedule.next_slot(tile_slot, is_done),
+            next_slot(slot, schedule.phase.num_slots),
+            next_slot(tile_slot, schedule.phase.num_tile_slots, is_done),
             progress,
         )
 

@@ -61,29 +61,44 @@ def score_tile(
 
 def probabilities(
     scores: jax.Array,  # f32[rows, block_kv]
-    state: SoftmaxState,
-) -> tuple[jax.Array, jax.Array, SoftmaxState]:
-    """Unnormalised probabilities, the correction of ``acc``, and the new m and l.
+    m_before: jax.Array,  # f32[rows, 128]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unnormalised probabilities of one tile.
 
     Returns:
-      p f32[rows, block_kv]; correction f32[rows, 128]; the state with m and l
-      updated and ``acc`` as it was.
+      p f32[rows, block_kv]; the new maximum; and the correction that brings sums to
+      it, both f32[rows, 128].
     """
-    m = jnp.maximum(state.m, jnp.max(scores, axis=1, keepdims=True))
-    correction = jnp.exp2(state.m - m)
-    p = jnp.exp2(scores - _across(m, scores.shape[1]))
-    total = state.l * correction + jnp.sum(p, axis=1, keepdims=True)
-    return p, correction, SoftmaxState(m, total, state.acc)
+    m = jnp.maximum(m_before, jnp.max(scores, axis=1, keepdims=True))
+    return jnp.exp2(scores - _across(m, scores.shape[1])), m, jnp.exp2(m_before - m)
 
 
 def accumulate(
-    p: jax.Array,  # [rows, block_kv], in the dtype of the multiplication
-    v: jax.Array,  # [block_kv, lanes]
+    p: jax.Array,  # f32[rows, block_kv]
+    v: jax.Array,  # [block_kv, lanes], or [block_kv, lanes + 128] from with_ones
     correction: jax.Array,  # f32[rows, 128]
+    l_before: jax.Array,  # f32[rows, 128]
     acc: jax.Array,  # f32[rows, lanes]
-) -> jax.Array:
-    """The weighted values, brought to the new maximum, plus this tile's."""
-    return acc * _across(correction, acc.shape[1]) + dot_f32(p, v, rhs_contract=0)
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the probabilities and the weighted values, with this tile's added."""
+    lanes = acc.shape[1]
+    products = dot_f32(p.astype(v.dtype), v, rhs_contract=0)
+    if v.shape[1] > lanes:
+        row_sum = products[:, lanes:]
+    else:
+        row_sum = jnp.sum(p, axis=1, keepdims=True)
+    weighted = acc * _across(correction, lanes) + products[:, :lanes]
+    return l_before * correction + row_sum, weighted
+
+
+def with_ones(v: jax.Array) -> jax.Array:  # [block_kv, 128] to [block_kv, 256]
+    """Appends columns of ones, whose products are the sums of the probabilities.
+
+    A matrix unit of 256 columns has them free beside 128 lanes of values, and the
+    vector units are spared the sum. The sum is then that of the rounded
+    probabilities, which are also the weights.
+    """
+    return jnp.concatenate([v, jnp.ones_like(v)], axis=1)
 
 
 def normalise(state: SoftmaxState, v_scale: float | None) -> jax.Array:

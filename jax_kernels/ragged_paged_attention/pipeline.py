@@ -20,6 +20,7 @@ from jax_kernels.ragged_paged_attention.schedule import (
     Int,
     Lengths,
     Schedule,
+    next_slot,
 )
 
 
@@ -85,7 +86,7 @@ class Fetcher:
 
     def start(self, progress: Progress) -> Progress:
         """Starts the DMAs of the planned cell, if there is one."""
-        copies, slot = self.copies, progress.slot
+        copies, slot, phase = self.copies, progress.slot, self.schedule.phase
         cell = load_cell(copies.bookkeeping.cells, slot)
         is_live = progress.is_planned > 0
         is_first = is_live & (cell.block == 0) & (cell.num_queries > 0)
@@ -103,8 +104,8 @@ class Fetcher:
         return progress._replace(
             is_planned=jnp.int32(0),
             num_cells=progress.num_cells + progress.is_planned,
-            slot=self.schedule.next_slot(slot, is_live),
-            tile_slot=self.schedule.next_slot(progress.tile_slot, is_first),
+            slot=next_slot(slot, phase.num_slots, is_live),
+            tile_slot=next_slot(progress.tile_slot, phase.num_tile_slots, is_first),
         )
 
     def _stored_end(self, progress: Progress) -> Int:

@@ -47,11 +47,12 @@ class HbmOutputs(NamedTuple):
 class Buffers(NamedTuple):
     """VMEM of one phase: the rings that DMAs fill and drain, and the state."""
 
-    queries: Any  # [slots, block_q, word rows, packing, io_lanes]
+    queries: Any  # [tile slots, block_q, word rows, packing, io_lanes]
     keys: Any  # [slots, new tokens, word rows, packing, io_lanes], or None
     values: Any  # the same
     kv: Any  # [slots, heads_per_page, block rows, packing, lanes]
-    out: Any  # [slots, block_q, word rows, packing, io_lanes]
+    out: Any  # [tile slots, block_q, word rows, packing, io_lanes]
+    scores: Any  # f32[query rows, block_kv]: of the next head; None in decode
     seam: Any  # [heads_per_page, 1, packing, lanes]: the row of old and new tokens
     q: Any  # [sub tiles, Hkv, query rows, lanes]: multiplied and cast; None in decode
     sinks: Any  # f32[Hkv, query rows, 128], or None: where rows start in decode
@@ -65,11 +66,11 @@ class Bookkeeping(NamedTuple):
 
     cells: Any  # i32[slots * len(Cell)]: the cells in flight
     written_rows: Any  # i32[slots]: cache rows being written back from a slot
-    out_tokens: Any  # i32[slots]: output rows being written from a slot
+    out_tokens: Any  # i32[tile slots]: output rows being written from a slot
 
 
 class Semaphores(NamedTuple):
-    """DMA semaphores of one phase, one per slot of a ring."""
+    """DMA semaphores of one phase, one per slot of each ring."""
 
     kv: Any
     new_kv: Any
@@ -113,7 +114,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     return Buffers(
         queries=(
             (
-                slots,
+                phase.num_tile_slots,
                 phase.block_q,
                 _query_word_rows(config, phase),
                 io_packing,
@@ -135,13 +136,18 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
         ),
         out=(
             (
-                slots,
+                phase.num_tile_slots,
                 phase.block_q,
                 tile_io.io_word_rows(config.num_q_heads, out_packing),
                 out_packing,
                 config.io_lanes,
             ),
             config.out_dtype,
+        ),
+        scores=(
+            None
+            if phase.is_decode
+            else ((config.query_rows(phase), phase.block_kv), jnp.float32)
         ),
         seam=(
             ((cache.heads_per_page, 1, cache.packing, lanes), cache.dtype)
@@ -172,7 +178,7 @@ def allocate_phase(config: KernelConfig, phase: PhaseConfig):
     bookkeeping = Bookkeeping(
         cells=pltpu.SMEM((slots * len(Cell._fields),), jnp.int32),
         written_rows=pltpu.SMEM((slots,), jnp.int32),
-        out_tokens=pltpu.SMEM((slots,), jnp.int32),
+        out_tokens=pltpu.SMEM((phase.num_tile_slots,), jnp.int32),
     )
     semaphores = Semaphores(
         *(pltpu.SemaphoreType.DMA((slots,)) for _ in Semaphores._fields)

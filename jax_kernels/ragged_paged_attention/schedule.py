@@ -101,6 +101,12 @@ def ceil_to(value: Int, power_of_two: int) -> Int:
     return (value + (power_of_two - 1)) & -power_of_two
 
 
+def next_slot(slot: Int, num_slots: int, is_used: Int = True) -> Int:
+    """The slot after this one in a ring, if this one was used."""
+    wrapped = jnp.where(slot + 1 == num_slots, 0, slot + 1)
+    return jnp.where(is_used, wrapped, slot)
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Cell arithmetic of one phase."""
@@ -233,11 +239,6 @@ class Schedule:
             write_row_begin=write_row_begin,
             write_row_end=write_row_end,
         )
-
-    def next_slot(self, slot: Int, is_used: Int) -> Int:
-        """The slot after this one in the ring, if this one was used."""
-        wrapped = jnp.where(slot + 1 == self.phase.num_slots, 0, slot + 1)
-        return jnp.where(is_used, wrapped, slot)
 
     def written_end(self, cell: Cell) -> Int:
         """The position after the rows that a cell writes, a multiple of the packing."""

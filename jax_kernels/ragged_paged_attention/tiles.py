@@ -4,6 +4,8 @@ The tile is cut into sub tiles of ``sub_q`` tokens. The rows of a sub tile are t
 G query heads of one key head, each with its ``sub_q`` tokens: row = g * sub_q + t.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,9 +24,9 @@ from jax_kernels.ragged_paged_attention.block_loads import (
     load_values,
     value_words_mask,
 )
-from jax_kernels.ragged_paged_attention.config import LOG2_E
+from jax_kernels.ragged_paged_attention.config import LOG2_E, KernelConfig
 from jax_kernels.ragged_paged_attention.dma import Copies
-from jax_kernels.ragged_paged_attention.layout import dtype_packing
+from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.pipeline import load_cell
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
@@ -193,11 +195,13 @@ def _attend(copies: Copies, cell: Cell, slot: Int, *, is_masked: bool) -> None:
     def sub_tile(sub: Int, _) -> None:
         mask = _tile_mask(copies, cell, sub) if is_masked else None
 
-        def head_group(index: Int, _) -> None:
-            heads = [index * interleaved + i for i in range(interleaved)]
-            _attend_heads(copies, slot, sub, heads, mask, words_mask)
-
-        lax.fori_loop(0, config.num_kv_heads // interleaved, head_group, None)
+        run = functools.partial(_attend_heads, copies, slot, sub, mask, words_mask)
+        num_groups = config.num_kv_heads // interleaved
+        copies.buffers.scores[...] = _scores(copies, slot, sub, 0, mask)
+        lax.fori_loop(
+            0, num_groups - 1, lambda i, _: run(i * interleaved, is_last=False), None
+        )
+        run((num_groups - 1) * interleaved, is_last=True)
 
     first = jnp.int32(0)
     if config.spec.causal:
@@ -207,34 +211,59 @@ def _attend(copies: Copies, cell: Cell, slot: Int, *, is_masked: bool) -> None:
     lax.fori_loop(first, _live_sub_tiles(copies, cell), sub_tile, None)
 
 
-def _attend_heads(copies, slot, sub, heads, mask, words_mask) -> None:
-    """One softmax tile for each of some heads.
+def _attend_heads(
+    copies: Copies,
+    slot: Int,
+    sub: Int,
+    mask: jax.Array | None,
+    words_mask: jax.Array | None,
+    first: Int,
+    *,
+    is_last: bool,
+) -> None:
+    """One softmax tile for each head of a group.
 
     The source order is the pipeline: the scores of the next head are computed
     before the softmax and the values of the present one, so that the matrix units
-    and the vector units have work at the same time.
+    and the vector units have work at the same time. Between groups the scores wait
+    in a buffer.
     """
     config, buffers = copies.config, copies.buffers
-
-    def scores_of(head: Int) -> jax.Array:
-        k = load_keys(copies, slot, head)
-        scores = online_softmax.score_tile(buffers.q[sub, head], k, config.spec)
-        if mask is not None:
-            scores = jnp.where(mask, scores, online_softmax.MASKED_SCORE)
-        return scores
-
-    following = scores_of(heads[0])
-    for index, head in enumerate(heads):
-        scores = following
-        if index + 1 < len(heads):
-            following = scores_of(heads[index + 1])
+    num_heads = largest_divisor(config.num_kv_heads, INTERLEAVED_HEADS)
+    following = buffers.scores[...]
+    for index in range(num_heads):
+        head, scores = first + index, following
+        if index + 1 < num_heads:
+            following = _scores(copies, slot, sub, head + 1, mask)
+        elif not is_last:
+            buffers.scores[...] = _scores(copies, slot, sub, head + 1, mask)
         state = _load_state(buffers, sub, head)
-        p, correction, state = online_softmax.probabilities(scores, state)
-        buffers.m[sub, head], buffers.l[sub, head] = state.m, state.l
+        p, m, correction = online_softmax.probabilities(scores, state.m)
         v = load_values(copies, slot, head, words_mask)
-        buffers.acc[sub, head] = online_softmax.accumulate(
-            p.astype(config.value_dtype), v, correction, buffers.acc[sub, head]
+        if _sums_in_matrix_unit(config):
+            v = online_softmax.with_ones(v)
+        buffers.m[sub, head] = m
+        buffers.l[sub, head], buffers.acc[sub, head] = online_softmax.accumulate(
+            p, v, correction, state.l, state.acc
         )
+
+
+def _sums_in_matrix_unit(config: KernelConfig) -> bool:
+    """Whether the matrix units have columns to spare for sums."""
+    return config.lanes == LANES and config.value_dtype == jnp.bfloat16
+
+
+def _scores(
+    copies: Copies, slot: Int, sub: Int, head: Int, mask: jax.Array | None
+) -> jax.Array:
+    """f32[query rows, block_kv] of one head."""
+    k = load_keys(copies, slot, head)
+    scores = online_softmax.score_tile(
+        copies.buffers.q[sub, head], k, copies.config.spec
+    )
+    if mask is None:
+        return scores
+    return jnp.where(mask, scores, online_softmax.MASKED_SCORE)
 
 
 def _tile_mask(copies: Copies, cell: Cell, sub: Int) -> jax.Array:
