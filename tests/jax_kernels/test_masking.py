@@ -1,0 +1,151 @@
+"""Masks against tables that can be read, and against plain Python."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_kernels.ragged_paged_attention import masking
+from jax_kernels.ragged_paged_attention.config import AttentionSpec
+from jax_kernels.ragged_paged_attention.schedule import Cell
+
+
+def mask_of(query_positions, key_positions, visible_end, **spec) -> np.ndarray:
+    """bool[queries, keys]; a mask that is the same for every query is one row."""
+    mask = masking.attention_mask(
+        jnp.asarray(query_positions, jnp.int32)[:, None],
+        jnp.asarray(key_positions, jnp.int32)[None],
+        jnp.int32(visible_end),
+        AttentionSpec(**spec),
+    )
+    return np.broadcast_to(mask, (len(query_positions), len(key_positions)))
+
+
+def table(*rows: str) -> np.ndarray:
+    """x where a query (row) sees a key (column)."""
+    return np.array([[mark == "x" for mark in row] for row in rows])
+
+
+@pytest.mark.parametrize(
+    "spec, visible_end, expected",
+    [
+        ({}, 4, table("x...", "xx..", "xxx.", "xxxx")),
+        ({"causal": False}, 4, table("xxxx", "xxxx", "xxxx", "xxxx")),
+        ({"causal": False}, 3, table("xxx.", "xxx.", "xxx.", "xxx.")),
+        ({"causal": False}, 0, table("....", "....", "....", "....")),
+        ({"sliding_window": 1}, 4, table("x...", ".x..", "..x.", "...x")),
+        ({"sliding_window": 2}, 4, table("x...", "xx..", ".xx.", "..xx")),
+        ({"sliding_window": 9}, 4, table("x...", "xx..", "xxx.", "xxxx")),
+        (
+            {"sliding_window": 2, "causal": False},
+            4,
+            table("xxxx", "xxxx", ".xxx", "..xx"),
+        ),
+        (
+            {"sliding_window": 1, "causal": False},
+            3,
+            table("xxx.", ".xx.", "..x.", "...."),
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, np.ndarray) else str(value),
+)
+def test_the_mask_is_the_table(spec, visible_end, expected):
+    mask = mask_of(range(4), range(4), visible_end, **spec)
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_positions_are_not_int16():
+    """Rule 1: 32767 + 1 wraps in int16, and so does a key plus the window."""
+    positions = [0, 32_766, 32_767, 32_768, 65_535, 65_536]
+    mask = mask_of(positions, positions, 65_537)
+    np.testing.assert_array_equal(mask, np.tri(6, dtype=bool))
+    mask = mask_of(positions, positions, 65_537, sliding_window=32_768)
+    expected = table("x.....", "xx....", "xxx...", ".xxx..", "...xx.", "....xx")
+    # 65535 - 32768 < 32768, and 65536 - 32768 = 32768 is one too far.
+    np.testing.assert_array_equal(mask, expected)
+
+
+specs = st.builds(
+    AttentionSpec,
+    causal=st.booleans(),
+    sliding_window=st.none() | st.integers(1, 40),
+)
+
+
+def make_cell(query_position, num_queries, block_start, visible_end) -> Cell:
+    fields = dict.fromkeys(Cell._fields, 0)
+    return Cell(
+        **fields
+        | {
+            "query_position": query_position,
+            "num_queries": num_queries,
+            "block_start": block_start,
+            "visible_end": visible_end,
+        }
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    spec=specs,
+    query_position=st.integers(0, 60),
+    num_queries=st.integers(1, 12),
+    num_later=st.integers(0, 20),
+    block=st.integers(0, 9),
+)
+def test_only_blocks_that_everybody_sees_go_without_a_mask(
+    spec, query_position, num_queries, num_later, block
+):
+    block_kv = 8
+    kv_len = query_position + num_queries + num_later
+    visible_end = query_position + num_queries if spec.causal else kv_len
+    cell = make_cell(query_position, num_queries, block * block_kv, visible_end)
+    sees_all = all(
+        key < visible_end
+        and (not spec.causal or key <= query)
+        and (spec.sliding_window is None or key > query - spec.sliding_window)
+        for query in range(query_position, query_position + num_queries)
+        for key in range(cell.block_start, cell.block_start + block_kv)
+    )
+    needs_mask = masking.needs_mask(cell, block_kv, spec)
+    assert bool(needs_mask) == (not sees_all)
+
+
+def test_half_of_a_row_is_live():
+    """The row packs positions 6 and 7, of which 7 is live: its upper half."""
+    mask = masking.live_word_mask(6, 1, 2, jnp.int32(7), jnp.int32(9))
+    np.testing.assert_array_equal(mask, np.array([[0xFFFF0000]], np.uint32))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    packing=st.sampled_from([1, 2, 4]),
+    first_row=st.integers(0, 10),
+    num_rows=st.integers(1, 12),
+    live_begin=st.none() | st.integers(-3, 60),
+    live_end=st.integers(0, 60),
+)
+def test_word_masks_mark_the_live_tokens(
+    packing, first_row, num_rows, live_begin, live_end
+):
+    first = first_row * packing
+    mask = masking.live_word_mask(
+        jnp.int32(first),
+        num_rows,
+        packing,
+        None if live_begin is None else jnp.int32(live_begin),
+        jnp.int32(live_end),
+    )
+    ones = (1 << (32 // packing)) - 1
+    expected = [
+        sum(
+            ones << (token * 32 // packing)
+            for token in range(packing)
+            if (live_begin is None or live_begin <= first + row * packing + token)
+            and first + row * packing + token < live_end
+        )
+        for row in range(num_rows)
+    ]
+    assert mask.dtype == jnp.uint32
+    np.testing.assert_array_equal(mask, np.array(expected, np.uint32)[:, None])

@@ -1,0 +1,160 @@
+"""The running softmax equals the softmax of everything at once."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_kernels.ragged_paged_attention import online_softmax
+from jax_kernels.ragged_paged_attention.config import AttentionSpec
+from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
+
+ROWS, LANES = 8, 128
+F32_EPS = np.finfo(np.float32).eps
+
+
+def first_state(sink: float | None = None) -> SoftmaxState:
+    """Before any key; a sink is one key with a zero value."""
+    m = online_softmax.NO_KEY_MAX if sink is None else sink
+    return SoftmaxState(
+        m=jnp.full((ROWS, LANES), m, jnp.float32),
+        l=jnp.full((ROWS, LANES), 0.0 if sink is None else 1.0, jnp.float32),
+        acc=jnp.zeros((ROWS, LANES), jnp.float32),
+    )
+
+
+def fold(state: SoftmaxState, scores, values, *, with_ones=False) -> SoftmaxState:
+    p, m, correction = online_softmax.probabilities(jnp.asarray(scores), state.m)
+    v = jnp.asarray(values)
+    if with_ones:
+        v = online_softmax.with_ones(v)
+    total, acc = online_softmax.accumulate(p, v, correction, state.l, state.acc)
+    return SoftmaxState(m, total, acc)
+
+
+def dense(scores, values, sink=None):
+    """Output and size of its terms, in float64; scores in units of log2."""
+    scores, values = scores.astype(np.float64), values.astype(np.float64)
+    if sink is not None:
+        scores = np.concatenate([scores, np.full((ROWS, 1), sink)], axis=1)
+        values = np.concatenate([values, np.zeros((1, LANES))])
+    largest = scores.max(axis=1, keepdims=True)
+    weights = np.exp2(scores - np.where(np.isneginf(largest), 0, largest))
+    total = weights.sum(axis=1, keepdims=True)
+    weights = weights / np.where(total == 0, 1, total)
+    return weights @ values, weights @ abs(values)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.sampled_from([1, 8, 32, 128, 256]), min_size=1, max_size=6),
+    sink=st.none() | st.floats(-30, 30, width=32),
+    spread=st.sampled_from([1.0, 30.0, 1000.0]),
+    masked_share=st.sampled_from([0.0, 0.3, 0.9]),
+    with_ones=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_folding_any_partition_equals_the_dense_softmax(
+    sizes, sink, spread, masked_share, with_ones, seed
+):
+    rng = np.random.default_rng(seed)
+    num_keys = sum(sizes)
+    scores = (rng.standard_normal((ROWS, num_keys)) * spread).astype(np.float32)
+    scores[rng.random(scores.shape) < masked_share] = online_softmax.MASKED_SCORE
+    values = rng.standard_normal((num_keys, LANES)).astype(np.float32)
+    state, begin = first_state(sink), 0
+    for size in sizes:
+        part = slice(begin, begin + size)
+        state = fold(state, scores[:, part], values[part], with_ones=with_ones)
+        begin += size
+    out = np.asarray(online_softmax.normalise(state, None))
+    expected, magnitude = dense(scores, values, sink)
+    # exp2 of a difference of scores s errs by s * eps: half a bit per unit of score.
+    bound = 4 * F32_EPS * (num_keys + 8 + 8 * spread) * magnitude
+    assert (abs(out - expected) <= bound + 1e-37).all()
+
+
+@pytest.mark.parametrize("with_ones", [False, True], ids=["vector_sum", "matrix_sum"])
+def test_two_keys_by_hand(with_ones):
+    """Scores 0 and 1 weigh 1 and 2: (1 * 3 + 2 * 6) / 3 = 5, in one block or in two."""
+    scores = np.tile(np.array([0.0, 1.0], np.float32), (ROWS, 1))
+    values = np.tile(np.array([[3.0], [6.0]], np.float32), (1, LANES))
+    at_once = fold(first_state(), scores, values, with_ones=with_ones)
+    state = fold(first_state(), scores[:, :1], values[:1], with_ones=with_ones)
+    in_turn = fold(state, scores[:, 1:], values[1:], with_ones=with_ones)
+    for state in (at_once, in_turn):
+        np.testing.assert_array_equal(online_softmax.normalise(state, None), 5.0)
+        np.testing.assert_array_equal(state.l, 1.5)
+
+
+def test_a_row_without_a_visible_key_gives_zeros():
+    """Rule 6: neither the mean of the values nor NaN."""
+    scores = np.full((ROWS, 8), online_softmax.MASKED_SCORE, np.float32)
+    values = np.ones((8, LANES), np.float32)
+    for sink in (None, 2.0):
+        state = fold(first_state(sink), scores, values)
+        np.testing.assert_array_equal(online_softmax.normalise(state, None), 0.0)
+
+
+def test_rows_that_are_masked_first_and_live_later_are_right():
+    scores = np.zeros((ROWS, 8), np.float32)
+    values = np.full((8, LANES), 7.0, np.float32)
+    masked = np.full_like(scores, online_softmax.MASKED_SCORE)
+    state = fold(first_state(), masked, 100 * values)
+    state = fold(state, scores, values)
+    state = fold(state, masked, 100 * values)
+    np.testing.assert_array_equal(online_softmax.normalise(state, None), 7.0)
+
+
+def test_a_sink_takes_its_share_of_the_weight():
+    """One key of score 3 and a sink of score 3: half of the value is left."""
+    scores = np.full((ROWS, 1), 3.0, np.float32)
+    values = np.full((1, LANES), 8.0, np.float32)
+    state = fold(first_state(sink=3.0), scores, values)
+    np.testing.assert_array_equal(online_softmax.normalise(state, None), 4.0)
+    np.testing.assert_array_equal(online_softmax.normalise(state, 0.5), 2.0)
+
+
+@pytest.mark.parametrize("lanes", [128, 256])
+def test_wide_values_use_the_same_weights(lanes):
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((ROWS, 32)).astype(np.float32)
+    values = rng.standard_normal((32, lanes)).astype(np.float32)
+    state = first_state()._replace(acc=jnp.zeros((ROWS, lanes), jnp.float32))
+    out = online_softmax.normalise(fold(state, scores, values), None)
+    weights = np.exp2(scores.astype(np.float64))
+    expected = weights @ values / weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "q_dtype, k_dtype", [("float32", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_scores_are_products_in_float32(q_dtype, k_dtype):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((ROWS, LANES)).astype(jnp.dtype(q_dtype))
+    k = rng.standard_normal((32, LANES)).astype(jnp.dtype(k_dtype))
+    scores = online_softmax.score_tile(jnp.asarray(q), jnp.asarray(k), AttentionSpec())
+    assert scores.dtype == jnp.float32
+    expected = q.astype(np.float64) @ k.astype(np.float64).T
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_integers_are_multiplied_exactly():
+    rng = np.random.default_rng(0)
+    q, k = (rng.integers(-128, 128, (n, LANES)).astype(np.int8) for n in (ROWS, 32))
+    spec = AttentionSpec(q_scale=1.0, sm_scale=float(np.log(2.0)))
+    scores = online_softmax.score_tile(jnp.asarray(q), jnp.asarray(k), spec)
+    # sm_scale * log2(e) = 1
+    expected = q.astype(np.int64) @ k.astype(np.int64).T
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def test_a_soft_cap_bounds_the_scores():
+    """Scores arrive in units of the cap and leave in units of log2."""
+    q = jnp.full((ROWS, LANES), 1.0, jnp.float32)
+    k = jnp.full((32, LANES), 0.5 / LANES, jnp.float32)
+    scores = online_softmax.score_tile(q, k, AttentionSpec(soft_cap=5.0))
+    expected = 5.0 * np.tanh(0.5) * np.log2(np.e)
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)

@@ -1,0 +1,201 @@
+"""Loads, stores and packing, against numpy on the bytes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jax_kernels.ragged_paged_attention import layout, tile_io
+from jax_kernels.ragged_paged_attention.config import AttentionSpec, KernelConfig
+from jax_kernels.ragged_paged_attention.layout import CacheLayout
+from tests.support import oracle
+
+PACKINGS = {"float32": 1, "bfloat16": 2, "float8_e4m3fn": 4, "int8": 4}
+
+
+class ArrayRef:
+    """Stands in for a Pallas reference that is read and written as a whole."""
+
+    def __init__(self, value):
+        self.value = jnp.asarray(value)
+        self.shape, self.dtype = self.value.shape, self.value.dtype
+
+    def __getitem__(self, index):
+        return self.value[index]
+
+    def __setitem__(self, index, value):
+        assert value.shape == self.shape and value.dtype == self.dtype
+        self.value = self.value.at[index].set(value)
+
+
+def compiled(function, *arrays, **static):
+    """The result on arrays. Some Pallas operations cannot run one by one."""
+    return jax.jit(functools.partial(function, **static))(*arrays)
+
+
+def random_buffer(shape, dtype, seed=0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(shape) * 20).astype(dtype)
+
+
+def words_of(buffer: np.ndarray) -> np.ndarray:
+    """u32[rows, lanes]: in each word the elements along ``packing``, lowest first."""
+    packing, lanes = buffer.shape[-2:]
+    as_bytes = buffer.view(np.uint8).reshape(-1, packing, lanes, 4 // packing)
+    in_order = as_bytes.transpose(0, 2, 1, 3).reshape(-1, lanes, 4)
+    return np.ascontiguousarray(in_order).view(np.uint32)[..., 0]
+
+
+@pytest.mark.parametrize("lanes", [40, 128, 256])
+@pytest.mark.parametrize("dtype", PACKINGS)
+def test_words_hold_the_elements_of_a_row_lowest_first(dtype, lanes):
+    buffer = random_buffer((3, 5, PACKINGS[dtype], lanes), dtype)
+    words = tile_io.to_words(jnp.asarray(buffer))
+    np.testing.assert_array_equal(words, words_of(buffer))
+    back = tile_io.from_words(words, buffer.shape, buffer.dtype)
+    np.testing.assert_array_equal(np.asarray(back), buffer)
+
+
+@pytest.mark.parametrize("start, size, stride", [(0, 15, 1), (3, 4, 1), (1, 5, 3)])
+@pytest.mark.parametrize("dtype", PACKINGS)
+def test_rows_are_loaded_and_stored_by_start_and_stride(dtype, start, size, stride):
+    buffer = random_buffer((3, 5, PACKINGS[dtype], 128), dtype)
+    other = words_of(random_buffer((size, PACKINGS[dtype], 128), dtype, seed=1))
+    ref = ArrayRef(buffer)
+    rows = tile_io.WordRows(ref, interpret=True)
+    wanted = slice(start, start + (size - 1) * stride + 1, stride)
+
+    loaded = rows.load(start, size, stride)
+    np.testing.assert_array_equal(loaded, words_of(buffer)[wanted])
+
+    rows.store(jnp.asarray(other), start, stride)
+    expected = words_of(buffer)
+    expected[wanted] = other
+    np.testing.assert_array_equal(words_of(np.asarray(ref.value)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads_survive_unpacking_and_packing(dtype):
+    packing = PACKINGS[dtype]
+    buffer = random_buffer((8, packing, 128), dtype)
+    words = jnp.asarray(words_of(buffer))
+    heads = compiled(tile_io.unpack_heads, words, packing=packing)
+    assert len(heads) == packing
+    for index, head in enumerate(heads):
+        np.testing.assert_array_equal(head, buffer[:, index].astype(np.float32))
+    np.testing.assert_array_equal(compiled(tile_io.pack_heads, heads), words)
+
+
+def test_packing_heads_rounds_to_nearest_even():
+    """bf16 has 8 bits: 1 + 1/256 lies halfway between 1 and 1 + 1/128."""
+    low = jnp.full((1, 128), 1 + 1 / 256, jnp.float32)
+    high = jnp.full((1, 128), 1 + 3 / 256, jnp.float32)
+    words = np.asarray(compiled(tile_io.pack_heads, [low, high]))
+    got = words.view(ml_dtypes.bfloat16).reshape(1, 128, 2).astype(np.float32)
+    np.testing.assert_array_equal(got[0, 0], [1.0, 1 + 4 / 256])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_consecutive_rows_share_words(dtype):
+    packing = PACKINGS[dtype]
+    buffer = random_buffer((4, packing, 128), dtype)
+    rows = jnp.asarray(buffer.reshape(-1, 128).astype(np.float32))
+    words = compiled(tile_io.pack_rows, rows, packing=packing)
+    np.testing.assert_array_equal(words, words_of(buffer))
+
+
+@pytest.mark.parametrize("packing", [1, 2])
+@pytest.mark.parametrize("num_heads", [2, 4, 6, 8, 32])
+def test_tokens_in_vmem_are_an_odd_number_of_rows_apart(num_heads, packing):
+    """An even stride would hit the same memory bank again and again."""
+    rows = tile_io.io_word_rows(num_heads, packing)
+    assert rows % 2 == 1
+    assert num_heads // packing <= rows <= num_heads // packing + 1
+
+
+def test_widening_appends_zeros():
+    x = jnp.ones((2, 40))
+    wide = np.asarray(tile_io.widen(x, 128))
+    assert wide.shape == (2, 128)
+    np.testing.assert_array_equal(wide[:, :40], 1)
+    np.testing.assert_array_equal(wide[:, 40:], 0)
+    assert tile_io.widen(x, 40) is x
+
+
+QUANTISED = {
+    # halves round to even, beyond the range is clipped
+    "int8": ([0.5, 1.5, -2.5, 127.4, 300.0, -300.0], [0, 2, -2, 127, 127, -128]),
+    # 3 bits of mantissa: from 16 in steps of 2, up to 448
+    "float8_e4m3fn": ([17.0, 19.0, 500.0, -1e9], [16.0, 20.0, 448.0, -448.0]),
+    # 2 bits of mantissa: from 8 in steps of 2, up to 57344
+    "float8_e5m2": ([9.0, 11.0, 1e9, -6e4], [8.0, 12.0, 57344.0, -57344.0]),
+    # not an 8-bit type: not clipped
+    "bfloat16": ([1e38, 257.0], [1e38, 256.0]),
+}
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_quantising_clips_and_rounds_to_even(dtype):
+    """Rule 10: without the clip e4m3 overflows to NaN and e5m2 to infinity."""
+    numbers, expected = QUANTISED[dtype]
+    got = tile_io.quantise(jnp.asarray(numbers, jnp.float32), jnp.dtype(dtype))
+    assert got.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(np.asarray(got), np.array(expected, dtype))
+
+
+@pytest.mark.parametrize("scales", [{}, {"k_scale": 0.1, "v_scale": 3.0}], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 72, 128, 256])
+@pytest.mark.parametrize("dtype", [*PACKINGS, "float8_e5m2"])
+def test_new_tokens_are_packed_as_the_cache_lays_them_out(dtype, head_dim, scales):
+    """Against layout.pack_kv_cache, which the oracle checks by its own arithmetic."""
+    num_tokens = 8 * (4 // jnp.dtype(dtype).itemsize)
+    spec = AttentionSpec(**scales)
+    config = KernelConfig(
+        spec=spec,
+        cache=CacheLayout(1, num_tokens, 1, head_dim, jnp.dtype(dtype)),
+        phases=(),
+        num_tokens=num_tokens,
+        pages_per_sequence=1,
+        num_q_heads=1,
+        io_dtype=jnp.dtype(jnp.float32),
+        out_dtype=jnp.dtype(jnp.float32),
+    )
+    keys, values = random_buffer((2, num_tokens, head_dim), np.float32)
+    parts = compiled(
+        tile_io.pack_tokens, jnp.asarray(keys), jnp.asarray(values), config=config
+    )
+    stored = np.stack(
+        [
+            oracle.store(keys, dtype, spec.k_scale),
+            oracle.store(values, dtype, spec.v_scale),
+        ]
+    )
+    cache = np.asarray(layout.pack_kv_cache(stored[None, :, None]))
+    words = words_of(cache).reshape(cache.shape[1], -1, cache.shape[-1])
+    assert len(parts) == len(words)
+    np.testing.assert_array_equal(np.stack(parts), words)
+
+
+@pytest.mark.parametrize("dtype", PACKINGS)
+def test_cache_words_unpack_to_tokens_in_order(dtype):
+    packing = PACKINGS[dtype]
+    tokens = random_buffer((8, packing, 128), dtype)
+    unpacked = compiled(
+        tile_io.words_to_tokens,
+        jnp.asarray(words_of(tokens)),
+        stored_dtype=jnp.dtype(dtype),
+        dtype=jnp.dtype(jnp.float32),
+    )
+    expected = tokens.reshape(-1, 128).astype(np.float32)
+    np.testing.assert_array_equal(unpacked, expected)
+
+
+@pytest.mark.parametrize("head_dim, lane", [(40, 64), (64, 64), (96, 0), (256, 0)])
+def test_values_are_moved_to_the_first_lane(head_dim, lane):
+    cache = CacheLayout(1, 16, 1, head_dim, jnp.dtype(jnp.bfloat16))
+    x = jnp.arange(cache.lanes, dtype=jnp.float32)[None]
+    moved = np.asarray(compiled(tile_io.value_lanes_first, x, cache=cache))
+    np.testing.assert_array_equal(moved[0, :head_dim], np.arange(head_dim) + lane)
