@@ -1,0 +1,224 @@
+"""Default block sizes fit by construction; given ones that do not are refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from jax_kernels.ragged_paged_attention import (
+    BlockSizes,
+    block_sizes,
+    chips,
+    kv_cache_shape,
+    ragged_paged_attention,
+)
+from jax_kernels.ragged_paged_attention.config import AttentionSpec
+from jax_kernels.ragged_paged_attention.layout import CacheLayout
+from jax_kernels.ragged_paged_attention.validation import Problem
+
+ALL_CHIPS = (chips.V5E, chips.V6E, chips.TPU7X, chips.UNKNOWN)
+CACHE_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e5m2", "int8")
+
+
+def make_problem(
+    *,
+    num_kv_heads: int = 8,
+    group: int = 4,
+    head_dim: int = 128,
+    page_size: int = 128,
+    pages_per_sequence: int = 64,
+    num_sequences: int = 128,
+    num_tokens: int = 256,
+    q_dtype: str = "bfloat16",
+    cache_dtype: str = "bfloat16",
+) -> Problem:
+    return Problem(
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        pages_per_sequence=pages_per_sequence,
+        num_q_heads=num_kv_heads * group,
+        q_dtype=jnp.dtype(q_dtype),
+        out_dtype=jnp.dtype(q_dtype),
+        cache=CacheLayout(
+            1000, page_size, num_kv_heads, head_dim, jnp.dtype(cache_dtype)
+        ),
+    )
+
+
+problems = st.builds(
+    make_problem,
+    num_kv_heads=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 10, 16, 32]),
+    group=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16]),
+    head_dim=st.integers(32, 256),
+    page_size=st.sampled_from([8, 16, 32, 64, 128, 256, 512]),
+    pages_per_sequence=st.integers(1, 300),
+    num_sequences=st.just(8),
+    num_tokens=st.integers(1, 20_000),
+    q_dtype=st.sampled_from(["bfloat16", "float32"]),
+    cache_dtype=st.sampled_from(CACHE_DTYPES),
+).filter(lambda problem: problem.num_q_heads <= 128)
+
+
+def is_beyond_an_unknown_chip(problem: Problem) -> bool:
+    """Whether one register of tokens of all heads may exceed 32 MiB of VMEM."""
+    row = problem.num_q_heads * problem.head_dim
+    return row > 16_384 or problem.num_kv_heads > 16
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    problem=problems,
+    chip=st.sampled_from(ALL_CHIPS),
+    has_sinks=st.booleans(),
+    update=st.booleans(),
+    chunk=st.none() | st.integers(1, 5000),
+)
+def test_default_sizes_fit_every_chip(problem, chip, has_sinks, update, chunk):
+    """Rule 12: no exception at defaults, up to 128 heads of 256 on one device, and
+    128 heads of 128 on a chip of which nothing is known."""
+    assume(chip is not chips.UNKNOWN or not is_beyond_an_unknown_chip(problem))
+    spec = AttentionSpec(has_sinks=has_sinks, update_kv_cache=update)
+    blocks = block_sizes.choose(problem, spec, chip)
+    config = block_sizes.make_config(problem, spec, blocks, chunk, interpret=False)
+    limit = int(chip.vmem_bytes * block_sizes.VMEM_LIMIT_SHARE)
+    block_sizes.check_fits(problem, config, chip, limit)
+    assert block_sizes.vmem_bytes(config) <= limit
+
+
+@pytest.mark.parametrize("chip", ALL_CHIPS, ids=lambda chip: chip.name)
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_an_ordinary_model_gets_large_blocks(cache_dtype, chip):
+    """Llama-3-8B: what a chip has is used, and half of it stays free for spills."""
+    problem = make_problem(cache_dtype=cache_dtype, num_tokens=4096)
+    blocks = block_sizes.choose(problem, AttentionSpec(), chip)
+    assert blocks.decode_block_kv >= 256
+    assert blocks.block_kv >= 256
+    assert blocks.block_q >= 64
+
+
+def test_a_short_context_gets_short_blocks():
+    """No block is longer than the longest sequence that the page table can hold."""
+    problem = make_problem(page_size=16, pages_per_sequence=8)
+    blocks = block_sizes.choose(problem, AttentionSpec(), chips.V6E)
+    assert max(blocks.decode_block_kv, blocks.block_kv) <= 128
+
+
+def test_a_chunk_size_bounds_the_tile_of_its_loop():
+    problem = make_problem()
+    blocks = BlockSizes(256, 256, 256)
+    config = block_sizes.make_config(problem, AttentionSpec(), blocks, 40, False)
+    assert [phase.block_q for phase in config.phases] == [1, 64, 256]
+    config = block_sizes.make_config(problem, AttentionSpec(), blocks, None, False)
+    assert [phase.block_q for phase in config.phases] == [1, 256]
+
+
+@pytest.mark.parametrize("heads", [(3, 1), (5, 5), (7, 7), (4, 1)])
+def test_an_odd_head_has_no_partner_in_its_word(heads):
+    """Then the kernel takes 32-bit arrays."""
+    num_q_heads, num_kv_heads = heads
+    problem = make_problem(num_kv_heads=num_kv_heads, group=num_q_heads // num_kv_heads)
+    config = block_sizes.make_config(
+        problem, AttentionSpec(), BlockSizes(32, 32, 32), None, False
+    )
+    assert config.io_dtype == jnp.float32
+    out_is_odd = num_q_heads % 2 == 1
+    assert config.out_dtype == (jnp.float32 if out_is_odd else jnp.bfloat16)
+
+
+def make_arguments(problem: Problem) -> list[jax.ShapeDtypeStruct]:
+    """The arguments of the operator, as shapes."""
+    cache = problem.cache
+    sequences = problem.num_sequences
+    tokens = (problem.num_tokens, problem.num_kv_heads, problem.head_dim)
+    shape = kv_cache_shape(
+        cache.num_pages,
+        cache.page_size,
+        cache.num_kv_heads,
+        cache.head_dim,
+        cache.dtype,
+    )
+    queries = (problem.num_tokens, problem.num_q_heads, problem.head_dim)
+    return [
+        jax.ShapeDtypeStruct(queries, problem.q_dtype),
+        jax.ShapeDtypeStruct(tokens, problem.q_dtype),
+        jax.ShapeDtypeStruct(tokens, problem.q_dtype),
+        jax.ShapeDtypeStruct(shape, cache.dtype),
+        *(
+            jax.ShapeDtypeStruct((size,), jnp.int32)
+            for size in (
+                sequences,
+                sequences * problem.pages_per_sequence,
+                sequences + 1,
+                3,
+            )
+        ),
+    ]
+
+
+def trace(problem: Problem, **options) -> None:
+    def call(*arguments):
+        return ragged_paged_attention(*arguments, **options)
+
+    jax.eval_shape(call, *make_arguments(problem))
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [BlockSizes(16384, 32, 128), BlockSizes(128, 4096, 128), BlockSizes(128, 32, 8192)],
+    ids=["decode_block_kv", "block_q", "block_kv"],
+)
+def test_sizes_that_do_not_fit_are_refused_with_the_estimate(blocks):
+    with pytest.raises(
+        ValueError,
+        match=r"block_sizes: .* need about [\d,]+ bytes of VMEM, more than the limit "
+        r"of [\d,]+ on chip tpu7x; use smaller block_q",
+    ):
+        trace(make_problem(), block_sizes=blocks, chip="tpu7x")
+
+
+def test_a_vmem_limit_is_respected():
+    problem = make_problem()
+    blocks = BlockSizes(1024, 256, 512)
+    trace(problem, block_sizes=blocks, chip="tpu7x")
+    with pytest.raises(ValueError, match="more than the limit of 10,000,000 on"):
+        trace(problem, block_sizes=blocks, chip="tpu7x", vmem_limit_bytes=10_000_000)
+    # Without sizes, smaller ones are chosen.
+    trace(problem, chip="tpu7x", vmem_limit_bytes=10_000_000)
+
+
+@pytest.mark.parametrize(
+    "cache_dtype, least", [("float32", 8), ("bfloat16", 16), ("int8", 32)]
+)
+@pytest.mark.parametrize("field", ["decode_block_kv", "block_kv"])
+def test_a_block_holds_at_least_one_register_of_tokens(field, cache_dtype, least):
+    problem = make_problem(cache_dtype=cache_dtype)
+    blocks = dataclasses.replace(BlockSizes(128, 32, 128), **{field: least})
+    trace(problem, block_sizes=blocks)
+    blocks = dataclasses.replace(blocks, **{field: least // 2})
+    with pytest.raises(ValueError, match=f"{field}: expected at least {least} for"):
+        trace(problem, block_sizes=blocks)
+
+
+def test_a_tile_holds_at_least_one_register_of_queries():
+    with pytest.raises(ValueError, match=r"block_q: expected at least 32, got 16"):
+        trace(make_problem(), block_sizes=BlockSizes(128, 16, 128))
+
+
+def test_a_page_table_larger_than_smem_is_refused():
+    """1024 sequences x 1024 pages x 4 bytes are 4 MiB; SMEM has 1 MiB."""
+    problem = make_problem(num_sequences=1024, pages_per_sequence=1024)
+    with pytest.raises(
+        ValueError,
+        match=r"page_indices: .* need [\d,]+ bytes of SMEM \(1024 sequences x 1024 "
+        r"pages\), .* use fewer sequences, a larger page_size or fewer pages",
+    ):
+        trace(problem)
+    trace(make_problem(num_sequences=200, pages_per_sequence=1024))
+
+
+def test_smem_counts_the_table_the_lengths_and_the_sinks():
+    problem = make_problem(num_sequences=3, pages_per_sequence=5)
+    assert block_sizes.smem_bytes(problem) == 4 * (3 * 5 + 3 + 4 + 3 + 32)
