@@ -11,7 +11,7 @@ def load_keys(copies: Copies, slot: Int, head: Int, size: int | None = None):
     """[size, lanes]; in a fused cache the lanes past head_dim hold values."""
     config = copies.config
     words = _load_words(copies, slot, head, size)
-    return tile_io.words_to_tokens(words, config.cache.dtype, config.multiply_dtype)
+    return tile_io.words_to_tokens(words, config.multiply_dtype, config)
 
 
 def load_values(
@@ -27,7 +27,7 @@ def load_values(
     words = _load_words(copies, slot, first + head, size)
     if words_mask is not None:
         words = words & words_mask
-    return tile_io.words_to_tokens(words, config.cache.dtype, config.value_dtype)
+    return tile_io.words_to_tokens(words, config.value_dtype, config)
 
 
 def value_words_mask(copies: Copies, cell: Cell, size: int | None = None) -> jax.Array:

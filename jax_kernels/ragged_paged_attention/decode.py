@@ -249,7 +249,9 @@ def _attend(copies, cell, slot, tile_slot, heads, size, mask, words_mask):
     states = []
     for head, (p, correction, state) in zip(heads, weighted, strict=True):
         v = load_values(copies, slot, head, words_mask, size)
-        sums = online_softmax.accumulate(p, v, correction, state.l, state.acc)
+        sums = online_softmax.accumulate(
+            p, v, correction, state.l, state.acc, config.value_dtype
+        )
         states.append(SoftmaxState(state.m, *sums))
     return states
 

@@ -23,10 +23,6 @@ from jax_kernels.ragged_paged_attention.refs import (
 )
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int, Schedule, log2
 
-# Up to this many pages per block, their copies are a straight line of code under
-# predicates, which the compiler can mix with vector work. A loop it cannot.
-MAX_UNROLLED_PAGES = 8
-
 
 def _wait_for(ref, semaphore) -> None:
     """Waits for as many bytes as ``ref`` holds."""
@@ -152,26 +148,29 @@ class Copies:
         rows = cache.rows_per_page
         shift = log2(rows)
 
-        def copy_page(index: Int) -> None:
-            part_begin = jnp.maximum(begin, index << shift)
-            part_end = jnp.minimum(end, (index << shift) + rows)
-
-            @pl.when(part_end > part_begin)
-            def _():
-                page = page_table[table_row + first_page + index]
-                page_row = part_begin - (index << shift)
-                copy(page, page_row, part_begin, part_end - part_begin)
+        def copy_part(part_begin: Int, part_end: Int) -> None:
+            index = part_begin >> shift
+            page = page_table[table_row + first_page + index]
+            page_row = part_begin - (index << shift)
+            copy(page, page_row, part_begin, part_end - part_begin)
 
         if is_one_row:
-            copy_page(begin >> shift)
+            pl.when(end > begin)(lambda: copy_part(begin, end))
             return
-        num_pages = self.schedule.block_rows // rows
-        if num_pages <= MAX_UNROLLED_PAGES:
-            for index in range(num_pages):
-                copy_page(index)
-            return
-        last = jnp.where(end > begin, (end + (rows - 1)) >> shift, begin >> shift)
-        jax.lax.fori_loop(begin >> shift, last, lambda index, _: copy_page(index), None)
+
+        def copy_page(index: Int, _) -> None:
+            page = page_table[table_row + first_page + index]
+            copy(page, 0, index << shift, rows)
+
+        # Parts of pages, at the start (a window) and at the end, are apart from the
+        # loop over whole ones, which is then as short as can be.
+        first_whole = (begin + (rows - 1)) >> shift
+        end_whole = end >> shift
+        head_end = jnp.minimum(end, first_whole << shift)
+        pl.when(begin < head_end)(lambda: copy_part(begin, head_end))
+        jax.lax.fori_loop(first_whole, end_whole, copy_page, None)
+        tail_begin = jnp.maximum(head_end, end_whole << shift)
+        pl.when((tail_begin < end) & (begin < end))(lambda: copy_part(tail_begin, end))
 
     # New keys and values.
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_kernels.ragged_paged_attention.config import LOG2_E, AttentionSpec
 
@@ -79,10 +80,14 @@ def accumulate(
     correction: jax.Array,  # f32[rows, 128]
     l_before: jax.Array,  # f32[rows, 128]
     acc: jax.Array,  # f32[rows, lanes]
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of the probabilities and the weighted values, with this tile's added."""
+    """The sum of the probabilities and the weighted values, with this tile's added.
+
+    ``dtype`` is that of the probabilities in the product.
+    """
     lanes = acc.shape[1]
-    products = dot_f32(p.astype(v.dtype), v, rhs_contract=0)
+    products = dot_f32(p.astype(dtype), v, rhs_contract=0)
     if v.shape[1] > lanes:
         row_sum = products[:, lanes:]
     else:

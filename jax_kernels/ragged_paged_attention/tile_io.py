@@ -175,9 +175,17 @@ def pack_tokens(
     return [pltpu.bitcast(quantise(x, cache.dtype), jnp.uint32) for x in rows]
 
 
-def words_to_tokens(words: jax.Array, stored_dtype, dtype) -> jax.Array:
-    """u32[rows, lanes] of the cache to [rows * packing, lanes] of ``dtype``."""
-    return pltpu.bitcast(words, stored_dtype).astype(dtype)
+def words_to_tokens(words: jax.Array, dtype, config: KernelConfig) -> jax.Array:
+    """u32[rows, lanes] of the cache to [rows * packing, lanes] for a product.
+
+    ``dtype`` is that of the other operand. float8 stays as it is beside bf16: the
+    product of the two is exact either way, and the newer matrix units take both.
+    """
+    tokens = pltpu.bitcast(words, config.cache.dtype)
+    is_float8 = jnp.issubdtype(tokens.dtype, jnp.floating) and tokens.itemsize == 1
+    if is_float8 and dtype == jnp.bfloat16 and not config.interpret:
+        return tokens
+    return tokens.astype(dtype)
 
 
 def value_lanes_first(x: jax.Array, cache: CacheLayout) -> jax.Array:

@@ -244,7 +244,7 @@ def _attend_heads(
             v = online_softmax.with_ones(v)
         buffers.m[sub, head] = m
         buffers.l[sub, head], buffers.acc[sub, head] = online_softmax.accumulate(
-            p, v, correction, state.l, state.acc
+            p, v, correction, state.l, state.acc, config.value_dtype
         )
 
 
