@@ -3,6 +3,7 @@
 import jax
 
 from jax_kernels.ragged_paged_attention import masking, tile_io
+from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.dma import Copies
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int
 
@@ -11,7 +12,7 @@ def load_keys(copies: Copies, slot: Int, head: Int, size: int | None = None):
     """[size, lanes]; in a fused cache the lanes past head_dim hold values."""
     config = copies.config
     words = _load_words(copies, slot, head, size)
-    return tile_io.words_to_tokens(words, config.multiply_dtype, config)
+    return _to_tokens(words, config.multiply_dtype, config)
 
 
 def load_values(
@@ -27,7 +28,13 @@ def load_values(
     words = _load_words(copies, slot, first + head, size)
     if words_mask is not None:
         words = words & words_mask
-    return tile_io.words_to_tokens(words, config.value_dtype, config)
+    return _to_tokens(words, config.value_dtype, config)
+
+
+def _to_tokens(words: jax.Array, dtype, config: KernelConfig) -> jax.Array:
+    return tile_io.words_to_tokens(
+        words, config.cache.dtype, dtype, keep_float8=not config.interpret
+    )
 
 
 def value_words_mask(copies: Copies, cell: Cell, size: int | None = None) -> jax.Array:

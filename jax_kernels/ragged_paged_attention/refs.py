@@ -15,7 +15,7 @@ from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 from jax_kernels.ragged_paged_attention.schedule import Cell
 
 # Rows of the zero buffer that clears the padded end of the output.
-ZERO_ROWS = 64
+ZERO_ROWS = 16
 
 
 class ScalarRefs(NamedTuple):

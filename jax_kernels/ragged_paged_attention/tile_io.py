@@ -175,15 +175,21 @@ def pack_tokens(
     return [pltpu.bitcast(quantise(x, cache.dtype), jnp.uint32) for x in rows]
 
 
-def words_to_tokens(words: jax.Array, dtype, config: KernelConfig) -> jax.Array:
+def words_to_tokens(
+    words: jax.Array, stored_dtype, dtype, *, keep_float8: bool = False
+) -> jax.Array:
     """u32[rows, lanes] of the cache to [rows * packing, lanes] for a product.
 
-    ``dtype`` is that of the other operand. float8 stays as it is beside bf16: the
-    product of the two is exact either way, and the newer matrix units take both.
+    Args:
+      words: Cache rows.
+      stored_dtype: That of the cache.
+      dtype: That of the other operand.
+      keep_float8: Leave float8 as it is beside bf16. The product is the same, and
+        the newer matrix units take both; the interpreter does not.
     """
-    tokens = pltpu.bitcast(words, config.cache.dtype)
+    tokens = pltpu.bitcast(words, stored_dtype)
     is_float8 = jnp.issubdtype(tokens.dtype, jnp.floating) and tokens.itemsize == 1
-    if is_float8 and dtype == jnp.bfloat16 and not config.interpret:
+    if keep_float8 and is_float8 and dtype == jnp.bfloat16:
         return tokens
     return tokens.astype(dtype)
 

@@ -29,7 +29,9 @@ def fold(state: SoftmaxState, scores, values, *, with_ones=False) -> SoftmaxStat
     v = jnp.asarray(values)
     if with_ones:
         v = online_softmax.with_ones(v)
-    total, acc = online_softmax.accumulate(p, v, correction, state.l, state.acc)
+    total, acc = online_softmax.accumulate(
+        p, v, correction, state.l, state.acc, v.dtype
+    )
     return SoftmaxState(m, total, acc)
 
 
