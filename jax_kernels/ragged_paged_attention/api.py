@@ -158,8 +158,8 @@ def ragged_paged_attention(
         refs.ScalarRefs(kv_lens, page_indices, cu_q_lens, distribution),
         refs.HbmInputs(
             queries=_heads_by_word(queries, config),
-            keys=_heads_by_word(keys, config) if update_kv_cache else None,
-            values=_heads_by_word(values, config) if update_kv_cache else None,
+            keys=_heads_by_word(keys if update_kv_cache else None, config),
+            values=_heads_by_word(values if update_kv_cache else None, config),
             kv_cache=kv_cache,
             sinks=sinks,
         ),
@@ -172,8 +172,10 @@ def ragged_paged_attention(
     return out, result.kv_cache if update_kv_cache else kv_cache
 
 
-def _heads_by_word(x: jax.Array, config: KernelConfig) -> jax.Array:
+def _heads_by_word(x: jax.Array | None, config: KernelConfig) -> jax.Array | None:
     """[T, H, D] as [T, H / packing, packing, D]: the same bytes, heads in words."""
+    if x is None:
+        return None
     packing = dtype_packing(config.io_dtype)
     num_tokens, num_heads, head_dim = x.shape
     if head_dim < config.io_lanes:

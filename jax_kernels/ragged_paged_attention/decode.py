@@ -146,23 +146,25 @@ def _compute(
         mask = _token_mask(copies, cell, size)
         words_mask = value_words_mask(copies, cell, size)
 
-    def head_group(index: Int, finish: Callable[[], Progress | None]):
+    def attend(index: Int):
         heads = [index * group_heads + i for i in range(group_heads)]
         states = _attend(copies, cell, slot, tile_slot, heads, size, mask, words_mask)
-        # The last products are still on their way out of the matrix units: scalar
-        # work fills the wait.
-        result = finish()
+        return heads, states
+
+    def store(heads, states) -> None:
         for head, state in zip(heads, states, strict=True):
             _store_state(copies, head, state)
         if is_edge:
             _store_output(copies, tile_slot, heads, states)
-        return result
 
     if num_groups > 1:
-        lax.fori_loop(
-            0, num_groups - 1, lambda index, _: head_group(index, lambda: None), None
-        )
-    return head_group(num_groups - 1, plan)
+        lax.fori_loop(0, num_groups - 1, lambda i, _: store(*attend(i)), None)
+    heads, states = attend(num_groups - 1)
+    # The last products are still on their way out of the matrix units: scalar work
+    # fills the wait.
+    progress = plan()
+    store(heads, states)
+    return progress
 
 
 def _heads_per_stretch(copies: Copies) -> int:

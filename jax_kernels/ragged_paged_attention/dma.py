@@ -5,6 +5,7 @@ copies: it asks for as many bytes as were started.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -303,9 +304,9 @@ class OutputClearer:
     """
 
     config: KernelConfig
-    out: object
-    zeros: object
-    semaphore: object
+    out: Any
+    zeros: Any
+    semaphore: Any
 
     def start(self, first_row: Int) -> None:
         """Clears rows first_row .. T."""

@@ -55,9 +55,9 @@ def merge_chunk(copies: Copies, cell: Cell, slot: Int, chunk: Int, pairs) -> Non
             tile_io.unpack_heads(source.load(start, chunk_tokens, stride), packing)
             for source in (keys, values)
         ]
-        for offset, tokens in enumerate(zip(*heads, strict=True)):
+        for offset, (key, value) in enumerate(zip(*heads, strict=True)):
             head = pair * packing + offset
-            for part, new in enumerate(tile_io.pack_tokens(*tokens, config)):
+            for part, new in enumerate(tile_io.pack_tokens(key, value, config)):
                 rows = tile_io.WordRows(
                     buffers.kv.at[slot, part * config.num_kv_heads + head],
                     config.interpret,

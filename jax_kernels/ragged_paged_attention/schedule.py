@@ -30,7 +30,7 @@ Worked example, ``block_q = 4``, ``block_kv = 8``, packing 2, causal, two sequen
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
@@ -41,8 +41,9 @@ from jax_kernels.ragged_paged_attention.config import (
     PhaseConfig,
 )
 
-# A Python int in tests, a traced int32 scalar in the kernel.
-Int = int
+# A Python int in tests, a traced int32 scalar in the kernel. No type checker knows of
+# a type that is both.
+Int: TypeAlias = Any
 
 
 class Lengths(NamedTuple):
