@@ -1,0 +1,175 @@
+"""The TPU compiler takes the kernel, and puts nothing around it.
+
+Real compiles for real chips, no TPU needed. Block sizes are the defaults, at shapes
+for which the defaults are at their largest. Of the compiled program it is asked that
+
+* the cache is one buffer, in and out, and nothing but the kernel touches it;
+* queries, keys, values and output are bitcasts of what the caller has: no transpose,
+  no pad, no copy, no memory beside arguments and results.
+
+Some shapes cannot have the second, and each test that allows something says what.
+"""
+
+import dataclasses
+
+import pytest
+
+from tests.conftest import HAS_TPU
+
+pytest.importorskip("libtpu", reason="needs libtpu, which compiles without a TPU")
+if HAS_TPU:
+    pytest.skip(
+        "the kernel tests compile for the TPU there is", allow_module_level=True
+    )
+
+from tests.support.tpu_compile import (
+    TOPOLOGIES,
+    CompiledKernel,
+    Shapes,
+    compile_kernel,
+)
+
+# Free: other names for the same bytes, and the parts of the kernel's result.
+VIEWS = {"bitcast", "get-tuple-element", "tuple"}
+# XLA may choose to bring a small array into VMEM before the kernel asks for it.
+PREFETCH = {"copy-start", "copy-done"}
+
+MODELS = {
+    "llama3_8b": Shapes(32, 8, 128),
+    "qwen": Shapes(16, 8, 128),
+    "gemma": Shapes(8, 4, 256),
+    "gpt_oss": Shapes(64, 8, 64, with_sinks=True),
+    "phi3": Shapes(32, 32, 96),
+    "mqa": Shapes(8, 1, 128),
+}
+MODEL_OPTIONS = {"gpt_oss": {"sliding_window": 128}}
+
+
+def allowed_around(shapes: Shapes) -> set[str]:
+    """Opcodes that a shape cannot do without; empty for most."""
+    allowed = set()
+    if shapes.head_dim > 128:
+        # The rows of two heads are tiled apart from those of eight, and only rows of
+        # one register have the same bytes in both tilings.
+        allowed |= {"reshape"}
+    if shapes.head_dim % 128 and shapes.head_dim > 128:
+        # A row that fills its last register in part cannot be moved by itself.
+        allowed |= {"pad", "slice", "fusion", "constant", "copy"}
+    if shapes.q_dtype == "bfloat16" and (
+        shapes.num_kv_heads % 2 or shapes.num_q_heads % 2
+    ):
+        # An odd bf16 head has no partner in its 32-bit word, so it becomes f32.
+        allowed |= {"convert", "fusion", "copy"}
+    return allowed
+
+
+def assert_cache_is_one_buffer(compiled: CompiledKernel, shapes: Shapes) -> None:
+    assert compiled.alias_bytes == shapes.cache_bytes
+    assert_cache_is_not_copied(compiled, shapes)
+
+
+def assert_cache_is_not_copied(compiled: CompiledKernel, shapes: Shapes) -> None:
+    for operation in compiled.operations:
+        if shapes.cache_hlo_type in operation.result_type:
+            assert operation.opcode in {"custom-call", *VIEWS}, operation.text
+
+
+def assert_nothing_around_the_kernel(compiled: CompiledKernel, shapes: Shapes) -> None:
+    calls = [op for op in compiled.operations if op.opcode == "custom-call"]
+    assert len(calls) == 1 and "tpu_custom_call" in calls[0].text, calls
+    allowed = allowed_around(shapes)
+    unexpected = [
+        operation.text
+        for operation in compiled.operations
+        if operation.opcode not in {"custom-call", *VIEWS, *PREFETCH, *allowed}
+    ]
+    assert not unexpected, unexpected
+    if not allowed:
+        assert compiled.temp_bytes == 0
+
+
+def check(shapes: Shapes, chip: str, **options) -> None:
+    compiled = compile_kernel(shapes, chip, **options)
+    if options.get("update_kv_cache", True):
+        assert_cache_is_one_buffer(compiled, shapes)
+    else:
+        # Rule 9: aliasing a cache that is not written costs a copy of it.
+        assert compiled.alias_bytes == 0
+        assert_cache_is_not_copied(compiled, shapes)
+    assert_nothing_around_the_kernel(compiled, shapes)
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("model", MODELS)
+def test_models_compile_with_nothing_around_the_kernel(model, cache_dtype, chip):
+    shapes = dataclasses.replace(MODELS[model], cache_dtype=cache_dtype)
+    check(shapes, chip, **MODEL_OPTIONS.get(model, {}))
+
+
+LLAMA = MODELS["llama3_8b"]
+VARIANTS = {
+    "int8": ("v6e", {"cache_dtype": "int8"}, {"k_scale": 0.1, "v_scale": 0.1}),
+    "int8_queries": ("v5e", {"cache_dtype": "int8"}, {"q_scale": 0.1, "k_scale": 0.1}),
+    "e4m3_queries": ("tpu7x", {"cache_dtype": "float8_e4m3fn"}, {"q_scale": 0.1}),
+    "e5m2": ("tpu7x", {"cache_dtype": "float8_e5m2"}, {"k_scale": 0.5}),
+    "f32_cache": ("v6e", {"cache_dtype": "float32"}, {}),
+    "f32_queries": ("tpu7x", {"q_dtype": "float32"}, {}),
+    "all_f32": ("v5e", {"q_dtype": "float32", "cache_dtype": "float32"}, {}),
+    "no_update": ("v6e", {}, {"update_kv_cache": False}),
+    "no_update_e4m3": (
+        "tpu7x",
+        {"cache_dtype": "float8_e4m3fn"},
+        {"update_kv_cache": False},
+    ),
+    "chunk_prefill": ("tpu7x", {}, {"chunk_prefill_size": 512}),
+    "soft_cap_full": ("v6e", {}, {"soft_cap": 30.0, "causal": False}),
+    "out_f32": ("v6e", {}, {"out_dtype": "float32"}),
+    "d32": ("v6e", {"head_dim": 32}, {}),
+    "d192": ("v6e", {"head_dim": 192}, {}),
+    "odd_heads": ("tpu7x", {"num_q_heads": 7, "num_kv_heads": 7}, {}),
+    "group_of_7": ("v6e", {"num_q_heads": 14, "num_kv_heads": 2, "head_dim": 64}, {}),
+    "page_8": ("v6e", {"page_size": 8, "pages_per_sequence": 512}, {}),
+    "page_16_e4m3": (
+        "v5e",
+        {
+            "page_size": 16,
+            "pages_per_sequence": 512,
+            "cache_dtype": "float8_e4m3fn",
+        },
+        {},
+    ),
+    "page_512_window": (
+        "tpu7x",
+        {"page_size": 512, "num_pages": 128},
+        {"sliding_window": 1000},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_features_compile_with_nothing_around_the_kernel(name):
+    chip, sizes, options = VARIANTS[name]
+    check(dataclasses.replace(LLAMA, **sizes), chip, **options)
+
+
+def test_a_copy_of_the_cache_would_be_found():
+    """The check can fail: a cache that is returned without an update is copied."""
+    shapes = dataclasses.replace(LLAMA, num_pages=64)
+    compiled = compile_kernel(shapes, "v6e")
+    copied = dataclasses.replace(
+        compiled,
+        operations=(
+            *compiled.operations,
+            dataclasses.replace(
+                compiled.operations[0],
+                opcode="copy",
+                result_type=f"{shapes.cache_hlo_type}{{4,3,2,1,0}}",
+            ),
+        ),
+    )
+    assert_cache_is_not_copied(compiled, shapes)
+    with pytest.raises(AssertionError):
+        assert_cache_is_not_copied(copied, shapes)
+    with pytest.raises(AssertionError):
+        assert_nothing_around_the_kernel(copied, shapes)

@@ -1,0 +1,182 @@
+"""Compiles the kernel with libtpu, for chips that are not there."""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
+
+from jax_kernels.ragged_paged_attention import kv_cache_shape, ragged_paged_attention
+
+# Read when libtpu is loaded, with the first topology. Ask no metadata server, and let
+# several processes load the library.
+for _name, _value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v6e-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+_HLO_DTYPES = {
+    "bfloat16": "bf16",
+    "float32": "f32",
+    "float8_e4m3fn": "f8e4m3fn",
+    "float8_e5m2": "f8e5m2",
+    "int8": "s8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Static sizes of a call: by default enough of everything for full block sizes."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_dtype: str = "bfloat16"
+    cache_dtype: str = "bfloat16"
+    page_size: int = 128
+    num_pages: int = 512
+    pages_per_sequence: int = 64
+    num_sequences: int = 64
+    num_tokens: int = 2048
+    with_sinks: bool = False
+
+    @property
+    def kv_cache(self) -> tuple[int, ...]:
+        return kv_cache_shape(
+            self.num_pages,
+            self.page_size,
+            self.num_kv_heads,
+            self.head_dim,
+            self.cache_dtype,
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        return math.prod(self.kv_cache) * jnp.dtype(self.cache_dtype).itemsize
+
+    @property
+    def cache_hlo_type(self) -> str:
+        """Such as "bf16[512,16,64,2,128]"."""
+        sizes = ",".join(map(str, self.kv_cache))
+        return f"{_HLO_DTYPES[self.cache_dtype]}[{sizes}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One line of optimised HLO, fused computations included."""
+
+    opcode: str
+    result_type: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledKernel:
+    """What the TPU compiler made of a call.
+
+    Attributes:
+      operations: All but parameters.
+      alias_bytes: Memory that outputs take over from arguments.
+      temp_bytes: Memory beside arguments and outputs.
+    """
+
+    operations: tuple[Operation, ...]
+    alias_bytes: int
+    temp_bytes: int
+
+    @property
+    def opcodes(self) -> set[str]:
+        return {operation.opcode for operation in self.operations}
+
+
+def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
+    """Compiles one call of ``ragged_paged_attention``.
+
+    Arguments and results are row-major, as a model holds them: left to itself XLA
+    would choose transposed layouts for them, since nothing else is in the program.
+
+    Args:
+      shapes: Of the arguments.
+      chip: A key of ``TOPOLOGIES``.
+      **options: Keyword arguments of ``ragged_paged_attention``. Without
+        ``update_kv_cache`` there are no keys and values, and only the output is
+        returned: a program cannot return an argument without a copy.
+    """
+    updates = options.get("update_kv_cache", True)
+
+    def call(*arguments):
+        out, kv_cache = ragged_paged_attention(
+            *arguments, sm_scale=shapes.head_dim**-0.5, chip=chip, **options
+        )
+        return (out, kv_cache) if updates else (out,)
+
+    device = _device(chip)
+    row_major = functools.partial(_row_major, device)
+    queries = (shapes.num_tokens, shapes.num_q_heads, shapes.head_dim)
+    tokens = (shapes.num_tokens, shapes.num_kv_heads, shapes.head_dim)
+    table = shapes.num_sequences * shapes.pages_per_sequence
+    arguments = [
+        row_major(queries, shapes.q_dtype),
+        row_major(tokens, shapes.q_dtype) if updates else None,
+        row_major(tokens, shapes.q_dtype) if updates else None,
+        row_major(shapes.kv_cache, shapes.cache_dtype),
+        row_major((shapes.num_sequences,), "int32"),
+        row_major((table,), "int32"),
+        row_major((shapes.num_sequences + 1,), "int32"),
+        row_major((3,), "int32"),
+        row_major((shapes.num_q_heads,), "float32") if shapes.with_sinks else None,
+    ]
+    results = [_format(device, 3), _format(device, 5)]
+    compiled = (
+        jax.jit(
+            call,
+            donate_argnums=(3,) if updates else (),
+            out_shardings=tuple(results if updates else results[:1]),
+        )
+        .lower(*arguments)
+        .compile()
+    )
+    memory = compiled.memory_analysis()
+    return CompiledKernel(
+        operations=tuple(_operations(compiled.as_text())),
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+    )
+
+
+@functools.cache
+def _device(chip: str):
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=TOPOLOGIES[chip]
+    )
+    return topology.devices[0]
+
+
+def _format(device, num_axes: int) -> Format:
+    return Format(Layout(tuple(range(num_axes))), SingleDeviceSharding(device))
+
+
+def _row_major(device, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        shape, jnp.dtype(dtype), sharding=_format(device, len(shape))
+    )
+
+
+def _operations(hlo_text: str):
+    # "%name = type opcode(operands), ..."; the type may be a tuple.
+    line_pattern = re.compile(r"^\s*(?:ROOT )?%\S+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+    for line in hlo_text.splitlines():
+        match = line_pattern.match(line)
+        if match and match.group(2) != "parameter":
+            yield Operation(match.group(2), match.group(1), line.strip())
