@@ -74,9 +74,15 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One line of optimised HLO, fused computations included."""
+    """One line of optimised HLO, fused computations included.
 
-    opcode: str
+    Attributes:
+      name: The opcode, or the target of a custom call.
+      result_type: Type and layout.
+      text: The line.
+    """
+
+    name: str
     result_type: str
     text: str
 
@@ -94,10 +100,6 @@ class CompiledKernel:
     operations: tuple[Operation, ...]
     alias_bytes: int
     temp_bytes: int
-
-    @property
-    def opcodes(self) -> set[str]:
-        return {operation.opcode for operation in self.operations}
 
 
 def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
@@ -175,8 +177,12 @@ def _row_major(device, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStru
 
 def _operations(hlo_text: str):
     # "%name = type opcode(operands), ..."; the type may be a tuple.
-    line_pattern = re.compile(r"^\s*(?:ROOT )?%\S+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+    pattern = re.compile(r"^\s*(?:ROOT )?%\S+ = (\(.*?\)|\S+) ([\w\-]+)\(")
     for line in hlo_text.splitlines():
-        match = line_pattern.match(line)
-        if match and match.group(2) != "parameter":
-            yield Operation(match.group(2), match.group(1), line.strip())
+        match = pattern.match(line)
+        if match is None or match.group(2) == "parameter":
+            continue
+        result_type, name = match.groups()
+        if name == "custom-call":
+            name = re.search(r'custom_call_target="([^"]*)"', line).group(1)
+        yield Operation(name, result_type, line.strip())
