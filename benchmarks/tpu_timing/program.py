@@ -574,7 +574,10 @@ class _Emitter:
 
     def bundle(self, code: list[Instruction]) -> list[str]:
         """All of a bundle's instructions read registers before any writes them."""
-        pending = [i for i in code if not _is_rename(i)]
+        # Operands are in their registers before the first bundle, whose other
+        # instructions may already reuse such a register.
+        placed = [i for i in code if i.kernel_operand]
+        pending = [i for i in code if not i.kernel_operand and not _is_rename(i)]
         ordered: list[Instruction] = []
         while pending:
             for ins in pending:
@@ -591,7 +594,7 @@ class _Emitter:
                     break
             else:
                 break
-        lines = [line for ins in ordered for line in self.statement(ins)]
+        lines = [line for ins in placed + ordered for line in self.statement(ins)]
         writers = [i for i in pending if i.target is not None]
         for position, ins in enumerate(writers):
             lines += self.statement(ins, temporary=f"new{position}")

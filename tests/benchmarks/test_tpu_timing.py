@@ -187,6 +187,13 @@ def test_final_listing_alone(folder):
     assert result.schedule_cycles == 14 + 2 * 14 + 2 - 1
 
 
+def test_first_bundle_may_reuse_the_register_of_an_operand(folder):
+    edit_listing(folder, "%s12_s2 = smov.u32 [#allocation2]", "%s12_s2 = smov.u32 1")
+    edit_listing(folder, "%s11_s1 = inlined", "%s11_s2 = inlined")
+    source = load_kernel(folder, "toy").source
+    assert source.index("s[2] = 65536") < source.index("s[2] = 1\n")
+
+
 def test_missing_operand_is_reported(program):
     result = Machine(program, TOY_CHIP, TOY_DMA, {}).run()
     assert any("without values" in warning for warning in result.warnings)

@@ -1,0 +1,241 @@
+"""Named workloads: the only list of shapes that benchmarks, tables and tests use.
+
+A case is a compiled program (everything static) and the lengths of one step. Cases
+with equal static parts share a program, as the steps of a server do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks.tpu_timing import workloads
+from benchmarks.tpu_timing.workloads import Sequence
+
+ITEM_BYTES = {
+    "bfloat16": 2,
+    "float32": 4,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The attention layer of a model.
+
+    Attributes:
+      num_q_heads: Hq.
+      num_kv_heads: Hkv.
+      head_dim: D.
+      sliding_window: Positions that a query sees, or None for all.
+      soft_cap: Bound of the scores, or None.
+      with_sinks: Whether each head has a sink.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    with_sinks: bool = False
+
+
+LLAMA3_8B = Model(32, 8, 128)
+QWEN3 = Model(16, 8, 128)
+GEMMA = Model(8, 4, 256)
+GPT_OSS = Model(64, 8, 64, sliding_window=128, with_sinks=True)
+MQA = Model(8, 1, 128)
+# The heads of Llama, twice as wide: for comparison with published figures.
+WIDE = Model(32, 8, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticShape:
+    """All that the compiler knows of a call.
+
+    Attributes:
+      model: Heads and masks.
+      num_tokens: T.
+      num_sequences: S.
+      pages_per_sequence: P.
+      page_size: Tokens in a page.
+      q_dtype: Of queries, keys, values and output.
+      cache_dtype: Of the cache.
+      causal: Whether queries see only keys up to their own position.
+      chunk_prefill_size: New tokens of each sequence that is not a decode, if fixed.
+    """
+
+    model: Model
+    num_tokens: int
+    num_sequences: int
+    pages_per_sequence: int
+    page_size: int = 128
+    q_dtype: str = "bfloat16"
+    cache_dtype: str = "bfloat16"
+    causal: bool = True
+    chunk_prefill_size: int | None = None
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of a cache in which every sequence has its full length."""
+        return self.num_sequences * self.pages_per_sequence
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of the operator, in torch and in JAX."""
+        return {
+            "sm_scale": self.model.head_dim**-0.5,
+            "causal": self.causal,
+            "sliding_window": self.model.sliding_window,
+            "soft_cap": self.model.soft_cap,
+            "chunk_prefill_size": self.chunk_prefill_size,
+        }
+
+    @property
+    def rpa_shape(self) -> workloads.RpaShape:
+        """The sizes as the instrument wants them."""
+        return workloads.RpaShape(
+            max_seqs=self.num_sequences,
+            pages_per_seq=self.pages_per_sequence,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            num_q_heads=self.model.num_q_heads,
+            num_kv_heads=self.model.num_kv_heads,
+            head_dim=self.model.head_dim,
+            q_bytes=ITEM_BYTES[self.q_dtype],
+            kv_bytes=ITEM_BYTES[self.cache_dtype],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One step.
+
+    Attributes:
+      name: Unique, as given to ``--case``.
+      shape: The static part.
+      lengths: As ``workloads.parse_sequences`` reads them: "128*1/8192".
+    """
+
+    name: str
+    shape: StaticShape
+    lengths: str
+
+    def __post_init__(self):
+        sequences, shape = self.sequences, self.shape
+        tokens = sum(s.q_len for s in sequences)
+        longest = max(s.kv_len for s in sequences)
+        for name, need, has in (
+            ("num_tokens", tokens, shape.num_tokens),
+            ("num_sequences", len(sequences), shape.num_sequences),
+            (
+                "pages_per_sequence",
+                -(-longest // shape.page_size),
+                shape.pages_per_sequence,
+            ),
+        ):
+            if need > has:
+                raise ValueError(f"{name}: expected at least {need}, got {has}")
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return workloads.parse_sequences(self.lengths)
+
+    @property
+    def ideal(self) -> workloads.Ideal:
+        """What the step needs at least."""
+        shape = self.shape
+        window = shape.model.sliding_window
+        return workloads.ideal(shape.rpa_shape, self.sequences, shape.causal, window)
+
+    @property
+    def scalars(self) -> dict:
+        """The scalar operands, by index: lengths, pages, starts, distribution."""
+        return workloads.scalar_operands(
+            self.shape.rpa_shape,
+            self.sequences,
+            chunked=self.shape.chunk_prefill_size is not None,
+        )
+
+
+def fitted(name: str, model: Model, lengths: str, **static) -> Case:
+    """A case whose program is no larger than its lengths need, unless told."""
+    sequences = workloads.parse_sequences(lengths)
+    page_size = static.get("page_size", 128)
+    longest = max(s.kv_len for s in sequences)
+    sizes = {
+        "num_tokens": sum(s.q_len for s in sequences),
+        "num_sequences": len(sequences),
+        "pages_per_sequence": -(-longest // page_size),
+    }
+    given = {key: value for key, value in static.items() if value is not None}
+    return Case(name, StaticShape(model, **{**sizes, **given}), lengths)
+
+
+# A server's decode program: up to 128 sequences of up to 16K tokens.
+_SERVER = {"num_tokens": 128, "num_sequences": 128, "pages_per_sequence": 128}
+_FP8 = {"cache_dtype": "float8_e4m3fn"}
+_MIXED = {"num_tokens": 64 + 2048, "num_sequences": 72, "pages_per_sequence": 64}
+_LENGTHS = {"512": 512, "1k": 1024, "2k": 2048, "8k": 8192, "16k": 16384}
+_PREFILL = {"num_sequences": 8, "pages_per_sequence": 64}
+
+
+def _decodes(
+    prefix: str, model: Model, *contexts: str, sequences: int = 128, **static
+) -> list[Case]:
+    return [
+        fitted(
+            f"{prefix}-{sequences}x{context}",
+            model,
+            f"{sequences}*1/{_LENGTHS[context]}",
+            **_SERVER,
+            **static,
+        )
+        for context in contexts
+    ]
+
+
+MAIN = (
+    *_decodes("llama-decode", LLAMA3_8B, *_LENGTHS),
+    *_decodes("llama-decode", LLAMA3_8B, "1k", sequences=8),
+    *_decodes("llama-decode-fp8", LLAMA3_8B, "512", "1k", "2k", "8k", **_FP8),
+    fitted("llama-prefill-2k-at-8k", LLAMA3_8B, "2048/8192", **_PREFILL),
+    fitted("llama-prefill-8k-at-8k", LLAMA3_8B, "8192/8192", **_PREFILL),
+    fitted("wide-prefill-8k-causal", WIDE, "8192/8192", **_PREFILL),
+    fitted("wide-prefill-8k-full", WIDE, "8192/8192", causal=False, **_PREFILL),
+    fitted("llama-mixed-64x2k-2k-at-8k", LLAMA3_8B, "64*1/2048,2048/8192", **_MIXED),
+    # The parts of the mixed step, in its program.
+    fitted("llama-mixed-only-64x2k", LLAMA3_8B, "64*1/2048", **_MIXED),
+    fitted("llama-mixed-only-2k-at-8k", LLAMA3_8B, "2048/8192", **_MIXED),
+)
+
+MODELS = tuple(
+    case
+    for prefix, model in (
+        ("qwen", QWEN3),
+        ("gemma", GEMMA),
+        ("gpt-oss", GPT_OSS),
+        ("mqa", MQA),
+    )
+    for case in (
+        *_decodes(f"{prefix}-decode", model, "1k", "8k"),
+        fitted(f"{prefix}-prefill-2k-at-8k", model, "2048/8192", **_PREFILL),
+    )
+)
+
+TABLES = {"main": MAIN, "models": MODELS, "all": MAIN + MODELS}
+BY_NAME = {case.name: case for case in TABLES["all"]}
+
+
+def select(names: list[str]) -> list[Case]:
+    """The cases of some names.
+
+    Raises:
+      ValueError: There is no such case.
+    """
+    for name in names:
+        if name not in BY_NAME:
+            known = ", ".join(BY_NAME)
+            raise ValueError(f"case: expected one of {known}; got {name!r}")
+    return [BY_NAME[name] for name in names]

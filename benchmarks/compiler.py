@@ -1,0 +1,127 @@
+"""Compiles the kernel for a chip that is not there and keeps the compiler's schedule.
+
+libtpu reads ``LIBTPU_INIT_ARGS`` when it is loaded, so each compilation is a process of
+its own: ``python -m benchmarks.compiler DIRECTORY CHIP``, with the static shape as JSON
+on its standard input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import cases, environment
+from benchmarks.tpu_timing import CHIPS, Program, load_kernel
+
+KERNEL_NAME = "rpa"
+TOPOLOGIES = {"tpu7x": "tpu7x:2x2x1", "v6e": "v6e:2x2", "v5e": "v5e:2x2"}
+# The files of one kernel that the instrument reads. All the others, up to 1 GB, go.
+_KEPT = ("packed-bundles-post-ra", "final_bundles", "post-ra", "static-per-bundle-util")
+
+
+def compile_program(shape: cases.StaticShape, chip: str) -> Program:
+    """Compiles the kernel with libtpu; takes from ten seconds to a minute.
+
+    Raises:
+      RuntimeError: The compiler failed; its last words are in the message.
+    """
+    with tempfile.TemporaryDirectory(prefix="rpa-schedule-") as directory:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.compiler", directory, chip],
+            cwd=environment.ROOT,
+            env=_child_environment(directory),
+            input=json.dumps(dataclasses.asdict(shape)),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"compiling for {chip} failed with exit status {done.returncode}:\n"
+                + "\n".join(done.stderr.splitlines()[-15:])
+            )
+        return load_kernel(directory, KERNEL_NAME, CHIPS[chip])
+
+
+def _child_environment(directory: str) -> dict[str, str]:
+    flags = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
+    return os.environ | {
+        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
+        "JAX_PLATFORMS": "cpu",
+        # A program taken from a cache would leave no schedule.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        # There is no TPU host to ask, and several processes may load the library.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v6e-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+
+
+def _compile(shape: cases.StaticShape, chip: str) -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from jax_kernels import kv_cache_shape, ragged_paged_attention
+
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=TOPOLOGIES[chip]
+    )
+    where = SingleDeviceSharding(topology.devices[0])
+
+    def array(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=where)
+
+    model = shape.model
+    queries = (shape.num_tokens, model.num_q_heads, model.head_dim)
+    tokens = (shape.num_tokens, model.num_kv_heads, model.head_dim)
+    cache = kv_cache_shape(
+        shape.num_pages,
+        shape.page_size,
+        model.num_kv_heads,
+        model.head_dim,
+        jnp.dtype(shape.cache_dtype),
+    )
+
+    def call(*arguments):
+        return ragged_paged_attention(*arguments, chip=chip, **shape.options)
+
+    jax.jit(call, donate_argnums=3).lower(
+        array(shape.q_dtype, *queries),
+        array(shape.q_dtype, *tokens),
+        array(shape.q_dtype, *tokens),
+        array(shape.cache_dtype, *cache),
+        array("int32", shape.num_sequences),
+        array("int32", shape.num_pages),
+        array("int32", shape.num_sequences + 1),
+        array("int32", 3),
+        array("float32", model.num_q_heads) if model.with_sinks else None,
+    ).compile()
+
+
+def _prune(directory: Path) -> None:
+    for path in directory.iterdir():
+        kept = KERNEL_NAME in path.name and any(part in path.name for part in _KEPT)
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not kept:
+            path.unlink()
+
+
+def main() -> None:
+    directory, chip = sys.argv[1:]
+    fields = json.load(sys.stdin)
+    model = cases.Model(**fields.pop("model"))
+    _compile(cases.StaticShape(model, **fields), chip)
+    _prune(Path(directory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Roofline and scaling of predictions as a picture. Needs matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from benchmarks.tpu_timing import Chip
+
+if TYPE_CHECKING:
+    from benchmarks.predict import Prediction
+
+
+def require_matplotlib() -> None:
+    """Raises SystemExit, with the remedy, where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+
+
+def write(
+    path: str,
+    chip: Chip,
+    predictions: list[Prediction],
+    curves: list[list[Prediction]],
+) -> None:
+    """Writes a PNG.
+
+    Args:
+      path: Of the file.
+      chip: Whose peaks are the roof.
+      predictions: Points under the roof.
+      curves: Over context and over the number of sequences, as ``scaled_cases`` says.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, 1 + len(curves), figsize=(6 * (1 + len(curves)), 4.5)
+    )
+    axes = axes if curves else [axes]
+    _roofline(axes[0], chip, predictions)
+    readings = (("context", _context), ("sequences", _batch))
+    for axis, curve, (label, reading) in zip(axes[1:], curves, readings, strict=False):
+        _scaling(axis, curve, label, [reading(point) for point in curve])
+    figure.suptitle(f"Predicted for {chip.name} from compiled schedules, not measured")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _context(prediction: Prediction) -> int:
+    return prediction.case.sequences[0].kv_len
+
+
+def _batch(prediction: Prediction) -> int:
+    return len(prediction.case.sequences)
+
+
+def _roofline(axis, chip: Chip, predictions: list[Prediction]) -> None:
+    knee = chip.bf16_flops_per_s / chip.hbm_bytes_per_s
+    intensities = [p.case.ideal.flops / p.case.ideal.bytes for p in predictions]
+    edges = [min([*intensities, knee]) / 4, knee, max([*intensities, knee]) * 4]
+    roof = [min(x * chip.hbm_bytes_per_s, chip.bf16_flops_per_s) / 1e12 for x in edges]
+    axis.loglog(edges, roof, color="black", label=f"{chip.name} peaks")
+    for prediction, intensity in zip(predictions, intensities, strict=True):
+        rate = prediction.case.ideal.flops / prediction.result.seconds / 1e12
+        axis.loglog([intensity], [rate], "o", label=prediction.case.name)
+    axis.set_xlabel("needed FLOPs per needed byte")
+    axis.set_ylabel("TFLOP/s")
+    axis.legend(fontsize=5)
+
+
+def _scaling(axis, curve: list[Prediction], label: str, sizes: list[int]) -> None:
+    times = [point.result.microseconds for point in curve]
+    bounds = [point.shares["ideal_microseconds"] for point in curve]
+    axis.loglog(sizes, times, "o-", label="predicted")
+    axis.loglog(sizes, bounds, "--", color="black", label="bound of the chip")
+    axis.set_xlabel(label)
+    axis.set_ylabel("us")
+    axis.legend()

@@ -1,0 +1,344 @@
+"""Predicts the time of a step on a TPU that is not there.
+
+    python -m benchmarks.predict --case llama-decode-128x8k
+    python -m benchmarks.predict --table
+    python -m benchmarks.predict --heads 32 --kv-heads 8 --head-dim 128 \
+        --cache-dtype float8_e4m3fn --seqs '64*1/2048,512/4096' --chip v6e
+
+libtpu compiles the kernel, and the instrument in ``tpu_timing`` executes its schedule
+for the given lengths. Every figure is a prediction; ``benchmarks.measure`` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+
+from benchmarks import cases, compiler, environment
+from benchmarks.tpu_timing import (
+    CHIPS,
+    Chip,
+    DmaModel,
+    Program,
+    Result,
+    simulate,
+    workloads,
+)
+from benchmarks.tpu_timing import report as report_lib
+
+PREDICTED = "PREDICTED from the compiled schedule, not measured"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the instrument says of one case.
+
+    Attributes:
+      case: The step.
+      chip: Where it would run.
+      result: Cycles, waits, loops.
+      shares: MBU, MFU and the like, see ``workloads.utilization``.
+    """
+
+    case: cases.Case
+    chip: Chip
+    result: Result
+    shares: dict[str, float]
+
+    def as_dict(self) -> dict:
+        case = self.case
+        return {
+            "case": case.name,
+            "chip": self.chip.name,
+            "kind": "prediction",
+            "lengths": case.lengths,
+            "shape": dataclasses.asdict(case.shape),
+            "microseconds": self.result.microseconds,
+            **self.shares,
+            "result": report_lib.as_dict(self.result),
+        }
+
+
+def predict(
+    case: cases.Case,
+    chip: Chip,
+    program: Program,
+    dma_model: DmaModel | None = None,
+    *,
+    keep_timeline: bool = False,
+) -> Prediction:
+    """Executes the program of a case's shape for the case's lengths."""
+    result = simulate(
+        program,
+        chip,
+        case.scalars,
+        dma_model or DmaModel(),
+        keep_timeline=keep_timeline,
+    )
+    shares = workloads.utilization(result.seconds, chip, case.ideal)
+    return Prediction(case, chip, result, shares)
+
+
+def predict_all(
+    selected: Iterable[cases.Case], chip: Chip, dma_model: DmaModel | None = None
+) -> Iterator[Prediction]:
+    """Predicts cases one after the other; those of one shape share a compilation."""
+    by_shape: dict[cases.StaticShape, list[cases.Case]] = {}
+    for case in selected:
+        by_shape.setdefault(case.shape, []).append(case)
+    for shape, members in by_shape.items():
+        program = compiler.compile_program(shape, chip.name)
+        for case in members:
+            yield predict(case, chip, program, dma_model)
+
+
+def scaled_cases(case: cases.Case) -> tuple[list[cases.Case], list[cases.Case]]:
+    """Steps of the same program: over context and over the number of sequences.
+
+    Contexts double up to what the page table holds, numbers of sequences up to that
+    of the case; in each step all sequences are like the case's first.
+    """
+    shape, sequences = case.shape, case.sequences
+    count, first = len(sequences), sequences[0]
+    if count * first.q_len > shape.num_tokens:
+        count = shape.num_tokens // first.q_len
+    longest = shape.pages_per_sequence * shape.page_size
+
+    def like(count: int, kv_len: int) -> cases.Case:
+        lengths = f"{count}*{first.q_len}/{kv_len}"
+        return dataclasses.replace(case, name=lengths, lengths=lengths)
+
+    contexts = [n for n in _doubling(128, longest) if n >= first.q_len]
+    batches = _doubling(1, count)
+    return (
+        [like(count, kv_len) for kv_len in contexts],
+        [like(n, first.kv_len) for n in batches],
+    )
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    """first, 2 * first, ... and last."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return [*sizes, last]
+
+
+def table(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """Lines of a Markdown table, as soon as each is known."""
+    yield "| case | us | MBU % | MFU % | DMA waits % | bound us |"
+    yield "|---|---|---|---|---|---|"
+    for prediction in predictions:
+        result, shares = prediction.result, prediction.shares
+        waits = result.dma_wait_cycles / result.cycles
+        yield (
+            f"| {prediction.case.name} | {result.microseconds:.1f} "
+            f"| {100 * shares['mbu']:.1f} | {100 * shares['mfu']:.1f} "
+            f"| {100 * waits:.1f} | {shares['ideal_microseconds']:.1f} |"
+        )
+
+
+def details(prediction: Prediction) -> str:
+    """The whole account of one case."""
+    case, shares = prediction.case, prediction.shares
+    model, shape = case.shape.model, case.shape
+    window = f", window {model.sliding_window}" if model.sliding_window else ""
+    return "\n".join(
+        [
+            f"{case.name}: {model.num_q_heads}/{model.num_kv_heads} heads of "
+            f"{model.head_dim}, {shape.cache_dtype} cache, page {shape.page_size}"
+            f"{window}, sequences {case.lengths}",
+            f"  PREDICTED time {prediction.result.microseconds:.1f} us, "
+            f"MBU {shares['mbu']:.1%}, MFU {shares['mfu']:.1%}; "
+            f"bound of the chip {shares['ideal_microseconds']:.1f} us",
+            report_lib.as_text(prediction.result),
+        ]
+    )
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_case_arguments(parser)
+    defaults = DmaModel()
+    parser.add_argument("--chip", choices=CHIPS, default="tpu7x")
+    parser.add_argument("--list", action="store_true", help="names of cases, no more")
+    parser.add_argument(
+        "--scaling", action="store_true", help="also over contexts and batch sizes"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
+    parser.add_argument("--trace", metavar="FILE", help="Perfetto/Chrome trace")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="roofline and scaling; needs matplotlib"
+    )
+    model = parser.add_argument_group("constants of the model")
+    model.add_argument("--latency-us", type=float, default=defaults.latency_s * 1e6)
+    model.add_argument(
+        "--descriptor-ns", type=float, default=defaults.descriptor_s * 1e9
+    )
+    model.add_argument("--efficiency", type=float, default=defaults.efficiency)
+    options = parser.parse_args(arguments)
+    given = [bool(options.case), bool(options.table), bool(options.seqs)]
+    if not options.list and sum(given) != 1:
+        parser.error("give exactly one of --case, --table, --seqs (or --list)")
+    return options
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose cases; ``selected_cases`` reads them."""
+    choice = parser.add_argument_group("which steps")
+    choice.add_argument("--case", nargs="+", metavar="NAME", help="see --list")
+    choice.add_argument(
+        "--table",
+        nargs="?",
+        const="main",
+        choices=cases.TABLES,
+        help="a table of cases, by default the main one",
+    )
+    choice.add_argument(
+        "--seqs",
+        metavar="LENGTHS",
+        help="any step: [count*]q_len/kv_len,... with kv_len including the new tokens",
+    )
+    shape = parser.add_argument_group("shape of a step given by --seqs")
+    shape.add_argument("--heads", type=int, default=32)
+    shape.add_argument("--kv-heads", type=int, default=8)
+    shape.add_argument("--head-dim", type=int, default=128)
+    shape.add_argument("--window", type=int, help="sliding window")
+    shape.add_argument("--soft-cap", type=float)
+    shape.add_argument("--sinks", action="store_true")
+    shape.add_argument("--no-causal", action="store_true")
+    shape.add_argument("--q-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    shape.add_argument("--cache-dtype", choices=cases.ITEM_BYTES, default="bfloat16")
+    shape.add_argument("--page-size", type=int, default=128)
+    shape.add_argument("--chunk", type=int, help="chunk_prefill_size")
+    shape.add_argument("--num-tokens", type=int, help="T; by default just enough")
+    shape.add_argument("--num-sequences", type=int, help="S; by default just enough")
+    shape.add_argument("--pages-per-sequence", type=int, help="P; likewise")
+
+
+def selected_cases(options: argparse.Namespace) -> list[cases.Case]:
+    """The cases that the options of ``add_case_arguments`` mean."""
+    if options.case:
+        return cases.select(options.case)
+    if options.table:
+        return list(cases.TABLES[options.table])
+    model = cases.Model(
+        options.heads,
+        options.kv_heads,
+        options.head_dim,
+        sliding_window=options.window,
+        soft_cap=options.soft_cap,
+        with_sinks=options.sinks,
+    )
+    case = cases.fitted(
+        "custom",
+        model,
+        options.seqs,
+        page_size=options.page_size,
+        q_dtype=options.q_dtype,
+        cache_dtype=options.cache_dtype,
+        causal=not options.no_causal,
+        chunk_prefill_size=options.chunk,
+        num_tokens=options.num_tokens,
+        num_sequences=options.num_sequences,
+        pages_per_sequence=options.pages_per_sequence,
+    )
+    return [case]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if options.list:
+        for name, members in cases.TABLES.items():
+            print(f"{name}:", *(case.name for case in members), sep="\n  ")
+        return 0
+    if options.plot:
+        from benchmarks import plots
+
+        plots.require_matplotlib()
+    try:
+        selected = selected_cases(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    chip = CHIPS[options.chip]
+    dma_model = DmaModel(
+        latency_s=options.latency_us * 1e-6,
+        descriptor_s=options.descriptor_ns * 1e-9,
+        efficiency=options.efficiency,
+    )
+    described = environment.describe(f"{chip.name} ({PREDICTED})")
+    quiet = options.json == "-"
+    if not quiet:
+        environment.print_header("time of a step on one TensorCore", described)
+    predictions = _collect(predict_all(selected, chip, dma_model), options, quiet)
+    curves = _follow_up(selected[0], chip, dma_model, options, quiet)
+    if options.plot:
+        from benchmarks import plots
+
+        plots.write(options.plot, chip, predictions, curves)
+    if options.json:
+        content = {
+            "kind": "prediction",
+            "environment": described,
+            "dma_model": dataclasses.asdict(dma_model),
+            "cases": [prediction.as_dict() for prediction in predictions],
+            "scaling": [[point.as_dict() for point in curve] for curve in curves],
+        }
+        environment.write_json(options.json, content)
+    return 1 if any(p.result.nonzero_flags for p in predictions) else 0
+
+
+def _collect(
+    stream: Iterator[Prediction], options: argparse.Namespace, quiet: bool
+) -> list[Prediction]:
+    """Prints predictions as they come: a table of many, all about a few."""
+    predictions: list[Prediction] = []
+
+    def kept() -> Iterator[Prediction]:
+        for prediction in stream:
+            predictions.append(prediction)
+            yield prediction
+
+    lines = table(kept()) if options.table else map(details, kept())
+    for line in lines:
+        if not quiet:
+            print(line, flush=True)
+    return predictions
+
+
+def _follow_up(
+    case: cases.Case,
+    chip: Chip,
+    dma_model: DmaModel,
+    options: argparse.Namespace,
+    quiet: bool,
+) -> list[list[Prediction]]:
+    """Trace and scaling of the first case; returns the curves."""
+    if not (options.trace or options.scaling or options.plot):
+        return []
+    program = compiler.compile_program(case.shape, chip.name)
+    if options.trace:
+        traced = predict(case, chip, program, dma_model, keep_timeline=True)
+        report_lib.write_trace(options.trace, program, chip, traced.result)
+    if not (options.scaling or options.plot):
+        return []
+    curves = []
+    for name, members in zip(("context", "sequences"), scaled_cases(case), strict=True):
+        curve = [predict(member, chip, program, dma_model) for member in members]
+        curves.append(curve)
+        if not quiet:
+            print(f"\nPREDICTED, {case.name} over {name}:")
+            print("\n".join(table(curve)))
+    return curves
+
+
+if __name__ == "__main__":
+    sys.exit(main())
