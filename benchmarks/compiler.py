@@ -8,6 +8,7 @@ on its standard input.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -25,8 +26,11 @@ TOPOLOGIES = {"tpu7x": "tpu7x:2x2x1", "v6e": "v6e:2x2", "v5e": "v5e:2x2"}
 _KEPT = ("packed-bundles-post-ra", "final_bundles", "post-ra", "static-per-bundle-util")
 
 
+@functools.lru_cache(maxsize=1)
 def compile_program(shape: cases.StaticShape, chip: str) -> Program:
     """Compiles the kernel with libtpu; takes from ten seconds to a minute.
+
+    The last program is kept, for a second look at the same case.
 
     Raises:
       RuntimeError: The compiler failed; its last words are in the message.

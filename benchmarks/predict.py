@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         descriptor_s=options.descriptor_ns * 1e-9,
         efficiency=options.efficiency,
     )
-    described = environment.describe(f"{chip.name} ({PREDICTED})")
+    described = environment.describe(chip.name) | {"figures": PREDICTED}
     quiet = options.json == "-"
     if not quiet:
         environment.print_header("time of a step on one TensorCore", described)
