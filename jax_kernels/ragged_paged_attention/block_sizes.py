@@ -17,7 +17,7 @@ from jax_kernels.ragged_paged_attention.config import (
 from jax_kernels.ragged_paged_attention.validation import Problem
 
 # Share of VMEM given to the kernel; the rest is left to the program around it.
-VMEM_LIMIT_SHARE = 0.9
+VMEM_LIMIT_SHARE = 0.95
 # Share of that limit that buffers may take by default; the compiler spills to the rest.
 DEFAULT_BUFFER_SHARE = 0.95
 # The compiler keeps some SMEM for itself and needs more for spilled scalars.
