@@ -204,3 +204,33 @@ def test_a_model_with_attention_of_its_own_is_refused():
 def test_a_model_without_attention_layers_has_no_caches():
     with pytest.raises(NotImplementedError, match="attention module for each layer"):
         empty_kv_caches(torch.nn.Linear(1, 1), 2, 8, dtype=torch.float32, device="cpu")
+
+
+def test_attention_weights_are_missing_with_a_warning():
+    with pytest.warns(UserWarning, match="computes no attention weights"):
+        call(output_attentions=True)
+
+
+@pytest.mark.parametrize("guarded_by", ["use_rpa", "empty_kv_caches"])
+def test_a_padding_mask_beside_the_context_is_refused(guarded_by):
+    model = build("llama")
+    model.set_attn_implementation("rpa")
+    if guarded_by == "use_rpa":
+        use_rpa(model)
+        caches = [torch_rpa.empty_kv_cache(2, 8, 2, HEAD_DIM, dtype=torch.float32)] * 4
+    else:
+        caches = empty_kv_caches(model, 2, 8, dtype=torch.float32, device="cpu")
+    tokens, mask = torch.tensor([[1, 2]]), torch.tensor([[0, 1]])
+    keywords = {"use_cache": False, "rpa": RPAContext(caches, one_sequence(2, 2))}
+    for arguments in (((tokens,), {"attention_mask": mask}), ((tokens, mask), {})):
+        with pytest.raises(NotImplementedError, match="attention_mask must be None"):
+            model(*arguments[0], **arguments[1], **keywords)
+
+
+def test_a_context_for_another_attention_is_refused():
+    model = use_rpa(build("llama"))
+    caches = empty_kv_caches(model, 2, 8, dtype=torch.float32, device="cpu")
+    model.set_attn_implementation("eager")
+    context = RPAContext(caches, one_sequence(2, 2))
+    with pytest.raises(ValueError, match="'rpa', got 'eager'"):
+        model(torch.tensor([[1, 2]]), use_cache=False, rpa=context)

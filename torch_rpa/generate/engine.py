@@ -145,9 +145,25 @@ def generate(
 
 
 class ModelRunner:
-    """A model on its device with its paged caches; knows nothing about requests."""
+    """A model on its device with its paged caches; knows nothing about requests.
 
-    def __init__(self, model: PreTrainedModel, num_pages: int, options: EngineOptions):
+    Args:
+        model: Moved to the device and switched to this project's attention.
+        num_pages: Pages in each cache.
+        options: Device, page size and cache dtype.
+        fill_caches_first: Make the caches in a program of their own. Otherwise the
+            first step's program makes them: one program fewer, unless more steps have
+            the first one's sizes, as in chunked prefill.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_pages: int,
+        options: EngineOptions,
+        *,
+        fill_caches_first: bool = True,
+    ):
         if options.device not in ("xla", "cpu"):
             raise ValueError(f"device must be 'xla' or 'cpu', got {options.device!r}")
         self.is_xla = options.device == "xla"
@@ -158,8 +174,9 @@ class ModelRunner:
 
             self.device = torch_xla.device()
         self.model = use_rpa(model)
-        self.model.to(self.device)  # pyright: ignore[reportArgumentType]
-        self.model.tie_weights()  # moving to an XLA device unties them
+        if model.device != self.device:
+            self.model.to(self.device)  # pyright: ignore[reportArgumentType]
+            self.model.tie_weights()  # moving to an XLA device unties them
         self.kv_caches = empty_kv_caches(
             self.model,
             num_pages,
@@ -167,22 +184,34 @@ class ModelRunner:
             dtype=options.cache_dtype or model.dtype,
             device=self.device,
         )
-        self._sync()  # making the caches must be no part of the first step's program
+        if fill_caches_first:
+            self._sync()
 
-    @torch.no_grad()
     def step(self, inputs: StepInputs) -> list[int]:
         """Computes a step and returns the next token of each of the S sequences."""
+        next_tokens = self._forward(inputs).argmax(dim=-1)
+        self._sync()
+        return next_tokens.cpu().tolist()
+
+    def logits(self, inputs: StepInputs) -> torch.Tensor:
+        """Computes a step and returns its logits, float32 ``[S, vocabulary]``, on CPU.
+
+        Row ``s`` says what may follow the last token of sequence ``s``.
+        """
+        logits = self._forward(inputs).float()
+        self._sync()
+        return logits.cpu()
+
+    @torch.no_grad()
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
         inputs = inputs.to(self.device)
-        logits = self.model(
+        return self.model(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
             use_cache=False,
             rpa=RPAContext(self.kv_caches, inputs.batch),
             logits_to_keep=inputs.last_tokens,
-        ).logits  # [1, S, vocabulary]
-        next_tokens = logits[0].argmax(dim=-1)
-        self._sync()
-        return next_tokens.cpu().tolist()
+        ).logits[0]  # [S, vocabulary]
 
     def num_compilations(self) -> int:
         """Programs compiled by this process so far."""

@@ -116,9 +116,11 @@ class Scheduler:
             How many tokens were generated.
         """
         num_generated = 0
-        for row, token in zip(rows, next_tokens, strict=True):
-            request, samples = row.request, row.is_last
-            request.num_cached += row.num_tokens
+        sampled = [row.is_last for row in rows]
+        self.advance(rows)
+        for (request, _), samples, token in zip(
+            rows, sampled, next_tokens, strict=True
+        ):
             if not samples:
                 continue
             request.generated.append(token)
@@ -127,17 +129,23 @@ class Scheduler:
                 token in self.eos_token_ids
                 or len(request.generated) == self.max_new_tokens
             ):
-                self._end(request)
+                self.end(request)
         return num_generated
+
+    def advance(self, rows: Sequence[Row]) -> None:
+        """Records that the tokens of the rows are in the cache."""
+        for request, num_tokens in rows:
+            request.num_cached += num_tokens
+
+    def end(self, request: Request) -> None:
+        """Ends a live request and frees its pages."""
+        self.live.remove(request)
+        self.allocator.free(request.pages)
+        request.pages = []
 
     def _grow(self, request: Request, num_tokens: int) -> None:
         missing = pages_for(num_tokens, self.page_size) - len(request.pages)
         request.pages += self.allocator.allocate(missing)
-
-    def _end(self, request: Request) -> None:
-        self.live.remove(request)
-        self.allocator.free(request.pages)
-        request.pages = []
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

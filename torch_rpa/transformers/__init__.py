@@ -9,10 +9,16 @@ Importing this package registers the attention function. A step is then::
         rpa=RPAContext(kv_caches, batch),
         logits_to_keep=last_tokens,  # [S]
     ).logits  # [1, S, vocabulary]
+
+and the whole of generation is ``model.generate(..., custom_generate=generate)``.
 """
 
+# ruff: noqa: E402
+from torch_rpa.transformers import versions
+
+versions.require_supported()  # before anything below imports transformers
+
 from torch_rpa.transformers.attention import (
-    ATTENTION_NAME,
     register,
     rpa_attention,
     use_rpa,
@@ -22,12 +28,15 @@ from torch_rpa.transformers.context import (
     RPAContext,
     empty_kv_caches,
 )
+from torch_rpa.transformers.generation import generate
+from torch_rpa.transformers.guards import ATTENTION_NAME
 
 __all__ = [
     "ATTENTION_NAME",
     "RPAContext",
     "RaggedBatch",
     "empty_kv_caches",
+    "generate",
     "register",
     "rpa_attention",
     "use_rpa",

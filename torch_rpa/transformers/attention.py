@@ -6,15 +6,14 @@ lengths in the context say all that a causal mask would.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from torch_rpa.transformers.context import AttentionModule, RPAContext
-
-# transformers gives names with "flash", "sdpa", "paged|" or "/" meanings of their own.
-ATTENTION_NAME = "rpa"
+from torch_rpa.transformers.guards import ATTENTION_NAME, attention_of, guard
 
 # Keyword arguments of a model that say nothing about what its attention computes.
 _HARMLESS_KWARGS = frozenset(
@@ -42,12 +41,13 @@ def use_rpa(model: PreTrainedModel) -> PreTrainedModel:
         NotImplementedError: The model does not take its attention from the registry.
     """
     model.set_attn_implementation(ATTENTION_NAME)
-    got = model.config.get_text_config()._attn_implementation
+    got = attention_of(model)
     if got != ATTENTION_NAME:
         raise NotImplementedError(
             f"{type(model).__name__} keeps its own attention {got!r}: it does not read "
             "the attention registry of transformers; choose a model that does"
         )
+    guard(model)
     return model
 
 
@@ -77,8 +77,9 @@ def rpa_attention(
     """
     if rpa is None:
         raise ValueError(
-            f'rpa must be given with attn_implementation="{ATTENTION_NAME}": call '
-            "model(..., rpa=RPAContext(kv_caches, batch), use_cache=False), got None"
+            f'rpa must be given with attn_implementation="{ATTENTION_NAME}", got None: '
+            "call model(..., rpa=RPAContext(kv_caches, batch), use_cache=False), or "
+            "model.generate(..., custom_generate=torch_rpa.transformers.generate)"
         )
     _refuse_caches(query, key, use_cache)
     _refuse_other_meanings(module, attention_mask, dropout, is_causal, kwargs)
@@ -139,6 +140,11 @@ def _refuse_other_meanings(
         raise NotImplementedError(
             f"{ATTENTION_NAME} is for inference, got training={module.training} and "
             f"{dropout=}: call model.eval()"
+        )
+    if kwargs.get("output_attentions"):
+        warnings.warn(
+            f"output_attentions: {ATTENTION_NAME} computes no attention weights",
+            stacklevel=3,
         )
     unknown = sorted(
         name

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import torch_rpa
+from torch_rpa.transformers.guards import guard
 
 
 class AttentionModule(Protocol):
@@ -70,6 +71,8 @@ def empty_kv_caches(
         device: Where the caches live. On an XLA device call ``torch_xla.sync()``
             afterwards, so that making them is no part of the first step.
     """
+    layers = _attention_layers(model)
+    guard(model)
     return [
         torch_rpa.empty_kv_cache(
             num_pages,
@@ -79,7 +82,7 @@ def empty_kv_caches(
             dtype=dtype,
             device=device,
         )
-        for module in _attention_layers(model)
+        for module in layers
     ]
 
 

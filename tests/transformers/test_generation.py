@@ -1,0 +1,334 @@
+"""``custom_generate=generate`` gives what the model's own generate gives with eager."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+import torch_rpa.transformers as rpa_transformers
+from torch_rpa.generate.page_allocator import OutOfPagesError
+from torch_rpa.transformers import generate, generation
+
+# transformers 4.57 would rather have inputs on the device, where it compiles programs
+# of its own to prepare them.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You are calling .generate.* on a device type different:UserWarning"
+)
+
+NEW_TOKENS = 12
+PAD, EOS = 0, 63
+
+
+def build(attention: str):
+    """A tiny Llama with random weights, the same every time."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.generation_config = GenerationConfig(pad_token_id=PAD)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return build("eager")
+
+
+@pytest.fixture(scope="module")
+def paged():
+    return build("rpa")
+
+
+@pytest.fixture(scope="module")
+def on_xla():
+    import torch_xla
+
+    model = build("rpa").to(torch_xla.device())
+    model.tie_weights()
+    torch_xla.sync()
+    return model
+
+
+def padded(side: str = "left") -> dict[str, torch.Tensor]:
+    """Four prompts of 1, 8, 9 and 21 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.full((4, 21), PAD)
+    mask = torch.zeros(4, 21, dtype=torch.long)
+    for row, length in enumerate((1, 8, 9, 21)):
+        columns = slice(21 - length, 21) if side == "left" else slice(length)
+        ids[row, columns] = torch.randint(1, 60, (length,), generator=generator)
+        mask[row, columns] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def paged_generate(model, inputs, **keywords):
+    keywords = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **keywords}
+    return model.generate(**inputs, custom_generate=generate, page_size=8, **keywords)
+
+
+def eager_generate(model, inputs, **keywords):
+    keywords = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **keywords}
+    return model.generate(**inputs, **keywords)
+
+
+@pytest.mark.parametrize("device", ["cpu", "xla"])
+def test_left_padded_prompts_give_the_tokens_of_eager(eager, request, device):
+    model = request.getfixturevalue("paged" if device == "cpu" else "on_xla")
+    got = paged_generate(model, padded())
+    assert torch.equal(got, eager_generate(eager, padded()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "xla"])
+def test_right_padded_prompts_continue_after_their_last_token(eager, request, device):
+    model = request.getfixturevalue("paged" if device == "cpu" else "on_xla")
+    got = paged_generate(model, padded("right"))
+    assert torch.equal(got[:, :21], padded("right")["input_ids"])
+    assert torch.equal(got[:, 21:], eager_generate(eager, padded())[:, 21:])
+
+
+def test_a_missing_mask_is_inferred_from_the_padding(eager, paged):
+    inputs = {"input_ids": padded()["input_ids"]}
+    assert torch.equal(paged_generate(paged, inputs), eager_generate(eager, inputs))
+
+
+@pytest.mark.parametrize("max_tokens_per_step", [4, 10, 37])
+def test_chunked_prefill_gives_the_same_tokens(eager, paged, max_tokens_per_step):
+    got = paged_generate(paged, padded(), max_tokens_per_step=max_tokens_per_step)
+    assert torch.equal(got, eager_generate(eager, padded()))
+
+
+@pytest.mark.parametrize("max_tokens_per_step", [None, 7])
+def test_a_seed_samples_the_tokens_of_eager(eager, paged, max_tokens_per_step):
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95}
+    torch.manual_seed(5)
+    expected = eager_generate(eager, padded(), **sampling, num_return_sequences=2)
+    torch.manual_seed(5)
+    got = paged_generate(
+        paged,
+        padded(),
+        **sampling,
+        num_return_sequences=2,
+        max_tokens_per_step=max_tokens_per_step and max_tokens_per_step + 4,
+    )
+    assert torch.equal(got, expected)
+    assert not torch.equal(got[0], got[1])
+
+
+def test_the_end_of_one_text_pads_it_and_leaves_the_others_alone(eager, paged):
+    free_running = eager_generate(eager, padded())[:, 21:]
+    eos = int(free_running[0, 3])
+    expected = eager_generate(eager, padded(), eos_token_id=eos)
+    assert (expected[0, 25:] == PAD).all() and (expected[1:, -1] != PAD).any()
+    assert torch.equal(paged_generate(paged, padded(), eos_token_id=eos), expected)
+
+
+def test_processors_act_on_the_scores(eager, paged):
+    keywords = {
+        "repetition_penalty": 1.3,
+        "min_new_tokens": 4,
+        "eos_token_id": EOS,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[5], [7, 8]],
+        "prefix_allowed_tokens_fn": lambda row, tokens: list(range(row, 64)),
+    }
+    expected = eager_generate(eager, padded(), **keywords)
+    assert not torch.equal(expected, eager_generate(eager, padded()))
+    assert torch.equal(paged_generate(paged, padded(), **keywords), expected)
+
+
+class StopsAtLength(StoppingCriteria):
+    """Ends row r after r + 2 new tokens."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        lengths = torch.arange(len(input_ids)) + 2
+        return input_ids.shape[1] - 21 >= lengths
+
+
+@pytest.mark.parametrize("eos", [{}, {"eos_token_id": EOS}])
+def test_stopping_criteria_end_rows_as_in_eager(eager, paged, eos):
+    keywords = {"stopping_criteria": StoppingCriteriaList([StopsAtLength()]), **eos}
+    expected = eager_generate(eager, padded(), **keywords)
+    assert expected.shape[1] == 21 + 5
+    assert torch.equal(paged_generate(paged, padded(), **keywords), expected)
+
+
+def test_scores_and_logits_are_those_of_eager(eager, paged):
+    keywords = {
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        "repetition_penalty": 1.3,
+    }
+    expected = eager_generate(eager, padded(), **keywords)
+    got = paged_generate(paged, padded(), **keywords)
+    assert torch.equal(got.sequences, expected.sequences)
+    for name in ("scores", "logits"):
+        ours, theirs = torch.stack(got[name]), torch.stack(expected[name])
+        # Both sum in float32, in different orders.
+        bound = 64 * torch.finfo(torch.float32).eps * theirs.abs().max()
+        assert (ours - theirs).abs().max() <= bound
+
+
+class Streamer:
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, tokens):
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_gets_the_prompt_and_every_token(paged):
+    streamer = Streamer()
+    inputs = {"input_ids": torch.tensor([[3, 1, 4]])}
+    tokens = paged_generate(paged, inputs, streamer=streamer)
+    assert streamer.tokens == tokens[0].tolist() and streamer.ended
+
+
+def test_pages_are_given_back_when_a_text_ends(paged, monkeypatch):
+    batches = []
+
+    class Batch(generation._LockstepBatch):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            batches.append(self)
+
+    monkeypatch.setattr(generation, "_LockstepBatch", Batch)
+    eos = int(paged_generate(paged, padded())[0, 24])
+    paged_generate(paged, padded(), eos_token_id=eos)
+    assert batches[1].scheduler.requests[0].pages == []
+
+
+def test_too_few_pages_are_reported(paged):
+    with pytest.raises(OutOfPagesError, match="raise num_pages"):
+        paged_generate(paged, padded(), num_pages=4)
+
+
+def test_prefill_and_twenty_decodes_compile_two_programs_then_none():
+    import torch_xla
+    import torch_xla.debug.metrics as metrics
+
+    def num_compilations():
+        data = metrics.metric_data("CompileTime")
+        return data[0] if data else 0
+
+    # Sizes of its own, so that no other test has compiled these programs.
+    model = build("rpa")
+    model.resize_token_embeddings(80)
+    model = model.to(torch_xla.device())
+    model.tie_weights()
+    torch_xla.sync()
+    counts = [num_compilations()]
+    metrics.clear_counters()
+    for _ in range(2):
+        paged_generate(model, padded(), max_new_tokens=21, num_pages=23)
+        counts.append(num_compilations())
+    assert [counts[1] - counts[0], counts[2] - counts[1]] == [2, 0]
+    assert [name for name in metrics.counter_names() if name.startswith("aten::")] == []
+
+
+def test_inputs_on_the_xla_device_work_too(eager, on_xla):
+    import torch_xla
+
+    inputs = {name: t.to(torch_xla.device()) for name, t in padded().items()}
+    keywords = {"min_new_tokens": 4, "eos_token_id": EOS, "max_new_tokens": 5}
+    got = paged_generate(on_xla, inputs, **keywords)
+    assert got.device.type == "xla"
+    assert torch.equal(got.cpu(), eager_generate(eager, padded(), **keywords))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"num_beams": 2}, "greedy or sampling, got 'beam_search'"),
+        ({"prompt_lookup_num_tokens": 2}, "got 'assisted_generation'"),
+        ({"past_key_values": DynamicCache()}, "past_key_values must be left out"),
+        ({"output_hidden_states": True}, "output_hidden_states must be False"),
+        (
+            {"position_ids": torch.arange(21).expand(4, 21)},
+            "position_ids must count the tokens",
+        ),
+        ({"inputs_embeds": torch.zeros(4, 21, 64)}, "inputs_embeds"),
+        ({"is_causal": False}, "is_causal"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(paged, keywords, message):
+    if keywords.keys() & {"output_hidden_states"}:
+        keywords = {**keywords, "return_dict_in_generate": True}
+    with pytest.raises((NotImplementedError, ValueError), match=message):
+        paged_generate(paged, padded(), **keywords)
+
+
+def test_an_assistant_is_refused(paged, eager):
+    inputs = {name: tensor[3:] for name, tensor in padded().items()}
+    with pytest.raises(NotImplementedError, match="assisted_generation"):
+        paged_generate(paged, inputs, assistant_model=eager)
+
+
+@pytest.mark.parametrize("mask", [[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+def test_a_mask_with_holes_is_refused(paged, mask):
+    inputs = {
+        "input_ids": torch.tensor([[3, 4, 5]]),
+        "attention_mask": torch.tensor([mask]),
+    }
+    with pytest.raises(ValueError, match="padding on one side"):
+        paged_generate(paged, inputs)
+
+
+def test_attention_weights_are_missing_with_a_warning(paged):
+    with pytest.warns(UserWarning, match="computes no attention weights"):
+        generate(
+            paged,
+            torch.tensor([[3, 4]]),
+            LogitsProcessorList(),
+            StoppingCriteriaList([MaxLengthCriteria(4)]),
+            GenerationConfig(max_length=4, output_attentions=True),
+        )
+
+
+def test_another_attention_is_refused(eager):
+    with pytest.raises(ValueError, match="'rpa', got 'eager'"):
+        paged_generate(eager, padded())
+
+
+def test_generate_without_the_paged_loop_is_refused(paged):
+    with pytest.raises(ValueError, match="custom_generate="):
+        eager_generate(paged, padded())
+
+
+def test_the_implementation_can_be_switched_on_a_built_model(eager):
+    model = build("eager")
+    model.set_attn_implementation("rpa")
+    rpa_transformers.register()  # may be repeated
+    got = paged_generate(model, padded())
+    assert torch.equal(got, eager_generate(eager, padded()))
+
+
+def test_a_saved_model_loads_with_this_attention(eager, tmp_path):
+    build("eager").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="rpa")
+    got = paged_generate(model, padded(), pad_token_id=PAD)
+    assert torch.equal(got, eager_generate(eager, padded()))

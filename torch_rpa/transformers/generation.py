@@ -1,0 +1,393 @@
+"""``model.generate(..., custom_generate=torch_rpa.transformers.generate)``.
+
+transformers prepares everything (generation config, logits processors, stopping
+criteria) and calls :func:`generate` for its loop. All prompts run in ragged steps of
+static shape on the model's device; choosing tokens is the host's work, with
+transformers' own processors, criteria and random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from torch_rpa.transformers.guards import ATTENTION_NAME, check_attention
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+    from torch_rpa.generate.engine import ModelRunner
+
+# What transformers adds to the arguments of a model and a ragged step replaces.
+_REPLACED_KWARGS = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "logits_to_keep",
+        "past_key_values",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+# Kinds of cache that hold exactly the keys and values that they are given.
+_EXACT_CACHES = (
+    None,
+    "dynamic",
+    "dynamic_full",
+    "hybrid",
+    "hybrid_chunked",
+    "offloaded",
+    "offloaded_hybrid",
+    "offloaded_static",
+    "sliding_window",
+    "static",
+)
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,  # i64[B, L], padded left or right
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    page_size: int = 16,
+    num_pages: int | None = None,
+    max_tokens_per_step: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """Generates for a batch of prompts, greedily or by sampling.
+
+    Meant as the argument ``custom_generate`` of ``model.generate``, which passes on the
+    options below. On an XLA device give ``input_ids`` on the CPU: transformers would
+    compile programs of its own to prepare them elsewhere.
+
+    Args:
+        model: With ``attn_implementation="rpa"``, on an XLA device or the CPU.
+        input_ids: Prompts, padded on either side; ``attention_mask`` says where.
+        logits_processor: As prepared by transformers.
+        stopping_criteria: As prepared by transformers.
+        generation_config: As prepared by transformers.
+        page_size: Tokens in a page of the cache.
+        num_pages: Pages in the cache; None is enough for all prompts at full length.
+        max_tokens_per_step: Most tokens in one step; longer prefills are cut into
+            several steps. None takes all prompts in one step.
+        cache_dtype: What keys and values are stored as; None is the model's dtype.
+        model_kwargs: ``attention_mask`` and what transformers adds; anything else that
+            a model could take is refused.
+
+    Returns:
+        What ``model.generate`` returns: ``[B, L + new tokens]`` on the device of
+        ``input_ids``, or an output with ``sequences``, ``scores`` and ``logits``.
+
+    Raises:
+        NotImplementedError: Beam search and other modes, foreign caches, hidden states
+            and further model inputs.
+    """
+    call = _call_of_transformers()
+    config = generation_config or model.generation_config
+    _refuse_other_modes(config, call, model_kwargs)
+    check_attention(model)
+    ids = input_ids.cpu()
+    prompts = _prompts(
+        ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    )
+    batch = _LockstepBatch(
+        model,
+        prompts,
+        max_new_tokens=_max_new_tokens(config, stopping_criteria, ids.shape[1]),
+        page_size=page_size,
+        num_pages=num_pages,
+        max_tokens_per_step=max_tokens_per_step,
+        cache_dtype=cache_dtype,
+    )
+    out = _choose_tokens(
+        batch,
+        ids,
+        _on_cpu(logits_processor or (), LogitsProcessorList),
+        _on_cpu(stopping_criteria or (), StoppingCriteriaList),
+        config,
+        call.get("streamer"),
+    )
+    out.sequences = out.sequences.to(input_ids.device)
+    return out if config.return_dict_in_generate else out.sequences
+
+
+def _choose_tokens(
+    batch: _LockstepBatch,
+    ids: torch.Tensor,  # i64[B, L]
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> GenerateDecoderOnlyOutput:
+    """The loop of transformers, one token for every live sequence each time round."""
+    pads_after_end = any(hasattr(c, "eos_token_id") for c in stopping_criteria)
+    pad = getattr(config, "_pad_token_tensor", None)
+    pad_token_id = config.pad_token_id if pad is None else int(pad)
+    if pads_after_end and pad_token_id is None:
+        raise ValueError("pad_token_id must be set where eos_token_id is, got None")
+    live = torch.ones(len(ids), dtype=torch.bool)
+    scores: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
+    while live.any():
+        next_logits = batch.next_logits()  # f32[B, vocabulary]
+        # Processors may write to what they are given.
+        next_scores = logits_processor(ids, next_logits.clone())
+        if config.output_logits:
+            logits.append(next_logits)
+        if config.output_scores:
+            scores.append(next_scores)
+        if config.do_sample:
+            weights = next_scores.softmax(dim=-1)
+            tokens = torch.multinomial(weights, num_samples=1).squeeze(1)
+        else:
+            tokens = next_scores.argmax(dim=-1)
+        if pads_after_end:
+            tokens = torch.where(live, tokens, pad_token_id)
+        ids = torch.cat([ids, tokens[:, None]], dim=-1)
+        if streamer is not None:
+            streamer.put(tokens)
+        live &= ~stopping_criteria(ids, tuple(scores))
+        for index, is_live in enumerate(live.tolist()):
+            if is_live or not pads_after_end:
+                batch.append(index, int(tokens[index]))
+            else:
+                batch.end(index)
+    if streamer is not None:
+        streamer.end()
+    return GenerateDecoderOnlyOutput(
+        sequences=ids,  # pyright: ignore[reportArgumentType]
+        scores=tuple(scores) if config.output_scores else None,
+        logits=tuple(logits) if config.output_logits else None,
+    )
+
+
+class _LockstepBatch:
+    """Prompts that grow together by one token each, in ragged steps."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        page_size: int,
+        num_pages: int | None,
+        max_tokens_per_step: int | None,
+        cache_dtype: torch.dtype | None,
+    ):
+        # Here, since the engine itself imports this package.
+        from torch_rpa.generate.batching import StepShapes
+        from torch_rpa.generate.engine import EngineOptions, ModelRunner
+        from torch_rpa.generate.page_allocator import PageAllocator
+        from torch_rpa.generate.scheduler import Scheduler, pages_for
+
+        device = model.device.type
+        step_tokens = max_tokens_per_step or sum(map(len, prompts))
+        # A program serves all batches of similar size; the CPU needs no program.
+        bucket = _power_of_two if device == "xla" else _multiple_of_eight
+        pages = pages_for(max(map(len, prompts)) + max_new_tokens, page_size)
+        pages_per_sequence = _power_of_two(pages) if device == "xla" else pages
+        self.shapes = StepShapes(
+            token_buckets=tuple(sorted({bucket(len(prompts)), bucket(step_tokens)})),
+            num_sequences=len(prompts),
+            pages_per_sequence=pages_per_sequence,
+        )
+        self.scheduler = Scheduler(
+            prompts,
+            PageAllocator(num_pages or len(prompts) * pages_per_sequence),
+            page_size=page_size,
+            max_new_tokens=max_new_tokens,
+            max_tokens_per_step=step_tokens,
+        )
+        options = EngineOptions(
+            device=device, page_size=page_size, cache_dtype=cache_dtype
+        )
+        self.runner: ModelRunner = ModelRunner(
+            model,
+            self.scheduler.allocator.num_pages,
+            options,
+            fill_caches_first=step_tokens < sum(map(len, prompts)),
+        )
+        self._rows = {r: index for index, r in enumerate(self.scheduler.requests)}
+        self._logits: torch.Tensor | None = None
+
+    def next_logits(self) -> torch.Tensor:
+        """Computes every waiting token; returns what may follow each sequence.
+
+        Returns:
+            float32 ``[B, vocabulary]`` on the CPU. Sequences that have ended keep the
+            logits that they ended with.
+        """
+        from torch_rpa.generate.batching import build_step_inputs
+
+        new = self._logits
+        while rows := self.scheduler.next_step():
+            logits = self.runner.logits(build_step_inputs(rows, self.shapes))
+            if new is self._logits:  # earlier ones may be kept by the caller
+                empty = logits.new_zeros(len(self._rows), logits.shape[1])
+                new = empty if new is None else new.clone()
+            for row, row_logits in zip(rows, logits, strict=False):
+                if row.is_last:
+                    new[self._rows[row.request]] = row_logits
+            self.scheduler.advance(rows)
+        assert new is not None
+        self._logits = new
+        return new
+
+    def append(self, index: int, token: int) -> None:
+        """Gives a sequence its next token, which the next step computes."""
+        self.scheduler.requests[index].generated.append(token)
+
+    def end(self, index: int) -> None:
+        """Frees the pages of a sequence; may be repeated."""
+        request = self.scheduler.requests[index]
+        if request in self.scheduler.live:
+            self.scheduler.end(request)
+
+
+def _prompts(
+    ids: torch.Tensor,  # i64[B, L]
+    mask: torch.Tensor | None,  # [B, L]
+    positions: torch.Tensor | None,  # i64[B or 1, L]
+) -> list[list[int]]:
+    """Returns the tokens of each row without its padding."""
+    mask = torch.ones_like(ids) if mask is None else mask.cpu()
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape {list(ids.shape)} of input_ids, got "
+            f"{list(mask.shape)}"
+        )
+    is_token = mask != 0
+    counts = is_token.sum(dim=1)
+    for row, row_is_token in enumerate(is_token):
+        count = int(counts[row])
+        if not count or not (row_is_token[:count].all() or row_is_token[-count:].all()):
+            raise ValueError(
+                "attention_mask must have padding on one side of at least one token, "
+                f"got {mask[row].tolist()} in row {row}"
+            )
+    counted = is_token.long().cumsum(dim=1) - 1
+    if positions is not None and (positions.cpu() != counted)[is_token].any():
+        raise NotImplementedError(
+            "position_ids must count the tokens of each prompt from 0, got "
+            f"{positions.tolist()}; leave them out"
+        )
+    return [tokens[keep].tolist() for tokens, keep in zip(ids, is_token, strict=True)]
+
+
+def _refuse_other_modes(
+    config: GenerationConfig, call: dict[str, Any], model_kwargs: dict[str, Any]
+) -> None:
+    mode = config.get_generation_mode(call.get("assistant_model"))
+    if mode not in _MODES:
+        raise NotImplementedError(
+            f"generation must be greedy or sampling, got {mode.value!r}: leave out "
+            "num_beams and the like, or use another attn_implementation"
+        )
+    given_cache = call.get("kwargs", {}).get("past_key_values")
+    cache = given_cache or model_kwargs.get("past_key_values")
+    if given_cache is not None or (cache is not None and cache.get_seq_length()):
+        raise NotImplementedError(
+            f"past_key_values must be left out, got {type(cache).__name__}: the paged "
+            "cache is made for each call; pass the whole text as input_ids"
+        )
+    if config.cache_implementation not in _EXACT_CACHES:
+        raise NotImplementedError(
+            "cache_implementation must be left out, got "
+            f"{config.cache_implementation!r}; cache_dtype= quantises the paged cache"
+        )
+    if config.output_hidden_states:
+        raise NotImplementedError(
+            "output_hidden_states must be False, got True: steps are ragged; call the "
+            "model itself with rpa= to get them"
+        )
+    if config.output_attentions:
+        warnings.warn(
+            f"output_attentions: {ATTENTION_NAME} computes no attention weights",
+            stacklevel=3,
+        )
+    unknown = sorted(
+        name
+        for name, argument in model_kwargs.items()
+        if argument is not None and name not in _REPLACED_KWARGS
+    )
+    if unknown:
+        raise NotImplementedError(
+            f"model arguments {unknown} could change the answer and cannot be cut into "
+            "ragged steps; leave them out or use another attn_implementation"
+        )
+
+
+def _call_of_transformers() -> dict[str, Any]:
+    """Returns the arguments of the ``model.generate`` call that led here.
+
+    transformers (4.57 to 5.23) passes neither ``streamer`` nor ``assistant_model`` on
+    to a ``custom_generate`` function, so that a streamer would wait forever; and an
+    empty cache of the caller looks like one of its own. Remove this when it does.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "generate" and code.co_filename.endswith(
+            "transformers/generation/utils.py"
+        ):
+            return dict(frame.f_locals)
+        frame = frame.f_back
+    return {}
+
+
+def _max_new_tokens(
+    config: GenerationConfig,
+    stopping_criteria: Iterable[Any] | None,
+    prompt_length: int,
+) -> int:
+    limits = [getattr(c, "max_length", None) for c in stopping_criteria or ()]
+    limits = [limit for limit in [config.max_length, *limits] if limit is not None]
+    if not limits or min(limits) <= prompt_length:
+        raise ValueError(
+            f"max_length must be more than the {prompt_length} tokens of input_ids, "
+            f"got {limits}; set max_new_tokens"
+        )
+    return min(limits) - prompt_length
+
+
+def _on_cpu(items: Iterable[Any], kind: type[Any]) -> Any:
+    """Returns processors or criteria with their tensors on the CPU."""
+    moved = kind()
+    for item in items:
+        tensors = {
+            name: value.cpu()
+            for name, value in vars(item).items()
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu"
+        }
+        if tensors:
+            item = copy.copy(item)
+            vars(item).update(tensors)
+        moved.append(item)
+    return moved
+
+
+def _power_of_two(size: int) -> int:
+    return max(8, 1 << (size - 1).bit_length())
+
+
+def _multiple_of_eight(size: int) -> int:
+    return -(-size // 8) * 8

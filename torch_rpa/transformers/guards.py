@@ -1,0 +1,48 @@
+"""Refuses model calls that the attention function cannot see to be wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+# transformers gives names with "flash", "sdpa", "paged|" or "/" meanings of their own.
+ATTENTION_NAME = "rpa"
+
+
+def check_attention(model: Any) -> None:
+    """Raises unless the model has this attention."""
+    got = attention_of(model)
+    if got != ATTENTION_NAME:
+        raise ValueError(
+            f"model must have attn_implementation {ATTENTION_NAME!r}, got {got!r}: "
+            "call torch_rpa.transformers.use_rpa(model)"
+        )
+
+
+def guard(model: nn.Module) -> None:
+    """Makes calls with ``rpa=`` raise where the context would be ignored or disagree.
+
+    The attention function cannot see either case: it is not called by a model with
+    another attention, and transformers drops a padding mask before it. May be repeated.
+    """
+    if _check_call not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_check_call, with_kwargs=True)
+
+
+def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("rpa") is None:
+        return
+    check_attention(model)
+    # The second argument of every causal language model's forward.
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    if mask is not None:
+        raise NotImplementedError(
+            "attention_mask must be None: the lengths in rpa= replace it, got "
+            f"{type(mask).__name__}; leave padding out of input_ids, or use "
+            "torch_rpa.transformers.generate"
+        )
+
+
+def attention_of(model: Any) -> str:
+    return model.config.get_text_config()._attn_implementation
