@@ -30,7 +30,7 @@ from jax_kernels.ragged_paged_attention.block_loads import (
     load_values,
     value_words_mask,
 )
-from jax_kernels.ragged_paged_attention.config import LOG2_E
+from jax_kernels.ragged_paged_attention.config import LOG2_E, SUBLANES
 from jax_kernels.ragged_paged_attention.dma import Copies
 from jax_kernels.ragged_paged_attention.layout import dtype_packing
 from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
@@ -170,7 +170,10 @@ def _compute(
 def _heads_per_stretch(copies: Copies) -> int:
     """The most heads, up to a limit, whose word rows are not shared with others."""
     config = copies.config
-    packing = dtype_packing(config.io_dtype)
+    packing = max(dtype_packing(config.io_dtype), dtype_packing(config.out_dtype))
+    if config.num_kv_heads % packing:
+        # Then key heads have words of their own, and the G query heads of one have.
+        packing = 1
     return packing * largest_divisor(
         config.num_kv_heads // packing, MAX_STRETCH_HEADS // packing
     )
@@ -211,9 +214,7 @@ def _load_query(copies: Copies, tile_slot: Int, head: Int, parity: int) -> jax.A
     if packing == 1:
         x = pltpu.bitcast(rows.load(first, num_rows), jnp.float32)
     else:
-        words = rows.load(
-            first, num_rows // packing + (tile_io.SUBLANES if parity else 0)
-        )
+        words = rows.load(first, num_rows // packing + (SUBLANES if parity else 0))
         x = pltpu.bitcast(words, jnp.bfloat16).astype(jnp.float32)
         x = x[parity : parity + num_rows]
     return tile_io.prepare_queries(tile_io.widen(x, config.lanes), config)
