@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-
 from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout
 
