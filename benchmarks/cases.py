@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from benchmarks.tpu_timing import workloads
 from benchmarks.tpu_timing.workloads import Sequence
 
@@ -18,6 +20,8 @@ ITEM_BYTES = {
     "float8_e5m2": 1,
     "int8": 1,
 }
+# After four scalars, queries, keys, values and the cache.
+SINKS_OPERAND = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +154,16 @@ class Case:
         return workloads.ideal(shape.rpa_shape, self.sequences, shape.causal, window)
 
     @property
-    def scalars(self) -> dict:
-        """The scalar operands, by index: lengths, pages, starts, distribution."""
-        return workloads.scalar_operands(
+    def scalars(self) -> dict[int, np.ndarray]:
+        """The scalar operands of the kernel, by index; sinks are the last operand."""
+        operands = workloads.scalar_operands(
             self.shape.rpa_shape,
             self.sequences,
             chunked=self.shape.chunk_prefill_size is not None,
         )
+        if self.shape.model.with_sinks:
+            operands[SINKS_OPERAND] = np.zeros(self.shape.model.num_q_heads, np.int32)
+        return operands
 
 
 def fitted(name: str, model: Model, lengths: str, **static) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from typing import TYPE_CHECKING
 
 from benchmarks.tpu_timing import Chip
@@ -64,12 +65,13 @@ def _roofline(axis, chip: Chip, predictions: list[Prediction]) -> None:
     edges = [min([*intensities, knee]) / 4, knee, max([*intensities, knee]) * 4]
     roof = [min(x * chip.hbm_bytes_per_s, chip.bf16_flops_per_s) / 1e12 for x in edges]
     axis.loglog(edges, roof, color="black", label=f"{chip.name} peaks")
+    markers = itertools.cycle("osv^<>DpPX*")
     for prediction, intensity in zip(predictions, intensities, strict=True):
         rate = prediction.case.ideal.flops / prediction.result.seconds / 1e12
-        axis.loglog([intensity], [rate], "o", label=prediction.case.name)
+        axis.loglog([intensity], [rate], next(markers), label=prediction.case.name)
     axis.set_xlabel("needed FLOPs per needed byte")
     axis.set_ylabel("TFLOP/s")
-    axis.legend(fontsize=5)
+    axis.legend(fontsize=5, ncols=2)
 
 
 def _scaling(axis, curve: list[Prediction], label: str, sizes: list[int]) -> None:

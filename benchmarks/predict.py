@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from benchmarks import cases, compiler, environment
 from benchmarks.tpu_timing import (
@@ -29,6 +30,7 @@ from benchmarks.tpu_timing import (
 from benchmarks.tpu_timing import report as report_lib
 
 PREDICTED = "PREDICTED from the compiled schedule, not measured"
+MARK = "<!-- predicted -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +175,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--scaling", action="store_true", help="also over contexts and batch sizes"
     )
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
+    parser.add_argument(
+        "--baseline", metavar="FILE", help="write cycles for the regression test"
+    )
+    parser.add_argument(
+        "--update",
+        metavar="FILE.md",
+        help="replace the table between the file's two <!-- predicted --> lines",
+    )
     parser.add_argument("--trace", metavar="FILE", help="Perfetto/Chrome trace")
     parser.add_argument(
         "--plot", metavar="FILE.png", help="roofline and scaling; needs matplotlib"
@@ -284,6 +294,11 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks import plots
 
         plots.write(options.plot, chip, predictions, curves)
+    if options.update:
+        lines = [_versions_line(described), "", *table(predictions)]
+        update_markdown(Path(options.update), lines)
+    if options.baseline:
+        environment.write_json(options.baseline, baseline(predictions, described))
     if options.json:
         content = {
             "kind": "prediction",
@@ -294,6 +309,34 @@ def main(arguments: list[str] | None = None) -> int:
         }
         environment.write_json(options.json, content)
     return 1 if any(p.result.nonzero_flags for p in predictions) else 0
+
+
+def update_markdown(path: Path, lines: list[str]) -> None:
+    """Replaces what is between the two marks of a file.
+
+    Raises:
+      ValueError: The file has not two marks.
+    """
+    parts = path.read_text().split(MARK)
+    if len(parts) != 3:
+        raise ValueError(f"{path}: expected 2 lines {MARK}, got {len(parts) - 1}")
+    parts[1] = "\n\n" + "\n".join(lines) + "\n\n"
+    path.write_text(MARK.join(parts))
+
+
+def _versions_line(described: dict[str, str]) -> str:
+    names = ("chip", "commit", "jax", "libtpu")
+    versions = ", ".join(f"{name} {described[name]}" for name in names)
+    return f"{versions}. All figures are {PREDICTED}."
+
+
+def baseline(predictions: list[Prediction], described: dict[str, str]) -> dict:
+    """What the regression test compares with; the versions decide if it can."""
+    return {
+        "kind": "prediction",
+        **{name: described[name] for name in ("chip", "jax", "libtpu")},
+        "cycles": {p.case.name: round(p.result.cycles) for p in predictions},
+    }
 
 
 def _collect(

@@ -7,7 +7,10 @@ as a suffix (%s99337_s4 lives in s4, %p79591_p0 in p0).
 
 from __future__ import annotations
 
+import math
+import operator
 import re
+import struct
 from dataclasses import dataclass, field
 
 MOST_BRANCH_DELAY_SLOTS = 6  # 6 on TPU7x, 4 on v5e and v6e
@@ -16,6 +19,7 @@ _COMMENT = re.compile(r"/\* (.*?)\*/")
 _PREDICATE = re.compile(r"\((!?)%p\d+_p(\d+)(?:,\s*([^)]*))?\)")
 _NAMED_OPERAND = re.compile(r"/\*(\w+)=\*/\s*([^,]+)")
 _REGISTER = re.compile(r"^(!?)%([sp])\d+_[sp](\d+)$")
+_FLOAT = re.compile(r"^-?\d+(\.\d*)?(e[+-]?\d+)?$")
 _BRACKETS = re.compile(r"^\[(.*)\]$")
 _VMATMUL = re.compile(
     r"\bvmatmul\.(?:mubr\.)?(?:msk\.)?([a-z]+[0-9]+\w*)\.[\w.\[\]]*?mxu(\d)"
@@ -155,6 +159,31 @@ def signed32(value: int) -> int:
     return ((value + 0x80000000) & 0xFFFFFFFF) - 0x80000000
 
 
+def float32_bits(value: float) -> int:
+    """The bits of a number in a scalar register, rounded to float32."""
+    try:
+        return struct.unpack("<i", struct.pack("<f", value))[0]
+    except OverflowError:
+        return struct.unpack("<i", struct.pack("<f", math.copysign(math.inf, value)))[0]
+
+
+def float32_value(bits: int) -> float:
+    """Inverse of ``float32_bits``."""
+    return struct.unpack("<f", struct.pack("<i", bits))[0]
+
+
+def float32_arithmetic(operation: str, left: int, right: int) -> int:
+    """Result of sadd, ssub, smul, smax or smin on float32 bits, as bits."""
+    operate = {
+        "sadd": operator.add,
+        "ssub": operator.sub,
+        "smul": operator.mul,
+        "smax": max,
+        "smin": min,
+    }[operation]
+    return float32_bits(operate(float32_value(left), float32_value(right)))
+
+
 def parse_operand(text: str) -> Operand:
     text = text.strip()
     match = _REGISTER.match(text)
@@ -167,6 +196,8 @@ def parse_operand(text: str) -> Operand:
         return parse_address(match.group(1))
     if re.fullmatch(r"-?\d+", text) or text.startswith("0x"):
         return Immediate(signed32(int(text, 0)))
+    if _FLOAT.match(text):
+        return Immediate(float32_bits(float(text)))
     if text.startswith("#allocation"):
         return parse_address(text)
     raise UnsupportedInstruction(f"operand {text!r}")

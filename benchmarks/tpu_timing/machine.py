@@ -266,6 +266,7 @@ class Machine:
             "sync_values": self.sync_values,
             "halt": self._halt,
             "wrap": isa.signed32,
+            "float32": isa.float32_arithmetic,
             "unsupported": self._unsupported,
             "scalar_operand": self._scalar_operand,
         }

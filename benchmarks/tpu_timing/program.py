@@ -470,7 +470,10 @@ class _Emitter:
             return f"({args[0]} {_COMPARE[relation]} {args[1]})"
         if op in _LOGIC:
             return _LOGIC[op].format(*args)
-        base = op.split(".")[0]
+        base, _, kind = op.partition(".")
+        if kind == "f32":
+            known = base in ("sadd", "ssub", "smul", "smax", "smin")
+            return f"float32({base!r}, {args[0]}, {args[1]})" if known else None
         if base in ("sadd", "ssub", "smul"):
             sign = {"sadd": "+", "ssub": "-", "smul": "*"}[base]
             return _WRAPPED.format(f"({args[0]} {sign} {args[1]})")

@@ -38,6 +38,15 @@ def test_immediates_are_signed():
     assert add.operands[0] == isa.Immediate(-128)
 
 
+def test_float_arithmetic_is_on_bits():
+    multiply = isa.parse_instruction("%s1_s2 = smul.f32 1.5, %s3_s4")
+    assert not multiply.undecoded
+    bits = isa.float32_arithmetic("smul", multiply.operands[0].value, 0x40000000)
+    assert isa.float32_value(bits) == 3.0
+    huge = isa.float32_bits(3e38)
+    assert isa.float32_value(isa.float32_arithmetic("sadd", huge, huge)) == float("inf")
+
+
 def test_store_with_predicate_and_offset():
     store = isa.parse_instruction(
         "%7 = sst [smem:[%s1_s23 + $0x4]] (%p5_p3), /*sx=*/%s9_s25"

@@ -1,0 +1,40 @@
+"""The list of shapes."""
+
+import pytest
+
+from benchmarks import cases
+
+
+def test_names_are_unique():
+    assert len(cases.BY_NAME) == len(cases.TABLES["all"])
+
+
+def test_select_names_what_there_is():
+    with pytest.raises(ValueError, match=r"llama-decode-128x1k.*; got 'nothing'"):
+        cases.select(["nothing"])
+
+
+def test_decode_contexts_share_a_program():
+    names = ["llama-decode-128x512", "llama-decode-128x16k", "llama-decode-8x1k"]
+    assert len({case.shape for case in cases.select(names)}) == 1
+
+
+def test_lengths_must_fit_the_program():
+    with pytest.raises(ValueError, match=r"num_tokens: expected at least 2, got 1"):
+        cases.fitted("x", cases.MQA, "2*1/8", num_tokens=1)
+    with pytest.raises(ValueError, match=r"pages_per_sequence: .* 2, got 1"):
+        cases.fitted("x", cases.MQA, "1/9", page_size=8, pages_per_sequence=1)
+
+
+def test_a_window_counts_visible_tokens_only():
+    near, far = cases.select(["gpt-oss-decode-128x1k", "gpt-oss-decode-128x8k"])
+    assert near.ideal.bytes == far.ideal.bytes
+    assert near.ideal.flops == far.ideal.flops
+
+
+def test_mixed_parts_add_up_to_the_mixed_step():
+    names = ["64x2k-2k-at-8k", "only-64x2k", "only-2k-at-8k"]
+    whole, decodes, chunk = cases.select([f"llama-mixed-{name}" for name in names])
+    assert whole.shape == decodes.shape == chunk.shape
+    assert whole.ideal.bytes == decodes.ideal.bytes + chunk.ideal.bytes
+    assert whole.ideal.flops == decodes.ideal.flops + chunk.ideal.flops

@@ -1,0 +1,149 @@
+"""The command line of predict, on a toy kernel in place of the compiler."""
+
+import importlib.util
+import json
+
+import pytest
+
+from benchmarks import cases, compiler, predict
+from benchmarks.tpu_timing import CHIPS, load_kernel
+from tests.benchmarks import synthetic_dump
+
+DECODE = "llama-decode-128x1k"
+
+
+@pytest.fixture
+def toy_compiler(tmp_path, monkeypatch):
+    """The toy kernel loops kv_lens[0] times and fetches 32 KiB each time."""
+    program = load_kernel(synthetic_dump.write(tmp_path), "toy")
+    compiled = []
+
+    def compile_program(shape, chip):
+        compiled.append((shape, chip))
+        return program
+
+    monkeypatch.setattr(compiler, "compile_program", compile_program)
+    return compiled
+
+
+def test_header_comes_first_and_says_predicted(toy_compiler, capsys):
+    assert predict.main(["--case", DECODE, "--chip", "v6e"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("# chip v6e, commit ")
+    for word in ("jax 0.", "libtpu ", "PREDICTED from the compiled schedule"):
+        assert word in lines[1]
+    assert lines[2].startswith(f"{DECODE}: 32/8 heads of 128")
+    assert "PREDICTED time" in lines[3]
+    assert toy_compiler == [(cases.BY_NAME[DECODE].shape, "v6e")]
+
+
+def test_json_holds_the_shares_and_where_the_cycles_went(toy_compiler, tmp_path):
+    path = tmp_path / "out.json"
+    assert predict.main(["--case", DECODE, "--scaling", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert content["kind"] == "prediction"
+    (case,) = content["cases"]
+    assert (case["case"], case["chip"]) == (DECODE, "tpu7x")
+    assert case["result"]["bytes_moved"]["hbm_to_vmem"] == 1024 * 32768
+    assert case["mbu"] > 0
+    contexts = [point["lengths"] for point in content["scaling"][0]]
+    assert contexts[0] == "128*1/128" and contexts[-1] == "128*1/16384"
+    batches = [point["lengths"] for point in content["scaling"][1]]
+    assert batches == [f"{2**n}*1/1024" for n in range(8)]
+
+
+def test_json_to_standard_output_is_nothing_but_json(toy_compiler, capsys):
+    assert predict.main(["--case", DECODE, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "prediction"
+
+
+def test_cases_of_one_shape_are_compiled_once(toy_compiler, capsys):
+    names = ["llama-decode-128x512", "llama-prefill-2k-at-8k", "llama-decode-8x1k"]
+    lines = list(
+        predict.table(predict.predict_all(cases.select(names), CHIPS["tpu7x"]))
+    )
+    assert len(lines) == 2 + 3
+    assert len(toy_compiler) == 2
+
+
+def test_any_shape_can_be_given(toy_compiler):
+    arguments = ["--seqs", "2*1/100,8/50", "--heads", "8", "--kv-heads", "1"]
+    arguments += ["--cache-dtype", "int8", "--page-size", "16", "--window", "20"]
+    arguments += ["--sinks", "--no-causal", "--num-tokens", "16"]
+    assert predict.main(arguments) == 0
+    ((shape, _),) = toy_compiler
+    model = cases.Model(8, 1, 128, sliding_window=20, with_sinks=True)
+    assert shape == cases.StaticShape(
+        model, 16, 3, 7, page_size=16, cache_dtype="int8", causal=False
+    )
+
+
+def test_trace_is_a_chrome_trace(toy_compiler, tmp_path):
+    path = tmp_path / "trace.json"
+    assert predict.main(["--case", DECODE, "--trace", str(path)]) == 0
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {"core", "toy.1"} <= set(events[0]["args"]["name"].split())
+    assert any(event["name"] == "32768 B" for event in events)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--case", "nothing"], ["--seqs", "1"], ["--seqs", "9/3"]]
+)
+def test_bad_cases_are_named_on_one_line(toy_compiler, arguments, capsys):
+    assert predict.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert toy_compiler == []
+
+
+def test_exactly_one_choice_of_cases(capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["--table", "--case", DECODE])
+    assert "exactly one of" in capsys.readouterr().err
+
+
+def test_a_failed_compilation_shows_the_last_words_of_the_compiler():
+    shape = cases.StaticShape(cases.Model(3, 2, 128), 1, 1, 1)  # 3 heads in 2 groups
+    with pytest.raises(RuntimeError, match="exit status 1"):
+        compiler.compile_program(shape, "tpu7x")
+
+
+def test_baseline_is_cycles_by_case(toy_compiler, tmp_path):
+    path = tmp_path / "baseline.json"
+    predict.main(["--case", DECODE, "--baseline", str(path)])
+    content = json.loads(path.read_text())
+    assert set(content) == {"kind", "chip", "jax", "libtpu", "cycles"}
+    assert list(content["cycles"]) == [DECODE]
+
+
+def test_plot_without_matplotlib_names_the_remedy(monkeypatch, toy_compiler):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        predict.main(["--case", DECODE, "--plot", "unused.png"])
+    assert toy_compiler == []
+
+
+def test_plot_is_a_picture(toy_compiler, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    assert predict.main(["--case", DECODE, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_update_replaces_the_table_between_the_marks(toy_compiler, tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("before\n<!-- predicted -->\nold\n<!-- predicted -->\nafter\n")
+    for _ in range(2):
+        assert predict.main(["--case", DECODE, "--update", str(path)]) == 0
+        lines = path.read_text().splitlines()
+        assert (lines[0], lines[-1]) == ("before", "after")
+        assert "old" not in lines
+        assert sum(DECODE in line for line in lines) == 1
+        assert any("PREDICTED" in line for line in lines)
+
+
+def test_update_of_a_file_without_marks_is_an_error(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("nothing")
+    with pytest.raises(ValueError, match="expected 2 lines"):
+        predict.update_markdown(path, [])
+    assert path.read_text() == "nothing"
