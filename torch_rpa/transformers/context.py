@@ -99,4 +99,10 @@ def _attention_layers(model: nn.Module) -> list[AttentionModule]:
             f"{sorted(layers)} in {type(model).__name__}; make its caches with "
             "torch_rpa.empty_kv_cache"
         )
+    without = {type(m).__name__ for m in modules if not hasattr(m, "head_dim")}
+    if without:
+        raise NotImplementedError(
+            f"model must have one head_dim for keys and values, got {sorted(without)} "
+            f"without it in {type(model).__name__}; use another attn_implementation"
+        )
     return [layers[index] for index in range(len(layers))]
