@@ -7,6 +7,7 @@ with equal static parts share a program, as the steps of a server do.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -166,7 +167,7 @@ class Case:
         return operands
 
 
-def fitted(name: str, model: Model, lengths: str, **static) -> Case:
+def fitted(name: str, model: Model, lengths: str, **static: Any) -> Case:
     """A case whose program is no larger than its lengths need, unless told."""
     sequences = workloads.parse_sequences(lengths)
     page_size = static.get("page_size", 128)
@@ -182,14 +183,14 @@ def fitted(name: str, model: Model, lengths: str, **static) -> Case:
 
 # A server's decode program: up to 128 sequences of up to 16K tokens.
 _SERVER = {"num_tokens": 128, "num_sequences": 128, "pages_per_sequence": 128}
-_FP8 = {"cache_dtype": "float8_e4m3fn"}
+_FP8: dict[str, Any] = {"cache_dtype": "float8_e4m3fn"}
 _MIXED = {"num_tokens": 64 + 2048, "num_sequences": 72, "pages_per_sequence": 64}
 _LENGTHS = {"512": 512, "1k": 1024, "2k": 2048, "8k": 8192, "16k": 16384}
 _PREFILL = {"num_sequences": 8, "pages_per_sequence": 64}
 
 
 def _decodes(
-    prefix: str, model: Model, *contexts: str, sequences: int = 128, **static
+    prefix: str, model: Model, *contexts: str, sequences: int = 128, **static: Any
 ) -> list[Case]:
     return [
         fitted(

@@ -76,7 +76,7 @@ def time_with_jax(
     from jax_kernels import kv_cache_shape, ragged_paged_attention
 
     kind = jax.devices()[0].device_kind
-    attention = attention or functools.partial(ragged_paged_attention, chip=kind)
+    attend = attention or functools.partial(ragged_paged_attention, chip=kind)
     model, shape = case.shape.model, case.shape
     num_pages, scalars = scalars_in_fewest_pages(case)
     cache_shape = kv_cache_shape(
@@ -105,7 +105,8 @@ def time_with_jax(
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def loop(calls: int, kv_cache, queries, new, batch, sinks):
         def body(_, kv_cache):
-            return attention(queries, *new, kv_cache, *batch, sinks, **shape.options)[1]
+            arguments = (queries, *new, kv_cache, *batch, sinks)
+            return attend(*arguments, **shape.options)[1]
 
         return jax.lax.fori_loop(0, calls, body, kv_cache)
 

@@ -32,10 +32,10 @@ def write(
       predictions: Points under the roof.
       curves: Over context and over the number of sequences, as ``scaled_cases`` says.
     """
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     figure, axes = pyplot.subplots(
         1, 1 + len(curves), figsize=(6 * (1 + len(curves)), 4.5)

@@ -19,6 +19,9 @@ _COMMENT = re.compile(r"/\* (.*?)\*/")
 _PREDICATE = re.compile(r"\((!?)%p\d+_p(\d+)(?:,\s*([^)]*))?\)")
 _NAMED_OPERAND = re.compile(r"/\*(\w+)=\*/\s*([^,]+)")
 _REGISTER = re.compile(r"^(!?)%([sp])\d+_[sp](\d+)$")
+_ALLOCATION = re.compile(r"#allocation(\d+)")
+_SMEM = re.compile(r"^\[smem:\[(.*?)\]\]")
+_SMEM_AND_VALUE = re.compile(r"^\[smem:\[(.*?)\]\]\s*,?\s*(?:/\*sx=\*/)?\s*(.+)$")
 _FLOAT = re.compile(r"^-?\d+(\.\d*)?(e[+-]?\d+)?$")
 _BRACKETS = re.compile(r"^\[(.*)\]$")
 _VMATMUL = re.compile(
@@ -139,7 +142,7 @@ def matmul_issues(text: str) -> list[MatmulIssue]:
             issues.append(MatmulIssue(int(typed.group(2)), typed.group(1)))
         else:
             issues.append(
-                MatmulIssue(int(_VMATMUL_UNTYPED.search(part).group(1)), "f32")
+                MatmulIssue(int(_found(_VMATMUL_UNTYPED, part).group(1)), "f32")
             )
     return issues
 
@@ -208,7 +211,7 @@ def parse_address(text: str) -> Address:
     for term in text.split(" + "):
         term = term.strip()
         if term.startswith("#allocation"):
-            allocation = int(re.match(r"#allocation(\d+)", term).group(1))
+            allocation = int(_found(_ALLOCATION, term).group(1))
         elif term.startswith("%"):
             register = parse_operand(term)
             registers.append(register)
@@ -221,13 +224,25 @@ def parse_address(text: str) -> Address:
     return Address(allocation, tuple(registers), offset)
 
 
+def _found(pattern: re.Pattern[str], text: str) -> re.Match[str]:
+    match = pattern.search(text)
+    if match is None:
+        raise UnsupportedInstruction(text)
+    return match
+
+
+def _target(text: str) -> Register | None:
+    match = _REGISTER.match(text)
+    return Register(match.group(2), int(match.group(3)), text) if match else None
+
+
 def parse_instruction(part: str) -> Instruction:
     """Decodes one instruction; one with unknown operands comes back undecoded."""
     try:
         return _parse(part)
-    except (UnsupportedInstruction, AttributeError):
+    except UnsupportedInstruction:
         target_text, _, rest = part.partition(" = ")
-        target = parse_operand(target_text) if _REGISTER.match(target_text) else None
+        target = _target(target_text)
         return Instruction(rest.split(" ", 1)[0], target, text=part, undecoded=True)
 
 
@@ -236,20 +251,17 @@ def _parse(part: str) -> Instruction:
     text = _COMMENT.sub("", part).strip()
     target_text, _, rest = text.partition(" = ")
     opcode, _, args = rest.partition(" ")
-    target = None
-    if _REGISTER.match(target_text):
-        target = parse_operand(target_text)
-    instruction = Instruction(opcode, target, comment=comment, text=part)
+    instruction = Instruction(opcode, _target(target_text), comment=comment, text=part)
 
     if opcode.startswith("inlined_call_operand"):
-        dtype, shape, index, kind = _OPERAND_SHAPE.search(args).groups()
+        dtype, shape, index, kind = _found(_OPERAND_SHAPE, args).groups()
         alias = _MAY_ALIAS.search(args)
         instruction.kernel_operand = KernelOperand(
             int(index),
             dtype,
             tuple(int(n) for n in shape.split(",") if n),
             kind,
-            tuple(map(int, alias.groups())) if alias else None,
+            (int(alias.group(1)), int(alias.group(2))) if alias else None,
             space="value" if "<no" in opcode else opcode.split(".")[1],
         )
         return instruction
@@ -287,10 +299,10 @@ def _parse(part: str) -> Instruction:
         if region:
             instruction.branch_region = int(region.group(1) or region.group(2))
     elif opcode == "sld":
-        match = re.match(r"\[smem:\[(.*?)\]\]", args)
+        match = _found(_SMEM, args)
         instruction.operands = [parse_address(match.group(1))]
     elif opcode == "sst":
-        match = re.match(r"\[smem:\[(.*?)\]\]\s*,?\s*(?:/\*sx=\*/)?\s*(.+)$", args)
+        match = _found(_SMEM_AND_VALUE, args)
         instruction.operands = [
             parse_address(match.group(1)),
             parse_operand(match.group(2)),

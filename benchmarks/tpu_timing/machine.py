@@ -270,7 +270,7 @@ class Machine:
             "unsupported": self._unsupported,
             "scalar_operand": self._scalar_operand,
         }
-        exec(self.program.code, namespace)
+        exec(self.program.code or self.program.source, namespace)
         blocks = namespace["blocks"]
         runs: dict[int, int] = dict.fromkeys(blocks, 0)
         edges: dict[tuple[int, int], int] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class Program:
     blocks: dict[int, Block] = field(default_factory=dict)
     stretches: list[MatmulStretch] = field(default_factory=list)
     source: str = ""
-    code: object = None
+    code: types.CodeType | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -126,9 +127,10 @@ def load_listing(final_bundles: str | Path, chip: Chip | None = None) -> Program
 def load_files(files: listing.KernelFiles, chip: Chip | None = None) -> Program:
     warnings = []
     exact = files.post_ra_bundles is not None
-    bundles = listing.read_bundles(
-        files.post_ra_bundles if exact else files.final_bundles
-    )
+    timed = files.post_ra_bundles or files.final_bundles
+    if timed is None:
+        raise FileNotFoundError(f"{files.kernel}: no bundle listing")
+    bundles = listing.read_bundles(timed)
     if exact and files.final_bundles is not None:
         if not listing.same_instructions(
             listing.read_bundles(files.final_bundles), bundles
@@ -409,6 +411,13 @@ def _is_rename(ins: Instruction) -> bool:
     return False
 
 
+def _memory_address(ins: Instruction) -> Address:
+    address = ins.operands[0]
+    if not isinstance(address, Address):
+        raise isa.UnsupportedInstruction(ins.text)
+    return address
+
+
 class _Emitter:
     def __init__(self, program: Program):
         self.program = program
@@ -453,7 +462,7 @@ class _Emitter:
         if op == "spop.sfrf":
             return "sync_values.popleft()"
         if op == "sld":
-            return self.load(ins.operands[0])
+            return self.load(_memory_address(ins))
         if op == "scalar_select":
             named = {k: self.operand(v) for k, v in ins.named.items()}
             return (
@@ -500,7 +509,7 @@ class _Emitter:
         op, named = ins.opcode, {k: self.operand(v) for k, v in ins.named.items()}
         first, second = ([self.operand(a) for a in ins.operands] + ["", ""])[:2]
         if op == "sst":
-            return f"store({self.address(ins.operands[0])}, {second})"
+            return f"store({self.address(_memory_address(ins))}, {second})"
         if op == "sfence":
             return "pass"
         if op == "dma.done.wait":
@@ -598,14 +607,14 @@ class _Emitter:
             else:
                 break
         lines = [line for ins in placed + ordered for line in self.statement(ins)]
-        writers = [i for i in pending if i.target is not None]
-        for position, ins in enumerate(writers):
+        writers = [(i, i.target) for i in pending if i.target is not None]
+        for position, (ins, _) in enumerate(writers):
             lines += self.statement(ins, temporary=f"new{position}")
         for ins in pending:
             if ins.target is None:
                 lines += self.statement(ins)
-        for position, ins in enumerate(writers):
-            lines.append(f"{ins.target.bank}[{ins.target.number}] = new{position}")
+        for position, (_, target) in enumerate(writers):
+            lines.append(f"{target.bank}[{target.number}] = new{position}")
         return lines
 
 
