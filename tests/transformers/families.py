@@ -185,13 +185,13 @@ REFUSED = (
         "nemotron",
         "Nemotron",
         "the context does not reach the attention function",
-        "rpa must be given",
+        "rpa must be given|keeps its own attention",  # the latter in 4.57
     ),
     Refused(
         "stablelm",
         "StableLM",
         "the context does not reach the attention function",
-        "rpa must be given",
+        "rpa must be given|keeps its own attention",  # the latter in 4.57
         {"hidden_size": 128},
     ),
 )
