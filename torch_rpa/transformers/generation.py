@@ -125,8 +125,9 @@ def generate(
         config,
         call.get("streamer"),
     )
-    out.sequences = out.sequences.to(input_ids.device)
-    return out if config.return_dict_in_generate else out.sequences
+    sequences: Any = out.sequences.to(input_ids.device)
+    out.sequences = sequences
+    return out if config.return_dict_in_generate else sequences
 
 
 def _choose_tokens(
@@ -164,7 +165,8 @@ def _choose_tokens(
         ids = torch.cat([ids, tokens[:, None]], dim=-1)
         if streamer is not None:
             streamer.put(tokens)
-        live &= ~stopping_criteria(ids, tuple(scores))
+        seen_scores: Any = tuple(scores)
+        live &= ~stopping_criteria(ids, seen_scores)
         for index, is_live in enumerate(live.tolist()):
             if is_live or not pads_after_end:
                 batch.append(index, int(tokens[index]))
@@ -172,11 +174,12 @@ def _choose_tokens(
                 batch.end(index)
     if streamer is not None:
         streamer.end()
-    return GenerateDecoderOnlyOutput(
-        sequences=ids,  # pyright: ignore[reportArgumentType]
-        scores=tuple(scores) if config.output_scores else None,
-        logits=tuple(logits) if config.output_logits else None,
-    )
+    output: dict[str, Any] = {"sequences": ids}
+    if config.output_scores:
+        output["scores"] = tuple(scores)
+    if config.output_logits:
+        output["logits"] = tuple(logits)
+    return GenerateDecoderOnlyOutput(**output)
 
 
 class _LockstepBatch:
@@ -244,6 +247,7 @@ class _LockstepBatch:
             if new is self._logits:  # earlier ones may be kept by the caller
                 empty = logits.new_zeros(len(self._rows), logits.shape[1])
                 new = empty if new is None else new.clone()
+            assert new is not None
             for row, row_logits in zip(rows, logits, strict=False):
                 if row.is_last:
                     new[self._rows[row.request]] = row_logits
