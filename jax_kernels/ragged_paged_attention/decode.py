@@ -70,13 +70,10 @@ def process(
     """
     cell = load_cell(copies.bookkeeping.cells, slot)
 
-    @pl.when(cell.block == 0)
+    @pl.when((cell.block == 0) & (cell.num_queries > 0))
     def _():
         copies.wait_output(tile_slot)
-
-        @pl.when(cell.num_queries > 0)
-        def _():
-            copies.wait_queries(cell, tile_slot)
+        copies.wait_queries(cell, tile_slot)
 
     copies.wait_block(cell, slot)
     if copies.config.spec.update_kv_cache:
@@ -87,7 +84,14 @@ def process(
         functools.partial(_compute, copies, cell, slot, tile_slot, plan, size, is_edge)
         for size, is_edge in _stretches(copies)
     ]
-    progress = lax.switch(_choose_stretch(copies, cell, is_last), stretches)
+    # A sequence without a query has no tile slot of its own: that of the next tile
+    # may be in the middle of its DMA.
+    index = jnp.where(
+        cell.num_queries > 0,
+        _choose_stretch(copies, cell, is_last),
+        len(stretches),
+    )
+    progress = lax.switch(index, [*stretches, plan])
 
     @pl.when(cell.write_row_end > cell.write_row_begin)
     def _():
