@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import vector_clock
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -69,6 +70,12 @@ def test_a_copy_that_nobody_awaits_is_found():
         interpret.checked_interpret_mode(),
     ):
         np.asarray(call(x))
+
+
+def test_the_order_of_clocks_is_that_of_jax():
+    rng = np.random.default_rng(0)
+    for x, y in rng.integers(0, 3, (200, 2, 2)):
+        assert interpret.are_ordered(x, y) == vector_clock.ordered(x, y)
 
 
 def test_checking_something_that_never_ran_fails():
