@@ -22,7 +22,7 @@ from benchmarks.tpu_timing import CHIPS, Program, load_kernel
 
 KERNEL_NAME = "rpa"
 TOPOLOGIES = {"tpu7x": "tpu7x:2x2x1", "v6e": "v6e:2x2", "v5e": "v5e:2x2"}
-# The files of one kernel that the instrument reads. All the others, up to 1 GB, go.
+# The files of one kernel that the instrument reads. All the others go.
 _KEPT = ("packed-bundles-post-ra", "final_bundles", "post-ra", "static-per-bundle-util")
 
 
@@ -53,7 +53,11 @@ def compile_program(shape: cases.StaticShape, chip: str) -> Program:
 
 
 def _child_environment(directory: str) -> dict[str, str]:
-    flags = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
+    flags = (
+        f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
+        # All passes would be 300 MB and more, and half of the time.
+        f"--xla_jf_dump_llo_pass_label_regex={'|'.join(_KEPT)}"
+    )
     return os.environ | {
         "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
         "JAX_PLATFORMS": "cpu",
