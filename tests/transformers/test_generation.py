@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import torch_rpa.transformers as rpa_transformers
 from torch_rpa.generate.page_allocator import OutOfPagesError
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 NEW_TOKENS = 12
+# transformers 5.24 renamed this argument.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
 PAD, EOS = 0, 63
 
 
@@ -265,7 +268,7 @@ def test_inputs_on_the_xla_device_work_too(eager, on_xla):
     [
         ({"num_beams": 2}, "greedy or sampling, got 'beam_search'"),
         ({"prompt_lookup_num_tokens": 2}, "got 'assisted_generation'"),
-        ({"past_key_values": DynamicCache()}, "past_key_values must be left out"),
+        ({CACHE: DynamicCache()}, "past_key_values must be left out"),
         ({"output_hidden_states": True}, "output_hidden_states must be False"),
         (
             {"position_ids": torch.arange(21).expand(4, 21)},

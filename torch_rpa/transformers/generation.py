@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _REPLACED_KWARGS = frozenset(
     {
         "attention_mask",
+        "cache",
         "cache_position",
         "logits_to_keep",
         "past_key_values",
@@ -57,6 +58,8 @@ _EXACT_CACHES = (
     "static",
 )
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# The argument that takes a cache, since transformers 5.24 and before.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 def generate(
@@ -306,8 +309,8 @@ def _refuse_other_modes(
             f"generation must be greedy or sampling, got {mode.value!r}: leave out "
             "num_beams and the like, or use another attn_implementation"
         )
-    given_cache = call.get("kwargs", {}).get("past_key_values")
-    cache = given_cache or model_kwargs.get("past_key_values")
+    given_cache = _cache_in(call.get("kwargs", {}))
+    cache = given_cache or _cache_in(model_kwargs)
     if given_cache is not None or (cache is not None and cache.get_seq_length()):
         raise NotImplementedError(
             f"past_key_values must be left out, got {type(cache).__name__}: the paged "
@@ -338,6 +341,12 @@ def _refuse_other_modes(
             f"model arguments {unknown} could change the answer and cannot be cut into "
             "ragged steps; leave them out or use another attn_implementation"
         )
+
+
+def _cache_in(kwargs: dict[str, Any]) -> Any:
+    """Returns the cache among the arguments of a model, or None."""
+    caches = [kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None]
+    return caches[0] if caches else None
 
 
 def _call_of_transformers() -> dict[str, Any]:
