@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 
-from jax_kernels.ragged_paged_attention import layout, refs
+from jax_kernels.ragged_paged_attention import layout, refs, tuned
 from jax_kernels.ragged_paged_attention.chips import Chip
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
@@ -32,51 +33,135 @@ PREFILL_TILE_ROWS = 1024
 SOFTMAX_TILE_ROWS = 1024
 MIN_BLOCK_Q = 32  # rows of an 8-bit register tile
 
+# What to halve until a phase fits, and down to where: first to sizes below which
+# nothing is gained.
+_SMALLER_DECODE = (("decode_block_kv", 32),)
+_SMALLER_PREFILL = (
+    ("block_q", 2 * MIN_BLOCK_Q),
+    ("block_kv", 2 * MIN_BLOCK_KV),
+    ("block_q", MIN_BLOCK_Q),
+    ("block_kv", 32),
+)
+
 # (slots, cells fetched ahead). Decode cells are short: the write-back of one must
 # have time to land before its slot is filled again.
 DECODE_RING = (6, 3)
 PREFILL_RING = (3, 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Block sizes, and where they come from.
+
+    Attributes:
+      blocks: As the kernel will have them.
+      decode_source: Of ``decode_block_kv``: what was tuned, or "model".
+      prefill_source: Of ``block_q`` and ``block_kv``.
+    """
+
+    blocks: BlockSizes
+    decode_source: str
+    prefill_source: str
+
+
 def choose(problem: Problem, spec: AttentionSpec, chip: Chip) -> BlockSizes:
-    """Default block sizes: the largest of the preferred shape that fit ``chip``."""
-    group = problem.num_q_heads_per_kv_head
+    """Default block sizes: the tuned ones, or else the model's, that fit ``chip``."""
+    return explain(problem, spec, chip).blocks
+
+
+def explain(
+    problem: Problem,
+    spec: AttentionSpec,
+    chip: Chip,
+    records: Iterable[tuned.TunedBlocks] | None = None,
+) -> Choice:
+    """What ``choose`` gives and why.
+
+    Each phase takes the sizes tuned for its shape on this chip, else those of the
+    nearest shape (``tuned.distance``), else the model's. All are then cut to the
+    context, the number of tokens and the VMEM of the chip.
+
+    Args:
+      problem: Static sizes.
+      spec: What is computed.
+      chip: Where.
+      records: Tuned sizes; by default those that the package ships.
+    """
+    records = tuned.shipped() if records is None else tuple(records)
+    shape = tuned_shape(problem, spec)
+    sizes = dataclasses.asdict(preferred(problem))
+    sources = {}
+    for phase in tuned.PHASES:
+        found = tuned.find(records, chip.name, phase, shape)
+        sources[phase] = "model"
+        if found:
+            record, away = found
+            sizes |= record.blocks
+            nearest = f", nearest: {record.shape}" if away else ""
+            sources[phase] = f"tuned{nearest}"
+    blocks = fit(problem, spec, chip, BlockSizes(**sizes))
+    return Choice(blocks, sources["decode"], sources["prefill"])
+
+
+def tuned_shape(problem: Problem, spec: AttentionSpec) -> tuned.TunedShape:
+    """The part of a problem that block sizes are tuned for."""
+    return tuned.TunedShape(
+        q_dtype=problem.q_dtype.name,
+        cache_dtype=problem.cache.dtype.name,
+        num_q_heads=problem.num_q_heads,
+        num_kv_heads=problem.num_kv_heads,
+        head_dim=problem.head_dim,
+        page_size=problem.cache.page_size,
+        sliding_window=spec.sliding_window,
+    )
+
+
+def preferred(problem: Problem) -> BlockSizes:
+    """The sizes that the model gives, before they are cut to what there is."""
+    fetch = _power_of_two_below(TARGET_FETCH_BYTES // problem.cache.token_bytes)
+    return BlockSizes(
+        decode_block_kv=max(MIN_BLOCK_KV, min(fetch, MAX_BLOCK_KV)),
+        block_q=_power_of_two_below(
+            PREFILL_TILE_ROWS // problem.num_q_heads_per_kv_head
+        ),
+        block_kv=PREFILL_BLOCK_KV,
+    )
+
+
+def fit(
+    problem: Problem, spec: AttentionSpec, chip: Chip, blocks: BlockSizes
+) -> BlockSizes:
+    """Cuts block sizes to the context, the tokens and the VMEM there is."""
     context = _power_of_two_above(problem.pages_per_sequence * problem.cache.page_size)
     least_kv = min(MIN_BLOCK_KV, max(context, 32))
 
     def clamp_kv(size: int) -> int:
         return max(least_kv, min(size, context))
 
-    fetch = _power_of_two_below(TARGET_FETCH_BYTES // problem.cache.token_bytes)
-    decode_block_kv = clamp_kv(min(fetch, MAX_BLOCK_KV))
-    block_kv = clamp_kv(PREFILL_BLOCK_KV)
-    block_q = max(
-        MIN_BLOCK_Q,
-        min(
-            _power_of_two_below(PREFILL_TILE_ROWS // group),
-            _power_of_two_above(problem.num_tokens),
-        ),
+    tokens = _power_of_two_above(problem.num_tokens)
+    blocks = BlockSizes(
+        decode_block_kv=clamp_kv(blocks.decode_block_kv),
+        block_q=max(MIN_BLOCK_Q, min(blocks.block_q, tokens)),
+        block_kv=clamp_kv(blocks.block_kv),
     )
-    blocks = BlockSizes(decode_block_kv, block_q, block_kv)
     budget = int(chip.vmem_bytes * VMEM_LIMIT_SHARE * DEFAULT_BUFFER_SHARE)
-    while vmem_bytes(make_config(problem, spec, blocks, None, False)) > budget:
-        smaller = _next_smaller(blocks)
-        if smaller == blocks:
-            break  # ``check_fits`` says what does not fit.
-        blocks = smaller
+    for is_decode, steps in ((True, _SMALLER_DECODE), (False, _SMALLER_PREFILL)):
+
+        def exceeds(blocks: BlockSizes, is_decode=is_decode) -> bool:
+            config = make_config(problem, spec, blocks, None, False)
+            phases = tuple(p for p in config.phases if p.is_decode == is_decode)
+            return vmem_bytes(dataclasses.replace(config, phases=phases)) > budget
+
+        while exceeds(blocks):
+            smaller = _next_smaller(blocks, steps)
+            if smaller == blocks:
+                break  # ``check_fits`` says what does not fit.
+            blocks = smaller
     return blocks
 
 
-def _next_smaller(blocks: BlockSizes) -> BlockSizes:
-    """Halves the largest block, down to sizes below which nothing is gained."""
-    for name, least in (
-        ("block_q", 2 * MIN_BLOCK_Q),
-        ("block_kv", 2 * MIN_BLOCK_KV),
-        ("decode_block_kv", MIN_BLOCK_KV),
-        ("block_q", MIN_BLOCK_Q),
-        ("block_kv", 32),
-        ("decode_block_kv", 32),
-    ):
+def _next_smaller(blocks: BlockSizes, steps: tuple[tuple[str, int], ...]) -> BlockSizes:
+    for name, least in steps:
         size = getattr(blocks, name)
         if size > least:
             return dataclasses.replace(blocks, **{name: size // 2})

@@ -14,6 +14,7 @@ from jax_kernels.ragged_paged_attention import (
     chips,
     kv_cache_shape,
     ragged_paged_attention,
+    tuned,
 )
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
@@ -104,6 +105,79 @@ def test_a_short_context_gets_short_blocks():
     problem = make_problem(page_size=16, pages_per_sequence=8)
     blocks = block_sizes.choose(problem, AttentionSpec(), chips.V6E)
     assert max(blocks.decode_block_kv, blocks.block_kv) <= 128
+
+
+def tuned_record(chip: chips.Chip, phase: str, blocks: dict, **problem):
+    shape = block_sizes.tuned_shape(make_problem(**problem), AttentionSpec())
+    cycles = {"step": 1}
+    return tuned.TunedBlocks(
+        chip.name, phase, shape, blocks, "prediction", cycles, cycles, {}
+    )
+
+
+def test_each_phase_is_tuned_or_nearly_or_from_the_model():
+    problem = make_problem(num_tokens=4096)
+    model = block_sizes.explain(problem, AttentionSpec(), chips.V6E, [])
+    assert (model.decode_source, model.prefill_source) == ("model", "model")
+    decode = tuned_record(chips.V6E, "decode", {"decode_block_kv": 256})
+    blocks = {"block_q": 64, "block_kv": 1024}
+    prefill = tuned_record(chips.V6E, "prefill", blocks, page_size=64)
+
+    choice = block_sizes.explain(problem, AttentionSpec(), chips.V6E, [decode])
+    assert choice.blocks == dataclasses.replace(model.blocks, decode_block_kv=256)
+    assert (choice.decode_source, choice.prefill_source) == ("tuned", "model")
+
+    records = [decode, prefill]
+    choice = block_sizes.explain(problem, AttentionSpec(), chips.V6E, records)
+    assert choice.blocks == BlockSizes(256, 64, 1024)
+    assert choice.prefill_source.startswith("tuned, nearest: 32/8 heads of 128")
+    assert choice.prefill_source.endswith("page 64")
+
+    other = block_sizes.explain(problem, AttentionSpec(), chips.V5E, records)
+    assert (other.decode_source, other.prefill_source) == ("model", "model")
+
+
+def test_tuned_sizes_are_cut_to_the_problem():
+    """To the context of 128 tokens, and to the 8 tokens of the step."""
+    records = [
+        tuned_record(chips.V6E, "decode", {"decode_block_kv": 4096}),
+        tuned_record(chips.V6E, "prefill", {"block_q": 512, "block_kv": 4096}),
+    ]
+    problem = make_problem(pages_per_sequence=1, num_tokens=8)
+    choice = block_sizes.explain(problem, AttentionSpec(), chips.V6E, records)
+    assert choice.blocks == BlockSizes(128, 32, 128)
+    assert choice.decode_source == "tuned"
+
+
+def test_tuned_sizes_are_cut_to_the_memory_phase_by_phase():
+    records = [
+        tuned_record(chips.V6E, "decode", {"decode_block_kv": 512}),
+        tuned_record(chips.V6E, "prefill", {"block_q": 2048, "block_kv": 8192}),
+    ]
+    problem = make_problem(num_tokens=8192)
+    blocks = block_sizes.explain(problem, AttentionSpec(), chips.V6E, records).blocks
+    assert blocks.decode_block_kv == 512
+    assert blocks.block_q * blocks.block_kv < 2048 * 8192
+    config = block_sizes.make_config(problem, AttentionSpec(), blocks, None, False)
+    assert block_sizes.vmem_bytes(config) <= chips.V6E.vmem_bytes
+
+
+@pytest.mark.parametrize("explicit", [None, BlockSizes(128, 64, 256)])
+def test_an_explicit_choice_always_wins(explicit, monkeypatch):
+    launched = []
+
+    def make_config(problem, spec, blocks, *rest):
+        launched.append(blocks)
+        return made(problem, spec, blocks, *rest)
+
+    made = block_sizes.make_config
+    blocks = {"decode_block_kv": 512}
+    records = (tuned_record(chips.V6E, "decode", blocks),)
+    monkeypatch.setattr(tuned, "shipped", lambda: records)
+    monkeypatch.setattr(block_sizes, "make_config", make_config)
+    trace(make_problem(), block_sizes=explicit, chip="v6e")
+    expected = explicit.decode_block_kv if explicit else 512
+    assert launched[-1].decode_block_kv == expected
 
 
 def test_a_chunk_size_bounds_the_tile_of_its_loop():

@@ -1,0 +1,128 @@
+"""Tuned block sizes: which record is nearest, and what a file may hold."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from jax_kernels.ragged_paged_attention import chips, tuned
+
+SHAPE = tuned.TunedShape("bfloat16", "bfloat16", 32, 8, 128, 128)
+
+
+def record(
+    phase: str = "decode", size: int = 512, chip: str = "v6e", **shape
+) -> tuned.TunedBlocks:
+    return tuned.TunedBlocks(
+        chip=chip,
+        phase=phase,
+        shape=dataclasses.replace(SHAPE, **shape),
+        blocks=dict.fromkeys(tuned.PHASES[phase], size),
+        kind="prediction",
+        cycles={"a": 100, "b": 100},
+        default_cycles={"a": 400, "b": 100},
+        versions={"date": "2026-01-01"},
+    )
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, 0),
+        ({"num_q_heads": 64}, 1),  # twice the group
+        ({"num_q_heads": 64, "num_kv_heads": 16}, 1),  # the same group
+        ({"head_dim": 64}, 1),
+        ({"head_dim": 96}, math.log2(128 / 96)),
+        ({"page_size": 16}, 3),
+        ({"cache_dtype": "float8_e4m3fn"}, 1 + tuned.OTHER_DTYPE),
+        ({"page_size": 64, "head_dim": 256}, 2),
+        ({"page_size": 8}, math.inf),
+        ({"head_dim": 32}, math.inf),
+        ({"num_q_heads": 128}, math.inf),
+        ({"q_dtype": "float32"}, math.inf),
+        ({"sliding_window": 4096}, math.inf),
+    ],
+)
+def test_distance_counts_doublings_within_limits(change, expected):
+    other = dataclasses.replace(SHAPE, **change)
+    assert tuned.distance(SHAPE, other) == pytest.approx(expected)
+    assert tuned.distance(other, SHAPE) == pytest.approx(expected)
+
+
+def test_windows_are_compared_with_windows():
+    near, far = (dataclasses.replace(SHAPE, sliding_window=w) for w in (128, 256))
+    assert tuned.distance(near, near) == 0
+    assert tuned.distance(near, far) == 1
+
+
+def test_the_nearest_record_of_the_chip_and_phase_is_found():
+    records = [
+        record(size=64, chip="tpu7x"),
+        record("prefill", size=128),
+        record(size=256, page_size=32),
+        record(size=512, page_size=64),
+        record(size=1024, num_q_heads=64),
+    ]
+    found, away = tuned.find(records, "v6e", "decode", SHAPE)
+    assert found.blocks == {"decode_block_kv": 512}  # the first of two at distance 1
+    assert away == 1
+    assert tuned.find(records, "v5e", "decode", SHAPE) is None
+    assert tuned.find(records[:2], "v6e", "decode", SHAPE) is None
+
+
+def test_the_exact_dtype_is_preferred_to_another_of_its_size():
+    records = [
+        record(size=256, cache_dtype="float8_e5m2"),
+        record(size=512, cache_dtype="float8_e4m3fn"),
+    ]
+    for dtype, expected in (("float8_e4m3fn", 512), ("int8", 256)):
+        shape = dataclasses.replace(SHAPE, cache_dtype=dtype)
+        found, _ = tuned.find(records, "v6e", "decode", shape)
+        assert found.blocks["decode_block_kv"] == expected
+
+
+def test_a_file_is_read_as_it_was_written():
+    records = (record("prefill", sliding_window=128), record(), record(chip="v5e"))
+    assert set(map(str, tuned.parse(tuned.as_text(records)))) == set(map(str, records))
+
+
+def test_speedup_weighs_steps_alike():
+    assert record().speedup == pytest.approx(2)  # of 4 and 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"phase": "mixed"}, "phase: expected one of"),
+        ({"blocks": {"block_q": 128}}, "blocks: expected"),
+        ({"blocks": {"decode_block_kv": 100}}, "decode_block_kv: expected a power of"),
+        ({"kind": "guess"}, "kind: expected prediction or measurement, got 'guess'"),
+        ({"cycles": {"a": 1}}, "cycles: expected the steps of default_cycles"),
+        ({"color": "red"}, "unexpected keyword"),
+        ({"shape": {"q_dtype": "bfloat16"}}, "missing"),
+    ],
+)
+def test_a_bad_record_is_named_by_its_place(change, message):
+    entry = dataclasses.asdict(record()) | change
+    text = json.dumps({"records": [dataclasses.asdict(record(chip="v5e")), entry]})
+    with pytest.raises(ValueError, match=f"record 1 of .*{message}"):
+        tuned.parse(text)
+
+
+def test_a_key_comes_once():
+    with pytest.raises(ValueError, match="expected each key once"):
+        tuned.parse(tuned.as_text([record(), record(size=256)]))
+
+
+def test_an_unknown_dtype_is_named():
+    with pytest.raises(ValueError, match=r"cache_dtype: expected one of .* 'int4'"):
+        dataclasses.replace(SHAPE, cache_dtype="int4")
+
+
+def test_the_shipped_file_names_chips_and_versions():
+    """Its schema is checked by reading it."""
+    for entry in tuned.shipped():
+        assert chips.find_chip(entry.chip).name == entry.chip
+        assert set(entry.versions) == {"date", "commit", "jax", "libtpu"}
+        assert entry.speedup > 0.99  # no worse than the model, but for rounding
