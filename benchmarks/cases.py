@@ -7,6 +7,7 @@ with equal static parts share a program, as the steps of a server do.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,8 @@ _SERVER = {"num_tokens": 128, "num_sequences": 128, "pages_per_sequence": 128}
 _FP8: dict[str, Any] = {"cache_dtype": "float8_e4m3fn"}
 _MIXED = {"num_tokens": 64 + 2048, "num_sequences": 72, "pages_per_sequence": 64}
 _LENGTHS = {"512": 512, "1k": 1024, "2k": 2048, "8k": 8192, "16k": 16384}
-_PREFILL = {"num_sequences": 8, "pages_per_sequence": 64}
+_PREFILL = {"num_tokens": 2048, "num_sequences": 8, "pages_per_sequence": 64}
+_LONG_PREFILL = {**_PREFILL, "num_tokens": 8192}
 
 
 def _decodes(
@@ -209,31 +211,114 @@ MAIN = (
     *_decodes("llama-decode", LLAMA3_8B, "1k", sequences=8),
     *_decodes("llama-decode-fp8", LLAMA3_8B, "512", "1k", "2k", "8k", **_FP8),
     fitted("llama-prefill-2k-at-8k", LLAMA3_8B, "2048/8192", **_PREFILL),
-    fitted("llama-prefill-8k-at-8k", LLAMA3_8B, "8192/8192", **_PREFILL),
-    fitted("wide-prefill-8k-causal", WIDE, "8192/8192", **_PREFILL),
-    fitted("wide-prefill-8k-full", WIDE, "8192/8192", causal=False, **_PREFILL),
+    fitted("llama-prefill-8k-at-8k", LLAMA3_8B, "8192/8192", **_LONG_PREFILL),
+    fitted("wide-prefill-8k-causal", WIDE, "8192/8192", **_LONG_PREFILL),
+    fitted("wide-prefill-8k-full", WIDE, "8192/8192", causal=False, **_LONG_PREFILL),
     fitted("llama-mixed-64x2k-2k-at-8k", LLAMA3_8B, "64*1/2048,2048/8192", **_MIXED),
     # The parts of the mixed step, in its program.
     fitted("llama-mixed-only-64x2k", LLAMA3_8B, "64*1/2048", **_MIXED),
     fitted("llama-mixed-only-2k-at-8k", LLAMA3_8B, "2048/8192", **_MIXED),
 )
 
+_OTHER_MODELS = {"qwen": QWEN3, "gemma": GEMMA, "gpt-oss": GPT_OSS, "mqa": MQA}
+
 MODELS = tuple(
     case
-    for prefix, model in (
-        ("qwen", QWEN3),
-        ("gemma", GEMMA),
-        ("gpt-oss", GPT_OSS),
-        ("mqa", MQA),
-    )
+    for prefix, model in _OTHER_MODELS.items()
     for case in (
         *_decodes(f"{prefix}-decode", model, "1k", "8k"),
+        *_decodes(f"{prefix}-decode-fp8", model, "1k", "8k", **_FP8),
         fitted(f"{prefix}-prefill-2k-at-8k", model, "2048/8192", **_PREFILL),
     )
 )
 
-TABLES = {"main": MAIN, "models": MODELS, "all": MAIN + MODELS}
-BY_NAME = {case.name: case for case in TABLES["all"]}
+
+def _series(prefix: str, model: Model, steps: list[str], **static: Any) -> list[Case]:
+    """Steps of one program, named by their lengths."""
+    return [fitted(f"{prefix}:{step}", model, step, **static) for step in steps]
+
+
+def _sweep() -> Iterator[Case]:
+    """Grids along which ``benchmarks.sweep`` looks for cliffs, one axis at a time.
+
+    A decode program has as many tokens as sequences: rows of padding are cleared, and
+    that costs time. So there is one for each range of batch sizes.
+    """
+    contexts = [128, 256, 257, 512, 513, 1024, 1025, 2048, 2049, 4096, 4097, 8192]
+    decodes = [f"{count}*1/{context}" for count in (8, 128) for context in contexts]
+    fresh = [f"1*{size}/{size}" for size in (32, 64, 128, 256, 512, 1024, 2048)]
+    later = [f"1*2048/{context}" for context in (4096, 6144, 8192)]
+    fp8_of: dict[str, dict[str, Any]] = {"": {}, "-fp8": _FP8}
+    for name, model in {"llama": LLAMA3_8B, **_OTHER_MODELS}.items():
+        for suffix, fp8 in fp8_of.items():
+            program = f"{name}{suffix}"
+            yield from _series(program, model, decodes, **_SERVER, **fp8)
+            yield from _series(program, model, fresh + later, **_PREFILL, **fp8)
+    for suffix, fp8 in fp8_of.items():
+        for most, counts in ((8, (4,)), (128, (16, 32, 64)), (1024, (256, 512, 1024))):
+            sizes = {"num_tokens": most, "num_sequences": most}
+            steps = [
+                f"{count}*1/{context}"
+                for count in counts
+                for context in (512, 1024, 8192)
+            ]
+            program = f"llama{suffix}"
+            pages = 128 if most == 128 else 64
+            yield from _series(
+                program, LLAMA3_8B, steps, pages_per_sequence=pages, **sizes, **fp8
+            )
+        for page_size in (16, 32, 64, 256):
+            static = {**_SERVER, "pages_per_sequence": 8192 // page_size, **fp8}
+            program = f"llama{suffix}-page{page_size}"
+            yield from _series(
+                program, LLAMA3_8B, decodes, page_size=page_size, **static
+            )
+    for window in (128, 256, 512, 1024, 2048):
+        model = dataclasses.replace(LLAMA3_8B, sliding_window=window)
+        program = f"llama-window{window}"
+        yield from _series(program, model, decodes, **_SERVER)
+        yield from _series(program, model, later, **_PREFILL)
+    # The same steps in a program with one more phase.
+    steps = ["8*1/1024", "128*1/1024"]
+    yield from _series(
+        "llama-chunks", LLAMA3_8B, steps, **_SERVER, chunk_prefill_size=256
+    )
+
+
+SWEEP = tuple(_sweep())
+
+MODEL_NAMES = {"llama": LLAMA3_8B, **_OTHER_MODELS, "wide": WIDE}
+
+# Steps that block sizes are tuned for, of each phase. Long contexts want large blocks,
+# short ones and few sequences small ones; each step counts the same.
+TUNING_STEPS = {
+    "decode": ("128*1/512", "128*1/2048", "128*1/16384", "8*1/1024"),
+    "prefill": ("4*512/512", "1*2048/2048", "1*2048/8192"),
+}
+_TUNING_CONTEXT = 16384
+
+
+def tuning_shape(
+    model: Model,
+    *,
+    page_size: int = 128,
+    q_dtype: str = "bfloat16",
+    cache_dtype: str = "bfloat16",
+) -> StaticShape:
+    """The program in which all of ``TUNING_STEPS`` run."""
+    return StaticShape(
+        model,
+        num_tokens=2048,
+        num_sequences=128,
+        pages_per_sequence=_TUNING_CONTEXT // page_size,
+        page_size=page_size,
+        q_dtype=q_dtype,
+        cache_dtype=cache_dtype,
+    )
+
+
+TABLES = {"main": MAIN, "models": MODELS, "sweep": SWEEP}
+BY_NAME = {case.name: case for cases in TABLES.values() for case in cases}
 
 
 def select(names: list[str]) -> list[Case]:

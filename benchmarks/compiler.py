@@ -1,8 +1,8 @@
 """Compiles the kernel for a chip that is not there and keeps the compiler's schedule.
 
 libtpu reads ``LIBTPU_INIT_ARGS`` when it is loaded, so each compilation is a process of
-its own: ``python -m benchmarks.compiler DIRECTORY CHIP``, with the static shape as JSON
-on its standard input.
+its own: ``python -m benchmarks.compiler DIRECTORY CHIP``, with the static shape and the
+block sizes as JSON on its standard input.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ _KEPT = ("packed-bundles-post-ra", "final_bundles", "post-ra", "static-per-bundl
 
 
 @functools.lru_cache(maxsize=1)
-def compile_program(shape: cases.StaticShape, chip: str) -> Program:
+def compile_program(
+    shape: cases.StaticShape, chip: str, blocks: tuple[int, int, int] | None = None
+) -> Program:
     """Compiles the kernel with libtpu; takes from ten seconds to a minute.
 
     The last program is kept, for a second look at the same case.
+
+    Args:
+      shape: What is compiled.
+      chip: For which chip.
+      blocks: ``decode_block_kv``, ``block_q`` and ``block_kv``; the defaults if None.
 
     Raises:
       RuntimeError: The compiler failed; its last words are in the message.
@@ -40,7 +47,7 @@ def compile_program(shape: cases.StaticShape, chip: str) -> Program:
             [sys.executable, "-m", "benchmarks.compiler", directory, chip],
             cwd=environment.ROOT,
             env=_child_environment(directory),
-            input=json.dumps(dataclasses.asdict(shape)),
+            input=json.dumps({"shape": dataclasses.asdict(shape), "blocks": blocks}),
             capture_output=True,
             text=True,
         )
@@ -71,13 +78,15 @@ def _child_environment(directory: str) -> dict[str, str]:
     }
 
 
-def _compile(shape: cases.StaticShape, chip: str) -> None:
+def _compile(
+    shape: cases.StaticShape, chip: str, blocks: tuple[int, int, int] | None
+) -> None:
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from jax_kernels import kv_cache_shape, ragged_paged_attention
+    from jax_kernels import BlockSizes, kv_cache_shape, ragged_paged_attention
 
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGIES[chip]
@@ -99,7 +108,12 @@ def _compile(shape: cases.StaticShape, chip: str) -> None:
     )
 
     def call(*arguments):
-        return ragged_paged_attention(*arguments, chip=chip, **shape.options)
+        return ragged_paged_attention(
+            *arguments,
+            chip=chip,
+            block_sizes=BlockSizes(*blocks) if blocks else None,
+            **shape.options,
+        )
 
     jax.jit(call, donate_argnums=3).lower(
         array(shape.q_dtype, *queries),
@@ -125,9 +139,10 @@ def _prune(directory: Path) -> None:
 
 def main() -> None:
     directory, chip = sys.argv[1:]
-    fields = json.load(sys.stdin)
+    request = json.load(sys.stdin)
+    fields = request["shape"]
     model = cases.Model(**fields.pop("model"))
-    _compile(cases.StaticShape(model, **fields), chip)
+    _compile(cases.StaticShape(model, **fields), chip, request["blocks"])
     _prune(Path(directory))
 
 

@@ -27,6 +27,10 @@ from benchmarks.tpu_timing import CHIPS, workloads
 
 LIBRARIES = ("torch", "jax")
 NO_TPU = 2
+NO_TPU_MESSAGE = (
+    "There is no TPU here, so nothing can be measured.\n"
+    "python -m benchmarks.predict needs none."
+)
 
 
 def has_tpu() -> bool:
@@ -236,8 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
     options = parser.parse_args(arguments)
     if not has_tpu():
-        print("There is no TPU here, so nothing can be measured.", file=sys.stderr)
-        print("python -m benchmarks.predict needs none.", file=sys.stderr)
+        print(NO_TPU_MESSAGE, file=sys.stderr)
         return NO_TPU
     if sum(map(bool, (options.case, options.table, options.seqs))) != 1:
         parser.error("give exactly one of --case, --table, --seqs")

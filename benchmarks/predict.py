@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import cases, compiler, environment
+from benchmarks import block_choice, cases, compiler, environment
 from benchmarks.tpu_timing import (
     CHIPS,
     Chip,
@@ -30,7 +30,6 @@ from benchmarks.tpu_timing import (
 from benchmarks.tpu_timing import report as report_lib
 
 PREDICTED = "PREDICTED from the compiled schedule, not measured"
-MARK = "<!-- predicted -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,9 @@ class Prediction:
             "kind": "prediction",
             "lengths": case.lengths,
             "shape": dataclasses.asdict(case.shape),
+            "blocks": dataclasses.asdict(
+                block_choice.explain(case.shape, self.chip.name)
+            ),
             "microseconds": self.result.microseconds,
             **self.shares,
             "result": report_lib.as_dict(self.result),
@@ -147,12 +149,14 @@ def details(prediction: Prediction) -> str:
     """The whole account of one case."""
     case, shares = prediction.case, prediction.shares
     model, shape = case.shape.model, case.shape
+    choice = block_choice.explain(shape, prediction.chip.name)
     window = f", window {model.sliding_window}" if model.sliding_window else ""
     return "\n".join(
         [
             f"{case.name}: {model.num_q_heads}/{model.num_kv_heads} heads of "
             f"{model.head_dim}, {shape.cache_dtype} cache, page {shape.page_size}"
             f"{window}, sequences {case.lengths}",
+            f"  {block_choice.as_text(choice)}",
             f"  PREDICTED time {prediction.result.microseconds:.1f} us, "
             f"MBU {shares['mbu']:.1%}, MFU {shares['mfu']:.1%}; "
             f"bound of the chip {shares['ideal_microseconds']:.1f} us",
@@ -181,7 +185,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--update",
         metavar="FILE.md",
-        help="replace the table between the file's two <!-- predicted --> lines",
+        help="replace the table between the file's two lines "
+        "<!-- predicted TABLE CHIP -->",
     )
     parser.add_argument("--trace", metavar="FILE", help="Perfetto/Chrome trace")
     parser.add_argument(
@@ -197,6 +202,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     given = [bool(options.case), bool(options.table), bool(options.seqs)]
     if not options.list and sum(given) != 1:
         parser.error("give exactly one of --case, --table, --seqs (or --list)")
+    if options.update and not options.table:
+        parser.error("--update: expected --table")
     return options
 
 
@@ -217,20 +224,37 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         help="any step: [count*]q_len/kv_len,... with kv_len including the new tokens",
     )
     shape = parser.add_argument_group("shape of a step given by --seqs")
+    add_model_arguments(shape)
+    shape.add_argument("--no-causal", action="store_true")
+    shape.add_argument("--chunk", type=int, help="chunk_prefill_size")
+    shape.add_argument("--num-tokens", type=int, help="T; by default just enough")
+    shape.add_argument("--num-sequences", type=int, help="S; by default just enough")
+    shape.add_argument("--pages-per-sequence", type=int, help="P; likewise")
+
+
+def add_model_arguments(shape: argparse._ArgumentGroup) -> None:
+    """Adds heads, masks, dtypes and page size; ``given_model`` reads the first two."""
     shape.add_argument("--heads", type=int, default=32)
     shape.add_argument("--kv-heads", type=int, default=8)
     shape.add_argument("--head-dim", type=int, default=128)
     shape.add_argument("--window", type=int, help="sliding window")
     shape.add_argument("--soft-cap", type=float)
     shape.add_argument("--sinks", action="store_true")
-    shape.add_argument("--no-causal", action="store_true")
     shape.add_argument("--q-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     shape.add_argument("--cache-dtype", choices=cases.ITEM_BYTES, default="bfloat16")
     shape.add_argument("--page-size", type=int, default=128)
-    shape.add_argument("--chunk", type=int, help="chunk_prefill_size")
-    shape.add_argument("--num-tokens", type=int, help="T; by default just enough")
-    shape.add_argument("--num-sequences", type=int, help="S; by default just enough")
-    shape.add_argument("--pages-per-sequence", type=int, help="P; likewise")
+
+
+def given_model(options: argparse.Namespace) -> cases.Model:
+    """The model that the options of ``add_model_arguments`` mean."""
+    return cases.Model(
+        options.heads,
+        options.kv_heads,
+        options.head_dim,
+        sliding_window=options.window,
+        soft_cap=options.soft_cap,
+        with_sinks=options.sinks,
+    )
 
 
 def selected_cases(options: argparse.Namespace) -> list[cases.Case]:
@@ -239,17 +263,9 @@ def selected_cases(options: argparse.Namespace) -> list[cases.Case]:
         return cases.select(options.case)
     if options.table:
         return list(cases.TABLES[options.table])
-    model = cases.Model(
-        options.heads,
-        options.kv_heads,
-        options.head_dim,
-        sliding_window=options.window,
-        soft_cap=options.soft_cap,
-        with_sinks=options.sinks,
-    )
     case = cases.fitted(
         "custom",
-        model,
+        given_model(options),
         options.seqs,
         page_size=options.page_size,
         q_dtype=options.q_dtype,
@@ -296,7 +312,8 @@ def main(arguments: list[str] | None = None) -> int:
         plots.write(options.plot, chip, predictions, curves)
     if options.update:
         lines = [_versions_line(described), "", *table(predictions)]
-        update_markdown(Path(options.update), lines)
+        mark = f"<!-- predicted {options.table} {chip.name} -->"
+        update_markdown(Path(options.update), mark, lines)
     if options.baseline:
         environment.write_json(options.baseline, baseline(predictions, described))
     if options.json:
@@ -311,17 +328,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(p.result.nonzero_flags for p in predictions) else 0
 
 
-def update_markdown(path: Path, lines: list[str]) -> None:
-    """Replaces what is between the two marks of a file.
+def update_markdown(path: Path, mark: str, lines: list[str]) -> None:
+    """Replaces what is between the two lines of a file that are the mark.
 
     Raises:
-      ValueError: The file has not two marks.
+      ValueError: The file has not two.
     """
-    parts = path.read_text().split(MARK)
+    parts = path.read_text().split(mark)
     if len(parts) != 3:
-        raise ValueError(f"{path}: expected 2 lines {MARK}, got {len(parts) - 1}")
+        raise ValueError(f"{path}: expected 2 lines {mark}, got {len(parts) - 1}")
     parts[1] = "\n\n" + "\n".join(lines) + "\n\n"
-    path.write_text(MARK.join(parts))
+    path.write_text(mark.join(parts))
 
 
 def _versions_line(described: dict[str, str]) -> str:

@@ -5,10 +5,10 @@
 
 import dataclasses
 import functools
-import importlib.resources
 import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 FILE_NAME = "tuned_block_sizes.json"
 # What a record says of each phase; the mixed loop has the blocks of prefill.
@@ -213,4 +213,4 @@ def as_text(records: Iterable[TunedBlocks]) -> str:
 @functools.cache
 def shipped() -> tuple[TunedBlocks, ...]:
     """The records of this package, read once."""
-    return parse(importlib.resources.files(__package__).joinpath(FILE_NAME).read_text())
+    return parse(Path(__file__).with_name(FILE_NAME).read_text())

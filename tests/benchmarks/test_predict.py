@@ -33,7 +33,8 @@ def test_header_comes_first_and_says_predicted(toy_compiler, capsys):
     for word in ("jax 0.", "libtpu ", "PREDICTED from the compiled schedule"):
         assert word in lines[1]
     assert lines[2].startswith(f"{DECODE}: 32/8 heads of 128")
-    assert "PREDICTED time" in lines[3]
+    assert lines[3].startswith("  decode_block_kv ")
+    assert "PREDICTED time" in lines[4]
     assert toy_compiler == [(cases.BY_NAME[DECODE].shape, "v6e")]
 
 
@@ -46,6 +47,8 @@ def test_json_holds_the_shares_and_where_the_cycles_went(toy_compiler, tmp_path)
     assert (case["case"], case["chip"]) == (DECODE, "tpu7x")
     assert case["result"]["bytes_moved"]["hbm_to_vmem"] == 1024 * 32768
     assert case["mbu"] > 0
+    assert case["blocks"]["blocks"]["decode_block_kv"] >= 128
+    assert case["blocks"]["decode_source"].startswith(("model", "tuned"))
     contexts = [point["lengths"] for point in content["scaling"][0]]
     assert contexts[0] == "128*1/128" and contexts[-1] == "128*1/16384"
     batches = [point["lengths"] for point in content["scaling"][1]]
@@ -129,21 +132,36 @@ def test_plot_is_a_picture(toy_compiler, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_update_replaces_the_table_between_the_marks(toy_compiler, tmp_path):
+@pytest.mark.parametrize("table, chip", [("models", "v6e"), ("main", "tpu7x")])
+def test_update_replaces_one_table_of_the_file(toy_compiler, tmp_path, table, chip):
     path = tmp_path / "page.md"
-    path.write_text("before\n<!-- predicted -->\nold\n<!-- predicted -->\nafter\n")
+    marks = ("main tpu7x", "models tpu7x", "models v6e")
+    old = [f"<!-- predicted {m} -->\nold {m}\n<!-- predicted {m} -->\n" for m in marks]
+    path.write_text("".join(["before\n", *old, "after\n"]))
+    arguments = ["--table", table, "--chip", chip, "--update", str(path)]
     for _ in range(2):
-        assert predict.main(["--case", DECODE, "--update", str(path)]) == 0
+        assert predict.main(arguments) == 0
         lines = path.read_text().splitlines()
         assert (lines[0], lines[-1]) == ("before", "after")
-        assert "old" not in lines
-        assert sum(DECODE in line for line in lines) == 1
-        assert any("PREDICTED" in line for line in lines)
+        assert {f"old {m}" for m in marks} & set(lines) == {
+            f"old {m}" for m in marks if m != f"{table} {chip}"
+        }
+        names = [case.name for case in cases.TABLES[table]]
+        assert [sum(f"| {name} |" in line for line in lines) for name in names] == [
+            1
+        ] * len(names)
+        assert any(f"chip {chip}" in line and "PREDICTED" in line for line in lines)
 
 
 def test_update_of_a_file_without_marks_is_an_error(tmp_path):
     path = tmp_path / "page.md"
     path.write_text("nothing")
-    with pytest.raises(ValueError, match="expected 2 lines"):
-        predict.update_markdown(path, [])
+    with pytest.raises(ValueError, match="expected 2 lines <!-- m -->, got 0"):
+        predict.update_markdown(path, "<!-- m -->", [])
     assert path.read_text() == "nothing"
+
+
+def test_update_needs_a_table(capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["--case", DECODE, "--update", "unused.md"])
+    assert "expected --table" in capsys.readouterr().err

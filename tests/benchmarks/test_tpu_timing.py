@@ -20,7 +20,7 @@ from benchmarks.tpu_timing.dma import DmaEngine, SyncFlagDeadlock
 from tests.benchmarks import synthetic_dump
 
 # One cycle per nanosecond and 32 bytes per cycle make expected times readable.
-TOY_CHIP = Chip("toy", 1e9, 32e9, 1000, 2, {"bf16": 8, "f32": 4})
+TOY_CHIP = Chip("toy", 1e9, 32e9, 1000, 2, 256, {"bf16": 8, "f32": 4})
 TOY_DMA = DmaModel(latency_s=100e-9, efficiency=1.0)
 
 

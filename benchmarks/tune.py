@@ -1,0 +1,497 @@
+"""Tunes block sizes by prediction, without a TPU, or by time where there is one.
+
+    python -m benchmarks.tune --chips tpu7x v6e v5e --jobs 2
+    python -m benchmarks.tune --custom --heads 40 --kv-heads 8 --chips v6e
+    python -m benchmarks.tune --measure
+
+Candidates are compiled and their schedules executed for the steps in
+``cases.TUNING_STEPS``. A step counts by the ratio of its time to the default's, so the
+score is the geometric mean over steps. Decode and prefill are tuned at once: a program
+has one candidate of each. The search climbs from the default to better neighbours, half
+or twice as large; ``--exhaustive`` visits all.
+
+Every result goes to a journal at once, and an interrupted run continues. The best sizes
+go to the data file that the package ships; the default stays unless it is beaten by a
+percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import itertools
+import math
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import (
+    block_choice,
+    cases,
+    compiler,
+    environment,
+    journal,
+    measure,
+    predict,
+)
+from benchmarks.tpu_timing import CHIPS, Chip, SimulationError
+from jax_kernels.ragged_paged_attention import block_sizes, chips, tuned
+from jax_kernels.ragged_paged_attention.config import BlockSizes
+
+DATA_FILE = Path(tuned.__file__).with_name(tuned.FILE_NAME)
+# Sizes of a candidate, by the names of BlockSizes.
+SIZES = {
+    "decode_block_kv": (128, 256, 512, 1024, 2048, 4096),
+    "block_q": (32, 64, 128, 256, 512),
+    "block_kv": (128, 256, 512, 1024, 2048),
+}
+# The default stays unless it takes this much longer.
+LEAST_GAIN = 1.01
+
+Candidate = tuple[int, ...]
+# Cycles by step, for each phase; raises CandidateError.
+Evaluate = Callable[[BlockSizes], dict[str, dict[str, float]]]
+
+
+class CandidateError(Exception):
+    """A candidate does not fit or does not compile; others may."""
+
+
+class Search:
+    """Looks for the candidate with the least score in a grid.
+
+    Attributes:
+      scores: Of candidates that were tried; infinite if they do not work.
+    """
+
+    def __init__(
+        self, axes: list[tuple[int, ...]], starts: list[Candidate], *, exhaustive: bool
+    ):
+        self._axes = axes
+        self._starts = starts
+        self._exhaustive = exhaustive
+        self.scores: dict[Candidate, float] = {}
+
+    @property
+    def best(self) -> Candidate | None:
+        """The candidate with the least score; None if none works so far."""
+        working = {c: score for c, score in self.scores.items() if score < math.inf}
+        return min(working, key=lambda c: working[c]) if working else None
+
+    def following(self) -> Candidate | None:
+        """The next candidate to try, or None at the end."""
+        waiting = itertools.chain(
+            self._starts,
+            itertools.product(*self._axes) if self._exhaustive else (),
+            _neighbours(self.best, self._axes) if self.best else (),
+        )
+        return next((c for c in waiting if c not in self.scores), None)
+
+
+def _neighbours(candidate: Candidate, axes: list[tuple[int, ...]]):
+    """One size half or twice as large."""
+    for position, axis in enumerate(axes):
+        for size in (candidate[position] * 2, candidate[position] // 2):
+            if size in axis:
+                yield (*candidate[:position], size, *candidate[position + 1 :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What is known of one phase at the end.
+
+    Attributes:
+      blocks: The best sizes, by name.
+      cycles: Of each step with them.
+      default_cycles: Of each step with the model's sizes.
+    """
+
+    blocks: dict[str, int]
+    cycles: dict[str, float]
+    default_cycles: dict[str, float]
+
+
+def tune(
+    default: BlockSizes,
+    starts: list[BlockSizes],
+    fits: Callable[[BlockSizes, str], bool],
+    evaluate: Evaluate,
+    *,
+    exhaustive: bool = False,
+) -> dict[str, Tuning]:
+    """The best sizes of each phase.
+
+    Args:
+      default: What the model gives. It has to work.
+      starts: Where the search begins besides.
+      fits: Whether the part of a candidate that a phase uses fits the memory.
+      evaluate: Tries one candidate.
+      exhaustive: Whether to visit all.
+
+    Raises:
+      CandidateError: The default does not work.
+    """
+    cycles: dict[str, dict[Candidate, dict[str, float]]] = collections.defaultdict(dict)
+    searches: dict[str, Search] = {}
+    for phase, names in tuned.PHASES.items():
+        begin = [_part(blocks, phase) for blocks in (default, *starts)]
+        axes = [SIZES[name] for name in names]
+        searches[phase] = Search(axes, begin, exhaustive=exhaustive)
+        for candidate in itertools.product(*axes):
+            if not fits(_joined(default, phase, candidate), phase):
+                searches[phase].scores[candidate] = math.inf
+
+    def note(blocks: BlockSizes) -> None:
+        for phase, by_step in evaluate(blocks).items():
+            part = _part(blocks, phase)
+            cycles[phase].setdefault(part, by_step)
+            searches[phase].scores[part] = _score(
+                cycles[phase][part], cycles[phase][_part(default, phase)]
+            )
+
+    note(default)
+    while True:
+        new = {phase: search.following() for phase, search in searches.items()}
+        new = {phase: candidate for phase, candidate in new.items() if candidate}
+        if not new:
+            break
+        together = _best(searches, default)
+        for phase, candidate in new.items():
+            together = _joined(together, phase, candidate)
+        try:
+            note(together)
+        except CandidateError:
+            # Each by itself, beside what is known to work.
+            for phase, candidate in new.items():
+                alone = _joined(_best(searches, default), phase, candidate)
+                try:
+                    if alone == together:
+                        raise CandidateError
+                    note(alone)
+                except CandidateError:
+                    searches[phase].scores[candidate] = math.inf
+    found = {}
+    for phase, search in searches.items():
+        base = _part(default, phase)
+        best = search.best or base
+        if search.scores[best] * LEAST_GAIN > search.scores[base]:
+            best = base
+        found[phase] = Tuning(
+            dict(zip(tuned.PHASES[phase], best, strict=True)),
+            cycles[phase][best],
+            cycles[phase][base],
+        )
+    return found
+
+
+def _part(blocks: BlockSizes, phase: str) -> Candidate:
+    return tuple(getattr(blocks, name) for name in tuned.PHASES[phase])
+
+
+def _joined(blocks: BlockSizes, phase: str, candidate: Candidate) -> BlockSizes:
+    sizes = dict(zip(tuned.PHASES[phase], candidate, strict=True))
+    return dataclasses.replace(blocks, **sizes)
+
+
+def _best(searches: dict[str, Search], default: BlockSizes) -> BlockSizes:
+    for phase, search in searches.items():
+        if search.best:
+            default = _joined(default, phase, search.best)
+    return default
+
+
+def _score(cycles: dict[str, float], default: dict[str, float]) -> float:
+    """Geometric mean over steps of the time by the default's."""
+    logs = [math.log(cycles[step] / default[step]) for step in default]
+    return math.exp(sum(logs) / len(logs))
+
+
+def check_fits(
+    shape: cases.StaticShape, chip: Chip, blocks: BlockSizes, phase: str
+) -> None:
+    """Raises where the buffers of one phase, or lengths and pages, do not fit.
+
+    Raises:
+      CandidateError: With the estimate.
+    """
+    problem, spec = block_choice.problem_of(shape)
+    config = block_sizes.make_config(problem, spec, blocks, None, False)
+    phases = tuple(p for p in config.phases if p.is_decode == (phase == "decode"))
+    config = dataclasses.replace(config, phases=phases)
+    memory = chips.find_chip(chip.name)
+    limit = int(memory.vmem_bytes * block_sizes.VMEM_LIMIT_SHARE)
+    try:
+        block_sizes.check_fits(problem, config, memory, limit)
+    except ValueError as error:
+        raise CandidateError(str(error)) from error
+
+
+def predict_blocks(
+    shape: cases.StaticShape, chip: Chip, blocks: BlockSizes
+) -> dict[str, dict[str, float]]:
+    """Predicted cycles of each step."""
+    try:
+        program = compiler.compile_program(
+            shape, chip.name, dataclasses.astuple(blocks)
+        )
+        return {
+            phase: {
+                step: predict.predict(
+                    cases.Case(step, shape, step), chip, program
+                ).result.cycles
+                for step in steps
+            }
+            for phase, steps in cases.TUNING_STEPS.items()
+        }
+    except (RuntimeError, SimulationError) as error:
+        raise CandidateError(str(error)) from error
+
+
+def time_blocks(
+    shape: cases.StaticShape, chip: Chip, blocks: BlockSizes
+) -> dict[str, dict[str, float]]:
+    """Measured time of each step, in cycles of the chip's clock."""
+    import jax
+
+    from jax_kernels import ragged_paged_attention
+
+    attention = functools.partial(
+        ragged_paged_attention, chip=chip.name, block_sizes=blocks
+    )
+    repetition = measure.Repetition(warm_up=2, repeats=10, calls=8)
+
+    def cycles(step: str) -> float:
+        case = cases.Case(step, shape, step)
+        _, timed = measure.time_with_jax(case, repetition, attention)
+        return timed.median * chip.clock_hz
+
+    try:
+        return {
+            phase: {step: cycles(step) for step in steps}
+            for phase, steps in cases.TUNING_STEPS.items()
+        }
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise CandidateError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Tunes shapes one by one and keeps what it learns.
+
+    Attributes:
+      kind: "prediction" or "measurement".
+      known: Results of candidates.
+      output: The data file.
+      exhaustive: Whether every candidate is tried.
+    """
+
+    kind: str
+    known: journal.Journal
+    output: Path
+    exhaustive: bool
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def tune_shape(
+        self, shape: cases.StaticShape, chip: Chip
+    ) -> list[tuned.TunedBlocks]:
+        """Tunes one shape and writes what was found."""
+        problem, spec = block_choice.problem_of(shape)
+        memory = chips.find_chip(chip.name)
+        default = block_sizes.fit(problem, spec, memory, block_sizes.preferred(problem))
+        shipped = block_sizes.explain(problem, spec, memory).blocks
+        found = tune(
+            default,
+            [shipped],
+            functools.partial(self._fits, shape, chip),
+            functools.partial(self._evaluate, shape, chip),
+            exhaustive=self.exhaustive,
+        )
+        described = environment.describe(chip.name)
+        versions = {name: described[name] for name in ("commit", "jax", "libtpu")}
+        date = datetime.date.today().isoformat()
+        records = [
+            tuned.TunedBlocks(
+                chip=chip.name,
+                phase=phase,
+                shape=block_sizes.tuned_shape(problem, spec),
+                blocks=tuning.blocks,
+                kind=self.kind,
+                cycles=_rounded(tuning.cycles),
+                default_cycles=_rounded(tuning.default_cycles),
+                versions={"date": date, **versions},
+            )
+            for phase, tuning in found.items()
+        ]
+        self._write(records)
+        return records
+
+    def _key(self, shape: cases.StaticShape, chip: Chip, candidate: Candidate) -> str:
+        sizes = "/".join(map(str, candidate))
+        return f"{self.kind} {chip.name} {shape} {sizes}"
+
+    def _fits(
+        self, shape: cases.StaticShape, chip: Chip, blocks: BlockSizes, phase: str
+    ) -> bool:
+        """Whether a phase fits; noted where not."""
+        key = f"{self._key(shape, chip, _part(blocks, phase))} {phase}"
+        if key in self.known.records:
+            return False
+        try:
+            check_fits(shape, chip, blocks, phase)
+        except CandidateError as error:
+            self.known.append(key, {"failure": str(error)})
+            return False
+        return True
+
+    def _evaluate(
+        self, shape: cases.StaticShape, chip: Chip, blocks: BlockSizes
+    ) -> dict[str, dict[str, float]]:
+        """The result of a candidate: known, or tried and noted."""
+        key = self._key(shape, chip, dataclasses.astuple(blocks))
+        if key not in self.known.records:
+            try_blocks = predict_blocks if self.kind == "prediction" else time_blocks
+            try:
+                record: dict = {"cycles": try_blocks(shape, chip, blocks)}
+            except CandidateError as error:
+                record = {"failure": str(error)}
+            self.known.append(key, record)
+        record = self.known.records[key]
+        if "failure" in record:
+            raise CandidateError(record["failure"])
+        return record["cycles"]
+
+    def _write(self, records: list[tuned.TunedBlocks]) -> None:
+        """Puts records into the data file, in the place of those with their keys."""
+        with self._lock:
+            text = self.output.read_text() if self.output.exists() else None
+            merged = {r.key: r for r in (tuned.parse(text) if text else ())}
+            merged |= {r.key: r for r in records}
+            whole = self.output.with_suffix(".partial")
+            whole.write_text(tuned.as_text(merged.values()))
+            whole.replace(self.output)
+
+
+def _rounded(cycles: dict[str, float]) -> dict[str, int]:
+    return {step: round(count) for step, count in cycles.items()}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, help="by default all")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=cases.MODEL_NAMES,
+        default=list(cases.MODEL_NAMES),
+        help="with a bfloat16 and a float8 cache; by default all",
+    )
+    parser.add_argument(
+        "--custom", action="store_true", help="the shape below in place of the models"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at once")
+    parser.add_argument("--exhaustive", action="store_true", help="try every candidate")
+    parser.add_argument(
+        "--measure", action="store_true", help="time on the TPU in place of predicting"
+    )
+    parser.add_argument("--journal", metavar="FILE", default="tune.jsonl")
+    parser.add_argument("--output", metavar="FILE", type=Path, default=DATA_FILE)
+    predict.add_model_arguments(parser.add_argument_group("shape of --custom"))
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs: expected at least 1")
+    if options.measure and (options.chips or options.jobs > 1):
+        parser.error("--measure takes the chip there is, and one job")
+    return options
+
+
+def selected_shapes(options: argparse.Namespace) -> list[cases.StaticShape]:
+    """What the options ask to tune."""
+    if options.custom:
+        return [
+            cases.tuning_shape(
+                predict.given_model(options),
+                page_size=options.page_size,
+                q_dtype=options.q_dtype,
+                cache_dtype=options.cache_dtype,
+            )
+        ]
+    return [
+        cases.tuning_shape(cases.MODEL_NAMES[name], cache_dtype=dtype)
+        for name in options.models
+        for dtype in ("bfloat16", "float8_e4m3fn")
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    kind = "measurement" if options.measure else "prediction"
+    names = options.chips or list(CHIPS)
+    if options.measure:
+        if not measure.has_tpu():
+            print(measure.NO_TPU_MESSAGE, file=sys.stderr)
+            return measure.NO_TPU
+        names = [_chip_there_is()]
+    described = environment.describe(", ".join(names)) | {"figures": kind}
+    environment.print_header("block sizes", described)
+    try:
+        known = journal.Journal(options.journal, journal.fingerprint())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    run = Run(kind, known, options.output, options.exhaustive)
+    work = [(s, CHIPS[name]) for name in names for s in selected_shapes(options)]
+    failures = 0
+    with (
+        concurrent.futures.ThreadPoolExecutor(options.jobs) as pool,
+        tqdm(total=len(work), unit="shape") as bar,
+    ):
+        jobs = {pool.submit(run.tune_shape, *item): item for item in work}
+        for done in concurrent.futures.as_completed(jobs):
+            shape, chip = jobs[done]
+            try:
+                for record in done.result():
+                    bar.write(_line(record))
+            except CandidateError as error:
+                failures += 1
+                bar.write(f"{chip.name}, {shape}: the default does not work: {error}")
+            bar.update()
+            bar.set_postfix(candidates=len(known.records))
+    return 1 if failures else 0
+
+
+def _chip_there_is() -> str:
+    """The name of the TPU of this machine.
+
+    Raises:
+      SystemExit: Its peaks are not known.
+    """
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    name = chips.find_chip(kind).name
+    if name not in CHIPS:
+        raise SystemExit(f"--measure: expected one of {', '.join(CHIPS)}, got {kind}")
+    return name
+
+
+def _line(record: tuned.TunedBlocks) -> str:
+    blocks = ", ".join(f"{name} {size}" for name, size in record.blocks.items())
+    return (
+        f"{record.chip} {record.phase}, {record.shape}: {blocks}, "
+        f"{record.speedup:.3f} times the speed of the default"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
