@@ -8,7 +8,8 @@ Candidates are compiled and their schedules executed for the steps in
 ``cases.TUNING_STEPS``. A step counts by the ratio of its time to the default's, so the
 score is the geometric mean over steps. Decode and prefill are tuned at once: a program
 has one candidate of each. The search climbs from the default to better neighbours, half
-or twice as large; ``--exhaustive`` visits all.
+or twice as large; ``--exhaustive`` visits all. ``--recheck`` tries only the default and
+the sizes in the data file, after a change of the kernel.
 
 Every result goes to a journal at once, and an interrupted run continues. The best sizes
 go to the data file that the package ships; the default stays unless it is beaten by a
@@ -72,11 +73,11 @@ class Search:
     """
 
     def __init__(
-        self, axes: list[tuple[int, ...]], starts: list[Candidate], *, exhaustive: bool
+        self, axes: list[tuple[int, ...]], starts: list[Candidate], extent: str
     ):
         self._axes = axes
         self._starts = starts
-        self._exhaustive = exhaustive
+        self._extent = extent
         self.scores: dict[Candidate, float] = {}
 
     @property
@@ -87,11 +88,12 @@ class Search:
 
     def following(self) -> Candidate | None:
         """The next candidate to try, or None at the end."""
-        waiting = itertools.chain(
-            self._starts,
-            itertools.product(*self._axes) if self._exhaustive else (),
-            _neighbours(self.best, self._axes) if self.best else (),
-        )
+        more = ()
+        if self._extent == "all":
+            more = itertools.product(*self._axes)
+        elif self._extent == "climb" and self.best:
+            more = _neighbours(self.best, self._axes)
+        waiting = itertools.chain(self._starts, more)
         return next((c for c in waiting if c not in self.scores), None)
 
 
@@ -124,7 +126,7 @@ def tune(
     fits: Callable[[BlockSizes, str], bool],
     evaluate: Evaluate,
     *,
-    exhaustive: bool = False,
+    extent: str = "climb",
 ) -> dict[str, Tuning]:
     """The best sizes of each phase.
 
@@ -133,7 +135,7 @@ def tune(
       starts: Where the search begins besides.
       fits: Whether the part of a candidate that a phase uses fits the memory.
       evaluate: Tries one candidate.
-      exhaustive: Whether to visit all.
+      extent: "climb", "all", or "starts" to try nothing but default and starts.
 
     Raises:
       CandidateError: The default does not work.
@@ -143,7 +145,7 @@ def tune(
     for phase, names in tuned.PHASES.items():
         begin = [_part(blocks, phase) for blocks in (default, *starts)]
         axes = [SIZES[name] for name in names]
-        searches[phase] = Search(axes, begin, exhaustive=exhaustive)
+        searches[phase] = Search(axes, begin, extent)
         for candidate in itertools.product(*axes):
             if not fits(_joined(default, phase, candidate), phase):
                 searches[phase].scores[candidate] = math.inf
@@ -289,13 +291,13 @@ class Run:
       kind: "prediction" or "measurement".
       known: Results of candidates.
       output: The data file.
-      exhaustive: Whether every candidate is tried.
+      extent: As ``tune`` has it.
     """
 
     kind: str
     known: journal.Journal
     output: Path
-    exhaustive: bool
+    extent: str
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def tune_shape(
@@ -305,13 +307,15 @@ class Run:
         problem, spec = block_choice.problem_of(shape)
         memory = chips.find_chip(chip.name)
         default = block_sizes.fit(problem, spec, memory, block_sizes.preferred(problem))
-        shipped = block_sizes.explain(problem, spec, memory).blocks
+        with self._lock:
+            written = self._written()
+        shipped = block_sizes.explain(problem, spec, memory, written).blocks
         found = tune(
             default,
             [shipped],
             functools.partial(self._fits, shape, chip),
             functools.partial(self._evaluate, shape, chip),
-            exhaustive=self.exhaustive,
+            extent=self.extent,
         )
         described = environment.describe(chip.name)
         versions = {name: described[name] for name in ("commit", "jax", "libtpu")}
@@ -367,12 +371,14 @@ class Run:
             raise CandidateError(record["failure"])
         return record["cycles"]
 
+    def _written(self) -> tuple[tuned.TunedBlocks, ...]:
+        """The records of the data file."""
+        return tuned.parse(self.output.read_text()) if self.output.exists() else ()
+
     def _write(self, records: list[tuned.TunedBlocks]) -> None:
         """Puts records into the data file, in the place of those with their keys."""
         with self._lock:
-            text = self.output.read_text() if self.output.exists() else None
-            merged = {r.key: r for r in (tuned.parse(text) if text else ())}
-            merged |= {r.key: r for r in records}
+            merged = {r.key: r for r in (*self._written(), *records)}
             whole = self.output.with_suffix(".partial")
             whole.write_text(tuned.as_text(merged.values()))
             whole.replace(self.output)
@@ -400,7 +406,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--custom", action="store_true", help="the shape below in place of the models"
     )
     parser.add_argument("--jobs", type=int, default=1, help="compilations at once")
-    parser.add_argument("--exhaustive", action="store_true", help="try every candidate")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument(
+        "--exhaustive",
+        dest="extent",
+        action="store_const",
+        const="all",
+        help="try every candidate",
+    )
+    extent.add_argument(
+        "--recheck",
+        dest="extent",
+        action="store_const",
+        const="starts",
+        help="try the model's sizes and those of the data file, no others",
+    )
+    parser.set_defaults(extent="climb")
     parser.add_argument(
         "--measure", action="store_true", help="time on the TPU in place of predicting"
     )
@@ -449,7 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run = Run(kind, known, options.output, options.exhaustive)
+    run = Run(kind, known, options.output, options.extent)
     work = [(s, CHIPS[name]) for name in names for s in selected_shapes(options)]
     failures = 0
     with (

@@ -17,7 +17,7 @@ LLAMA = cases.tuning_shape(cases.LLAMA3_8B)
 
 
 def away(*pairs) -> float:
-    return sum(abs(math.log2(size / best)) for size, best in pairs)
+    return 10 * sum(abs(math.log2(size / best)) for size, best in pairs)
 
 
 def invented(blocks: BlockSizes) -> dict:
@@ -55,12 +55,27 @@ def test_it_climbs_to_the_best_of_each_phase():
 
 def test_both_phases_share_a_compilation():
     """As many as the longer of the two searches needs, not as both."""
-    _, tried = run(exhaustive=True)
+    _, tried = run(extent="all")
     axes = {
         phase: [tune.SIZES[n] for n in names] for phase, names in tuned.PHASES.items()
     }
     counts = {phase: math.prod(map(len, sizes)) for phase, sizes in axes.items()}
     assert len(tried) == counts["prefill"] > counts["decode"]
+
+
+def test_a_recheck_tries_the_default_and_the_file_only():
+    other = BlockSizes(512, 128, 512)
+    tried = []
+
+    def counted(blocks):
+        tried.append(blocks)
+        return invented(blocks)
+
+    found = tune.tune(
+        DEFAULT, [other], lambda blocks, phase: True, counted, extent="starts"
+    )
+    assert tried == [DEFAULT, other]
+    assert sizes(found) == (512, 128, 512)
 
 
 def test_a_candidate_that_does_not_fit_is_not_compiled():
@@ -77,7 +92,7 @@ def test_a_candidate_that_does_not_compile_costs_the_other_phase_nothing():
 
     found, _ = run(fails)
     assert sizes(found) == (1024, 64, 1024)
-    found, _ = run(fails, exhaustive=True)
+    found, _ = run(fails, extent="all")
     assert sizes(found) == (256, 64, 1024)
 
 
@@ -144,7 +159,7 @@ def test_an_interrupted_run_continues(fake_compiler, tmp_path):
     assert tune.main(arguments) == 0
     assert len(set(fake_compiler["tried"])) == len(fake_compiler["tried"])
     done = len(fake_compiler["tried"])
-    assert tune.main(arguments) == 0
+    assert tune.main([*arguments, "--recheck"]) == 0
     assert len(fake_compiler["tried"]) == done
 
 
