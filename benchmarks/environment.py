@@ -33,6 +33,19 @@ def write_json(path: str, content: dict) -> None:
         Path(path).write_text(text)
 
 
+def update_markdown(path: str, mark: str, lines: list[str]) -> None:
+    """Replaces what is between the two lines of a file that are the mark.
+
+    Raises:
+      ValueError: The file has not two.
+    """
+    parts = Path(path).read_text().split(mark)
+    if len(parts) != 3:
+        raise ValueError(f"{path}: expected 2 lines {mark}, got {len(parts) - 1}")
+    parts[1] = "\n\n" + "\n".join(lines) + "\n\n"
+    Path(path).write_text(mark.join(parts))
+
+
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)

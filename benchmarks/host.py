@@ -21,6 +21,11 @@ from collections.abc import Callable, Iterator
 from benchmarks import environment, timing
 
 MODES = ("lazy", "openxla")
+MARK = "<!-- measured host -->"
+TABLE_HEAD = (
+    "| mode | call us, median (deciles) | step us, median (deciles) | compilations |",
+    "|---|---|---|---|",
+)
 # Small, so that the host and not the computation is measured.
 NUM_SEQUENCES, PAGES, PAGE_SIZE, MAX_TOKENS = 4, 4, 16, 16
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 128
@@ -133,6 +138,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=8, help="calls in each step")
     parser.add_argument("--mode", choices=MODES, help="by default both")
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
+    parser.add_argument(
+        "--update",
+        metavar="FILE.md",
+        help=f"replace the table between the file's two lines {MARK}",
+    )
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.layers < 1:
         parser.error("--steps and --layers: expected at least 1")
@@ -142,19 +152,30 @@ def main(arguments: list[str] | None = None) -> int:
     quiet = options.json == "-"
     if not quiet:
         environment.print_header("cost of a call on the host, MEASURED", described)
-        print("| mode | call us (deciles) | step us (deciles) | compilations |")
-        print("|---|---|---|---|")
+        print("\n".join(TABLE_HEAD))
     rows = []
     for mode in [options.mode] if options.mode else MODES:
         row = measure(mode, options.layers, options.steps)
         rows.append(row)
         if not quiet:
-            cells = [_cell(row[name]) for name in ("call_per_layer", "whole_step")]
-            print(f"| {mode} | {cells[0]} | {cells[1]} | {row['compilations']} |")
+            print(_line(row))
+    if options.update:
+        names = ("commit", "jax", "torch", "torch_xla")
+        versions = ", ".join(f"{name} {described[name]}" for name in names)
+        caption = (
+            f"{versions}; {options.steps} steps of {options.layers} calls. MEASURED."
+        )
+        lines = [caption, "", *TABLE_HEAD, *map(_line, rows)]
+        environment.update_markdown(options.update, MARK, lines)
     if options.json:
         content = {"kind": "measurement", "environment": described, "rows": rows}
         environment.write_json(options.json, content)
     return 0
+
+
+def _line(row: dict) -> str:
+    cells = [_cell(row[name]) for name in ("call_per_layer", "whole_step")]
+    return f"| {row['mode']} | {cells[0]} | {cells[1]} | {row['compilations']} |"
 
 
 def _cell(times: dict[str, float]) -> str:

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from benchmarks import block_choice, cases, compiler, environment
 from benchmarks.tpu_timing import (
@@ -313,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.update:
         lines = [_versions_line(described), "", *table(predictions)]
         mark = f"<!-- predicted {options.table} {chip.name} -->"
-        update_markdown(Path(options.update), mark, lines)
+        environment.update_markdown(options.update, mark, lines)
     if options.baseline:
         environment.write_json(options.baseline, baseline(predictions, described))
     if options.json:
@@ -326,19 +325,6 @@ def main(arguments: list[str] | None = None) -> int:
         }
         environment.write_json(options.json, content)
     return 1 if any(p.result.nonzero_flags for p in predictions) else 0
-
-
-def update_markdown(path: Path, mark: str, lines: list[str]) -> None:
-    """Replaces what is between the two lines of a file that are the mark.
-
-    Raises:
-      ValueError: The file has not two.
-    """
-    parts = path.read_text().split(mark)
-    if len(parts) != 3:
-        raise ValueError(f"{path}: expected 2 lines {mark}, got {len(parts) - 1}")
-    parts[1] = "\n\n" + "\n".join(lines) + "\n\n"
-    path.write_text(mark.join(parts))
 
 
 def _versions_line(described: dict[str, str]) -> str:

@@ -32,8 +32,10 @@ def test_random_steps_fit_their_static_shape():
 def test_changing_lengths_compile_once(mode, tmp_path, capsys):
     pytest.importorskip("torch_xla")
     path = tmp_path / "host.json"
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{host.MARK}\nold\n{host.MARK}\nafter\n")
     arguments = ["--steps", "5", "--layers", "2", "--mode", mode, "--json", str(path)]
-    assert host.main(arguments) == 0
+    assert host.main([*arguments, "--update", str(page)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("# cost of a call on the host, MEASURED\n# chip ")
     content = json.loads(path.read_text())
@@ -41,3 +43,7 @@ def test_changing_lengths_compile_once(mode, tmp_path, capsys):
     (row,) = content["rows"]
     assert row["compilations"] == 1
     assert 0 < row["call_per_layer"]["median_us"] < row["whole_step"]["median_us"]
+    lines = page.read_text().splitlines()
+    assert "old" not in lines and (lines[0], lines[-1]) == ("before", "after")
+    assert any("5 steps of 2 calls. MEASURED." in line for line in lines)
+    assert sum(line.startswith(f"| {mode} |") for line in lines) == 1

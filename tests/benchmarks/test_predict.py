@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import cases, compiler, predict
+from benchmarks import cases, compiler, environment, predict
 from benchmarks.tpu_timing import CHIPS, load_kernel
 from tests.benchmarks import synthetic_dump
 
@@ -157,7 +157,7 @@ def test_update_of_a_file_without_marks_is_an_error(tmp_path):
     path = tmp_path / "page.md"
     path.write_text("nothing")
     with pytest.raises(ValueError, match="expected 2 lines <!-- m -->, got 0"):
-        predict.update_markdown(path, "<!-- m -->", [])
+        environment.update_markdown(str(path), "<!-- m -->", [])
     assert path.read_text() == "nothing"
 
 
