@@ -65,6 +65,12 @@ def _roofline(axis, chip: Chip, predictions: list[Prediction]) -> None:
     edges = [min([*intensities, knee]) / 4, knee, max([*intensities, knee]) * 4]
     roof = [min(x * chip.hbm_bytes_per_s, chip.bf16_flops_per_s) / 1e12 for x in edges]
     axis.loglog(edges, roof, color="black", label=f"{chip.name} peaks")
+    caps = {p.case.shape.model.head_dim: p.cap for p in predictions if p.cap < 1}
+    for head_dim, cap in caps.items():
+        height = cap * chip.bf16_flops_per_s / 1e12
+        ends = (cap * knee, edges[-1])
+        label = f"most at D = {head_dim}"
+        axis.loglog(ends, (height, height), ":", color="black", label=label)
     markers = itertools.cycle("osv^<>DpPX*")
     for prediction, intensity in zip(predictions, intensities, strict=True):
         rate = prediction.case.ideal.flops / prediction.result.seconds / 1e12

@@ -47,6 +47,11 @@ class Prediction:
     result: Result
     shares: dict[str, float]
 
+    @property
+    def cap(self) -> float:
+        """The MFU that the head dimension allows."""
+        return self.chip.attention_cap(self.case.shape.model.head_dim)
+
     def as_dict(self) -> dict:
         case = self.case
         return {
@@ -60,6 +65,7 @@ class Prediction:
             ),
             "microseconds": self.result.microseconds,
             **self.shares,
+            "mfu_cap": self.cap,
             "result": report_lib.as_dict(self.result),
         }
 
@@ -132,14 +138,15 @@ def _doubling(first: int, last: int) -> list[int]:
 
 def table(predictions: Iterable[Prediction]) -> Iterator[str]:
     """Lines of a Markdown table, as soon as each is known."""
-    yield "| case | us | MBU % | MFU % | DMA waits % | bound us |"
-    yield "|---|---|---|---|---|---|"
+    yield "| case | us | MBU % | MFU % | of cap % | DMA waits % | bound us |"
+    yield "|---|---|---|---|---|---|---|"
     for prediction in predictions:
         result, shares = prediction.result, prediction.shares
         waits = result.dma_wait_cycles / result.cycles
         yield (
             f"| {prediction.case.name} | {result.microseconds:.1f} "
             f"| {100 * shares['mbu']:.1f} | {100 * shares['mfu']:.1f} "
+            f"| {100 * shares['mfu'] / prediction.cap:.1f} "
             f"| {100 * waits:.1f} | {shares['ideal_microseconds']:.1f} |"
         )
 
@@ -157,7 +164,8 @@ def details(prediction: Prediction) -> str:
             f"{window}, sequences {case.lengths}",
             f"  {block_choice.as_text(choice)}",
             f"  PREDICTED time {prediction.result.microseconds:.1f} us, "
-            f"MBU {shares['mbu']:.1%}, MFU {shares['mfu']:.1%}; "
+            f"MBU {shares['mbu']:.1%}, MFU {shares['mfu']:.1%} of at most "
+            f"{prediction.cap:.0%}; "
             f"bound of the chip {shares['ideal_microseconds']:.1f} us",
             report_lib.as_text(prediction.result),
         ]
