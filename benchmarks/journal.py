@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -10,15 +11,19 @@ from pathlib import Path
 from benchmarks import environment
 
 
-def fingerprint() -> dict[str, str]:
+def fingerprint(*more: Path) -> dict[str, str]:
     """What results depend on: the kernel's and the instrument's sources, the compiler.
 
-    The data files beside the sources hold no code and do not count.
+    Args:
+      *more: Other files. Data files beside the sources are among them only here.
     """
     digest = hashlib.sha256()
-    for folder in ("jax_kernels", "benchmarks/tpu_timing"):
-        for path in sorted((environment.ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
+    folders = (
+        environment.ROOT / name for name in ("jax_kernels", "benchmarks/tpu_timing")
+    )
+    sources = (path for folder in folders for path in sorted(folder.rglob("*.py")))
+    for path in itertools.chain(sources, more):
+        digest.update(path.read_bytes())
     described = environment.describe("")
     versions = {name: described[name] for name in ("jax", "libtpu")}
     return {"kernel": digest.hexdigest()[:16], **versions}

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from benchmarks import cases, compiler, environment, journal, predict
 from benchmarks.tpu_timing import CHIPS, Chip, Program
+from jax_kernels.ragged_paged_attention import tuned
 
 CLIFF = 0.5
 # Neighbours on an axis are at most this far apart; a little more than doubling.
@@ -133,11 +134,7 @@ def cliffs(points: list[Point]) -> Iterator[str]:
         members = with_window if axis == "window" else points
         for group in _groups(members, axis):
             for near, far in itertools.pairwise(group):
-                # A context of 0 and its neighbours are fresh sequences.
-                sizes = [getattr(p, axis) + p.new_tokens for p in (near, far)]
-                if axis != "context":
-                    sizes = [getattr(p, axis) for p in (near, far)]
-                if sizes[1] > NEIGHBOUR_RATIO * sizes[0]:
+                if _size(far, axis) > NEIGHBOUR_RATIO * _size(near, axis):
                     continue
                 low, high = sorted((near, far), key=lambda p: p.efficiency)
                 if low.efficiency < CLIFF * high.efficiency:
@@ -146,6 +143,13 @@ def cliffs(points: list[Point]) -> Iterator[str]:
                         f"({low.microseconds:.1f} us), beside {high.name} with "
                         f"{high.efficiency:.1%} ({high.microseconds:.1f} us)"
                     )
+
+
+def _size(point: Point, axis: str) -> int:
+    """Where a point is on an axis; a context counts with the new tokens."""
+    if axis == "context":
+        return point.context + point.new_tokens
+    return getattr(point, axis)
 
 
 def models_behind(points: list[Point]) -> Iterator[str]:
@@ -314,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--only: expected the name of a case, got {options.only}")
     try:
         known = (
-            journal.Journal(options.journal, journal.fingerprint())
+            journal.Journal(options.journal, journal.fingerprint(tuned.DATA_FILE))
             if options.journal
             else None
         )

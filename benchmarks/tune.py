@@ -46,7 +46,6 @@ from benchmarks.tpu_timing import CHIPS, Chip, SimulationError
 from jax_kernels.ragged_paged_attention import block_sizes, chips, tuned
 from jax_kernels.ragged_paged_attention.config import BlockSizes
 
-DATA_FILE = Path(tuned.__file__).with_name(tuned.FILE_NAME)
 # Sizes of a candidate, by the names of BlockSizes.
 SIZES = {
     "decode_block_kv": (128, 256, 512, 1024, 2048, 4096),
@@ -426,7 +425,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--measure", action="store_true", help="time on the TPU in place of predicting"
     )
     parser.add_argument("--journal", metavar="FILE", default="tune.jsonl")
-    parser.add_argument("--output", metavar="FILE", type=Path, default=DATA_FILE)
+    parser.add_argument("--output", metavar="FILE", type=Path, default=tuned.DATA_FILE)
     predict.add_model_arguments(parser.add_argument_group("shape of --custom"))
     options = parser.parse_args(arguments)
     if options.jobs < 1:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-FILE_NAME = "tuned_block_sizes.json"
+DATA_FILE = Path(__file__).with_name("tuned_block_sizes.json")
 # What a record says of each phase; the mixed loop has the blocks of prefill.
 PHASES = {
     "decode": ("decode_block_kv",),
@@ -195,11 +195,11 @@ def parse(text: str) -> tuple[TunedBlocks, ...]:
             shape = TunedShape(**entry["shape"])
             records.append(TunedBlocks(**{**entry, "shape": shape}))
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"record {number} of {FILE_NAME}: {error}") from error
+            raise ValueError(f"record {number} of {DATA_FILE.name}: {error}") from error
     keys = [record.key for record in records]
     twice = {key for key in keys if keys.count(key) > 1}
     if twice:
-        raise ValueError(f"{FILE_NAME}: expected each key once, got {twice} twice")
+        raise ValueError(f"{DATA_FILE.name}: expected each key once, got {twice} twice")
     return tuple(records)
 
 
@@ -213,4 +213,4 @@ def as_text(records: Iterable[TunedBlocks]) -> str:
 @functools.cache
 def shipped() -> tuple[TunedBlocks, ...]:
     """The records of this package, read once."""
-    return parse(Path(__file__).with_name(FILE_NAME).read_text())
+    return parse(DATA_FILE.read_text())

@@ -36,7 +36,13 @@ def test_results_of_another_kernel_are_refused(tmp_path):
     assert path.read_text() == before
 
 
-def test_the_fingerprint_names_kernel_and_compiler():
+def test_the_fingerprint_names_kernel_and_compiler(tmp_path):
     found = journal.fingerprint()
     assert set(found) == {"kernel", "jax", "libtpu"}
     assert found == journal.fingerprint()
+    data = tmp_path / "data.json"
+    seen = set()
+    for text in ("1", "2"):
+        data.write_text(text)
+        seen.add(journal.fingerprint(data)["kernel"])
+    assert len(seen | {found["kernel"]}) == 3
