@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import torch_rpa.transformers as rpa_transformers
-from torch_rpa.generate.page_allocator import OutOfPagesError
+from torch_rpa.scheduling import OutOfPagesError
 from torch_rpa.transformers import generate, generation
 
 # transformers 4.57 would rather have inputs on the device, where it compiles programs
@@ -222,7 +222,7 @@ def test_pages_are_given_back_when_a_text_ends(paged, monkeypatch):
     monkeypatch.setattr(generation, "_LockstepBatch", Batch)
     eos = int(paged_generate(paged, padded())[0, 24])
     paged_generate(paged, padded(), eos_token_id=eos)
-    assert batches[1].scheduler.requests[0].pages == []
+    assert batches[1].requests[0].pages == []
 
 
 def test_too_few_pages_are_reported(paged):

@@ -24,12 +24,14 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from torch_rpa.scheduling import OutOfPagesError, PageAllocator, Request, Scheduler
+from torch_rpa.scheduling.scheduler import pages_for
 from torch_rpa.transformers.guards import ATTENTION_NAME, check_attention
+from torch_rpa.transformers.model_runner import ModelRunner
+from torch_rpa.transformers.step_inputs import StepShapes, build_step_inputs
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
-
-    from torch_rpa.generate.engine import ModelRunner
 
 # What transformers adds to the arguments of a model and a ragged step replaces.
 _REPLACED_KWARGS = frozenset(
@@ -199,12 +201,6 @@ class _LockstepBatch:
         max_tokens_per_step: int | None,
         cache_dtype: torch.dtype | None,
     ):
-        # Here, since the engine itself imports this package.
-        from torch_rpa.generate.batching import StepShapes
-        from torch_rpa.generate.engine import EngineOptions, ModelRunner
-        from torch_rpa.generate.page_allocator import PageAllocator
-        from torch_rpa.generate.scheduler import Scheduler, pages_for
-
         device = model.device.type
         step_tokens = max_tokens_per_step or sum(map(len, prompts))
         # A program serves all batches of similar size; the CPU needs no program.
@@ -217,22 +213,25 @@ class _LockstepBatch:
             pages_per_sequence=pages_per_sequence,
         )
         self.scheduler = Scheduler(
-            prompts,
             PageAllocator(num_pages or len(prompts) * pages_per_sequence),
             page_size=page_size,
-            max_new_tokens=max_new_tokens,
+            max_num_sequences=len(prompts),
             max_tokens_per_step=step_tokens,
+            prefix_caching=False,  # all prompts start at once
+            lookahead=False,  # the caller chooses every token
         )
-        options = EngineOptions(
-            device=device, page_size=page_size, cache_dtype=cache_dtype
-        )
-        self.runner: ModelRunner = ModelRunner(
+        self.requests = [Request(prompt, max_new_tokens) for prompt in prompts]
+        for request in self.requests:
+            self.scheduler.add(request)
+        self.runner = ModelRunner(
             model,
-            self.scheduler.allocator.num_pages,
-            options,
+            num_pages=self.scheduler.allocator.num_pages,
+            page_size=page_size,
+            cache_dtype=cache_dtype,
             fill_caches_first=step_tokens < sum(map(len, prompts)),
         )
-        self._rows = {r: index for index, r in enumerate(self.scheduler.requests)}
+        self._indices = {r: index for index, r in enumerate(self.requests)}
+        self._live = set(self.requests)
         self._logits: torch.Tensor | None = None
 
     def next_logits(self) -> torch.Tensor:
@@ -242,31 +241,35 @@ class _LockstepBatch:
             float32 ``[B, vocabulary]`` on the CPU. Sequences that have ended keep the
             logits that they ended with.
         """
-        from torch_rpa.generate.batching import build_step_inputs
-
         new = self._logits
-        while rows := self.scheduler.next_step():
+        while rows := self.scheduler.schedule():
             logits = self.runner.logits(build_step_inputs(rows, self.shapes))
             if new is self._logits:  # earlier ones may be kept by the caller
-                empty = logits.new_zeros(len(self._rows), logits.shape[1])
+                empty = logits.new_zeros(len(self.requests), logits.shape[1])
                 new = empty if new is None else new.clone()
             assert new is not None
             for row, row_logits in zip(rows, logits, strict=False):
                 if row.is_last:
-                    new[self._rows[row.request]] = row_logits
-            self.scheduler.advance(rows)
+                    new[self._indices[row.request]] = row_logits
+        if not all(request.is_pending for request in self._live):
+            raise OutOfPagesError(
+                f"{len(self._live)} sequences do not fit "
+                f"{self.scheduler.allocator.num_pages} pages together: raise "
+                "num_pages, or ask for fewer or shorter sequences at once"
+            )
         assert new is not None
         self._logits = new
         return new
 
     def append(self, index: int, token: int) -> None:
         """Gives a sequence its next token, which the next step computes."""
-        self.scheduler.requests[index].generated.append(token)
+        self.requests[index].append(token)
 
     def end(self, index: int) -> None:
         """Frees the pages of a sequence; may be repeated."""
-        request = self.scheduler.requests[index]
-        if request in self.scheduler.live:
+        request = self.requests[index]
+        if request in self._live:
+            self._live.remove(request)
             self.scheduler.end(request)
 
 

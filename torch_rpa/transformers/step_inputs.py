@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from torch_rpa.generate.scheduler import Row
+from torch_rpa.scheduling import Row
 from torch_rpa.transformers.context import RaggedBatch
 
 
@@ -27,7 +27,7 @@ class StepShapes:
     pages_per_sequence: int
 
     def bucket(self, num_tokens: int) -> int:
-        """Returns the smallest bucket that holds so many tokens."""
+        """Returns the smallest bucket that holds so many tokens; ValueError if none."""
         for size in self.token_buckets:
             if num_tokens <= size:
                 return size
@@ -40,6 +40,7 @@ class StepInputs(NamedTuple):
     """What a model call takes, all of static shape."""
 
     input_ids: torch.Tensor  # i64[1, T]
+    pending_rows: torch.Tensor  # i64[1, T] which row of the last step has the id, or -1
     position_ids: torch.Tensor  # i64[1, T]
     last_tokens: torch.Tensor  # i64[S] where in T each sequence ends
     batch: RaggedBatch
@@ -49,17 +50,23 @@ class StepInputs(NamedTuple):
         batch = RaggedBatch(*(tensor.to(device) for tensor in self.batch))
         return StepInputs(
             self.input_ids.to(device),
+            self.pending_rows.to(device),
             self.position_ids.to(device),
             self.last_tokens.to(device),
             batch,
         )
 
 
-def build_step_inputs(rows: Sequence[Row], shapes: StepShapes) -> StepInputs:
-    """Lays the rows end to end and pads.
+def build_step_inputs(
+    rows: Sequence[Row], shapes: StepShapes, size: int | None = None
+) -> StepInputs:
+    """Lays the rows end to end and pads, to a bucket or to ``size`` tokens.
 
-    Two rows, of one token (with 4 cached) and of three (new), T = 8, S = 3::
+    Two rows, of one token (with 4 cached) and of three (new), T = 8, S = 3; the one
+    token is not known yet, row 1 of the step before generates it::
 
+        input_ids     0  a  b  c  0  0  0  0
+        pending_rows  1 -1 -1 -1 -1 -1 -1 -1
         position_ids  4  0  1  2  0  0  0  0
         cu_q_lens     0  1  4  4
         kv_lens       5  3  0
@@ -67,25 +74,32 @@ def build_step_inputs(rows: Sequence[Row], shapes: StepShapes) -> StepInputs:
         distribution  1  1  2
     """
     tokens: list[int] = []
+    if size is None:
+        size = shapes.bucket(sum(row.num_tokens for row in rows))
+    pending_rows = [-1] * size
     positions: list[int] = []
     kv_lens: list[int] = []
     cu_q_lens = [0]
     page_table: list[int] = []
     num_decodes = 0
-    for request, num_tokens in rows:
-        first, end = request.num_cached, request.num_cached + num_tokens
-        tokens += request.tokens[first:end]
-        positions += range(first, end)
-        kv_lens.append(end)
+    for row in rows:
+        request = row.request
+        tokens += request.tokens[row.start : row.end]
+        if row.pending_row is not None:
+            pending_rows[len(tokens)] = row.pending_row
+            tokens.append(0)
+        positions += range(row.start, row.end)
+        kv_lens.append(row.end)
         cu_q_lens.append(len(tokens))
         page_table += _padded(request.pages, shapes.pages_per_sequence)
-        if num_tokens == 1 and num_decodes == len(kv_lens) - 1:
+        if row.num_tokens == 1 and num_decodes == len(kv_lens) - 1:
             num_decodes += 1
-    size, num_seqs = shapes.bucket(len(tokens)), shapes.num_sequences
+    num_seqs = shapes.num_sequences
     last_tokens = [start - 1 for start in cu_q_lens[1:]]
     cu_q_lens += [len(tokens)] * (num_seqs - len(rows))
     return StepInputs(
         torch.tensor([_padded(tokens, size)]),
+        torch.tensor([pending_rows]),
         torch.tensor([_padded(positions, size)]),
         torch.tensor(_padded(last_tokens, num_seqs)),
         RaggedBatch(

@@ -1,0 +1,91 @@
+"""What the scheduler knows about a request."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One prompt and what has been generated for it.
+
+    Attributes:
+        tokens: Token ids: the prompt, and what is known of the text after it.
+        max_new_tokens: Most tokens to generate.
+        num_prompt: How many of the tokens are the prompt.
+        pages: Pages that hold its keys and values, in order of position.
+        num_cached: Leading tokens whose keys and values are in the pages, once the
+            steps planned so far have run.
+        pending_row: The row of the latest step that generates a token for it, as long
+            as that token is unknown; else None.
+        num_shared: Leading tokens that were found in the cache, not computed, when
+            the request last started.
+        num_published: Leading pages that others may share.
+        num_preemptions: How often it lost its pages.
+    """
+
+    tokens: list[int]
+    max_new_tokens: int
+    num_prompt: int = dataclasses.field(init=False)
+    pages: list[int] = dataclasses.field(default_factory=list)
+    num_cached: int = 0
+    pending_row: int | None = None
+    num_shared: int = 0
+    num_published: int = 0
+    num_preemptions: int = 0
+    _page_keys: list[bytes] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+        if not self.tokens:
+            raise ValueError("prompt must have at least one token, got 0")
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens must be at least 1, got {self.max_new_tokens}"
+            )
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the prompt."""
+        return self.tokens[: self.num_prompt]
+
+    @property
+    def generated(self) -> list[int]:
+        """Token ids after the prompt."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_generated(self) -> int:
+        """Generated tokens, a pending one included."""
+        return len(self.tokens) - self.num_prompt + self.is_pending
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a planned step generates a token that is not known yet."""
+        return self.pending_row is not None
+
+    @property
+    def num_uncached(self) -> int:
+        """Tokens that are not in the cache yet, a pending one included."""
+        return len(self.tokens) + self.is_pending - self.num_cached
+
+    def append(self, token: int) -> None:
+        """Adds a generated token, which was pending if a step made it."""
+        self.tokens.append(token)
+        self.pending_row = None
+
+    def page_keys(self, page_size: int) -> Sequence[bytes]:
+        """Returns a key for each page that the known tokens fill.
+
+        A key stands for all tokens up to the end of its page: it is the digest of the
+        key before it and of the page's own tokens.
+        """
+        for page in range(len(self._page_keys), len(self.tokens) // page_size):
+            before = self._page_keys[-1] if self._page_keys else b""
+            tokens = self.tokens[page * page_size : (page + 1) * page_size]
+            data = before + array("q", tokens).tobytes()
+            self._page_keys.append(hashlib.blake2b(data, digest_size=16).digest())
+        return self._page_keys

@@ -1,0 +1,132 @@
+"""An engine for asyncio: each request is an asynchronous generator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from torch_rpa.serving.engine import Engine, Params
+from torch_rpa.serving.outputs import RequestUpdate
+
+Result = TypeVar("Result")
+
+
+class AsyncEngine:
+    """Runs the steps of an engine in a thread of its own while requests wait.
+
+    One task has the engine to itself: it runs steps as long as there are requests, and
+    between two steps what others ask for. Use it from one event loop. ::
+
+        async with AsyncEngine(engine) as server:
+            async for update in server.generate(prompt_ids, params):
+                print(update.new_tokens)
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._calls: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
+        self._queues: dict[str, asyncio.Queue[RequestUpdate | Exception]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: Params = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncIterator[RequestUpdate]:
+        """Yields the updates of one request; leaving the loop early cancels it.
+
+        Args:
+            prompt_ids: As in ``Engine.add_request``, which tells what is raised.
+            params: Likewise.
+            request_id: Likewise.
+        """
+        queue: asyncio.Queue[RequestUpdate | Exception] = asyncio.Queue()
+
+        def add() -> str:
+            name = self.engine.add_request(prompt_ids, params, request_id=request_id)
+            self._queues[name] = queue
+            return name
+
+        name = await self._call(add)
+        try:
+            while True:
+                update = await queue.get()
+                if isinstance(update, Exception):
+                    raise update
+                yield update
+                if update.is_last:
+                    break
+        finally:
+            if self._queues.pop(name, None) is not None:
+                # Nobody waits for it: a generator may be closed in a cancelled task.
+                self._request(lambda: self.engine.cancel(name))
+
+    async def cancel(self, request_id: str) -> bool:
+        """Ends a request, whose generator gets a last update; see ``Engine.cancel``."""
+        return await self._call(lambda: self.engine.cancel(request_id))
+
+    async def close(self) -> None:
+        """Cancels every request, waits for the last step and ends the thread."""
+        for name in list(self._queues):
+            self._request(lambda name=name: self.engine.cancel(name))
+        while self._task is not None:
+            await asyncio.wait([self._task])
+        self._thread.shutdown()
+
+    async def _call(self, function: Callable[[], Result]) -> Result:
+        return await self._request(function)
+
+    def _request(self, function: Callable[[], Result]) -> asyncio.Future[Result]:
+        """Has a function called between two steps."""
+        future = asyncio.get_running_loop().create_future()
+        self._calls.append((function, future))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        return future
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._calls or self.engine.has_unfinished:
+                self._make_calls()
+                if not self.engine.has_unfinished:
+                    continue
+                for update in await loop.run_in_executor(
+                    self._thread, self.engine.step
+                ):
+                    self._deliver(update)
+        except Exception as error:
+            for queue in self._queues.values():
+                queue.put_nowait(error)
+            self._queues.clear()
+            self._fail_calls(error)
+        finally:
+            self._task = None
+
+    def _make_calls(self) -> None:
+        calls, self._calls = self._calls, []
+        for function, future in calls:
+            if future.cancelled():
+                continue
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _deliver(self, update: RequestUpdate) -> None:
+        queue = self._queues.get(update.request_id)
+        if queue is not None:
+            queue.put_nowait(update)
+        if update.is_last:
+            self._queues.pop(update.request_id, None)

@@ -1,0 +1,121 @@
+"""Sizes of an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from torch_rpa.scheduling.scheduler import pages_for
+from torch_rpa.transformers.step_inputs import StepShapes
+
+# Longer sequences must be asked for: a page table and a cache have to hold them.
+_USUAL_SEQUENCE_LENGTH = 4096
+# Tokens of a step are padded to a multiple of this.
+_TOKEN_ALIGNMENT = 8
+# Each bucket of tokens is so many times the one before.
+_BUCKET_RATIO = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """Limits and cache of an engine; none but ``cache_dtype`` changes a token.
+
+    Attributes:
+        max_num_sequences: Most requests that run at the same time, S.
+        max_tokens_per_step: Budget of tokens of a step; longer prompts take several.
+        max_sequence_length: Most tokens of a prompt and its text. None is what the
+            model knows positions for, and at most 4096.
+        page_size: Tokens in a page of the cache; 128 is a good size on a TPU.
+        num_pages: Pages in the cache of each layer. None is enough for
+            ``max_num_sequences`` of ``max_sequence_length``.
+        token_buckets: Sizes that steps are padded to, ascending, the last one at least
+            ``max_tokens_per_step``. On an XLA device each is compiled. None takes
+            ``max_num_sequences`` and multiples by 4 up to ``max_tokens_per_step``.
+        cache_dtype: What keys and values are stored as; None is the model's dtype.
+        prefix_caching: Keep full pages, and share them between requests that begin
+            with the same tokens.
+        lookahead: Start each step before the tokens of the one before are on the host.
+        device: ``"xla"`` or ``"cpu"``; None is where the model is.
+        seed: For requests without a seed of their own.
+    """
+
+    max_num_sequences: int = 16
+    max_tokens_per_step: int = 256
+    max_sequence_length: int | None = None
+    page_size: int = 16
+    num_pages: int | None = None
+    token_buckets: tuple[int, ...] | None = None
+    cache_dtype: torch.dtype | None = None
+    prefix_caching: bool = True
+    lookahead: bool = True
+    device: str | None = None
+    seed: int = 0
+
+    def sequence_length(self, config: Any) -> int:
+        """Returns the most tokens of a sequence, for a model's text config.
+
+        Raises:
+            ValueError: ``max_sequence_length`` is more than the model's positions.
+            NotImplementedError: Positions are scaled by the longest sequence of the
+                batch, so that requests would change each other's tokens.
+        """
+        limit = getattr(config, "max_position_embeddings", None)
+        usual = min(limit or _USUAL_SEQUENCE_LENGTH, _USUAL_SEQUENCE_LENGTH)
+        unscaled = _unscaled_length(config)
+        if self.max_sequence_length is None:
+            return usual if unscaled is None else min(usual, unscaled)
+        if limit is not None and self.max_sequence_length > limit:
+            raise ValueError(
+                f"max_sequence_length must be at most the model's {limit} positions, "
+                f"got {self.max_sequence_length}"
+            )
+        if unscaled is not None and self.max_sequence_length > unscaled:
+            raise NotImplementedError(
+                f"max_sequence_length must be at most {unscaled} for this model, got "
+                f"{self.max_sequence_length}: beyond it transformers scales the "
+                "positions of all sequences by the longest one of the step"
+            )
+        return self.max_sequence_length
+
+    def step_shapes(self, sequence_length: int) -> StepShapes:
+        """Returns the static sizes of the steps."""
+        return StepShapes(
+            token_buckets=self.token_buckets or self._default_buckets(),
+            num_sequences=self.max_num_sequences,
+            pages_per_sequence=pages_for(sequence_length, self.page_size),
+        )
+
+    def _default_buckets(self) -> tuple[int, ...]:
+        sizes = [_aligned(self.max_num_sequences)]
+        while sizes[-1] < self.max_tokens_per_step:
+            sizes.append(
+                min(sizes[-1] * _BUCKET_RATIO, _aligned(self.max_tokens_per_step))
+            )
+        return tuple(sizes)
+
+
+def _aligned(num_tokens: int) -> int:
+    return -(-num_tokens // _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT
+
+
+def _unscaled_length(config: Any) -> int | None:
+    """Returns up to which length rotary positions do not depend on the batch."""
+    # "rope_scaling" before transformers 5; one for each kind of layer in some models.
+    scaling = getattr(config, "rope_parameters", None) or getattr(
+        config, "rope_scaling", None
+    )
+    scaling = scaling or {}
+    nested = [value for value in scaling.values() if isinstance(value, dict)]
+    for parameters in nested or [scaling]:
+        if parameters.get("rope_type", parameters.get("type")) in (
+            "dynamic",
+            "longrope",
+        ):
+            return (
+                parameters.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or config.max_position_embeddings
+            )
+    return None

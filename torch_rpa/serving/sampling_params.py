@@ -1,0 +1,154 @@
+"""What a request asks for: how to choose its tokens and when to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import GenerationConfig
+
+# Fields of a GenerationConfig that would change the tokens and are not supported, with
+# the values that change nothing.
+_UNSUPPORTED = {
+    "assistant_early_exit": (None,),
+    "bad_words_ids": (None,),
+    "begin_suppress_tokens": (None,),
+    "constraints": (None,),
+    "diversity_penalty": (None, 0.0),
+    "dola_layers": (None,),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "max_time": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "min_p": (None, 0.0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beam_groups": (None, 1),
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "penalty_alpha": (None, 0.0),
+    "prompt_lookup_num_tokens": (None,),
+    "remove_invalid_values": (None, False),
+    "repetition_penalty": (None, 1.0),
+    "sequence_bias": (None,),
+    "suppress_tokens": (None,),
+    "token_healing": (None, False),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "watermarking_config": (None,),
+}
+# What generate() of transformers takes for fields that are not set.
+_TOP_K, _MAX_NEW_TOKENS = 50, 20
+_MAX_LENGTHS = (None, 20)  # of transformers 5 and 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """Sampling and stop conditions of one request; greedy by default.
+
+    Attributes:
+        max_new_tokens: Most tokens to generate.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Sample among so many most likely tokens; 0 is all.
+        top_p: Sample among the most likely tokens that make up this share; 1 is all.
+        seed: The same seed gives the same text, whatever else is in the batch. None
+            draws one from the engine's.
+        eos_token_ids: Each ends the text, and is its last token.
+        stop_sequences: Token ids that end the text, and are its end.
+        stop_strings: Text that ends the text; needs the engine's tokenizer. The last
+            token is the one that completes it.
+    """
+
+    max_new_tokens: int = _MAX_NEW_TOKENS
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Lists are fine, and a lone string is one of them.
+        strings = self.stop_strings
+        strings = (strings,) if isinstance(strings, str) else tuple(strings)
+        for name, value in (
+            ("eos_token_ids", tuple(self.eos_token_ids)),
+            ("stop_sequences", tuple(tuple(s) for s in self.stop_sequences)),
+            ("stop_strings", strings),
+        ):
+            object.__setattr__(self, name, value)
+        for name, is_valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("stop_sequences", all(self.stop_sequences), "one token or more each"),
+            ("stop_strings", all(self.stop_strings), "one character or more each"),
+        ):
+            if not is_valid:
+                raise ValueError(
+                    f"{name} must be {expected}, got {getattr(self, name)!r}"
+                )
+
+    @classmethod
+    def from_generation_config(
+        cls, config: GenerationConfig, **changes: Any
+    ) -> SamplingParams:
+        """Returns what a generation config of transformers asks for.
+
+        Fields that are not set mean what they mean to ``model.generate``.
+
+        Args:
+            config: Greedy or sampling.
+            changes: Attributes that are to differ.
+
+        Raises:
+            NotImplementedError: The config asks for what would change the tokens and
+                is not supported, such as beams or a repetition penalty.
+        """
+        unsupported = {
+            name: value
+            for name, neutral in _UNSUPPORTED.items()
+            if (value := getattr(config, name, None)) not in neutral
+        }
+        if unsupported:
+            raise NotImplementedError(
+                f"generation_config must leave out {unsupported}: they would change "
+                "the tokens and cannot be served; use model.generate(..., "
+                "custom_generate=torch_rpa.transformers.generate)"
+            )
+        if config.max_new_tokens is None and config.max_length not in _MAX_LENGTHS:
+            raise NotImplementedError(
+                f"generation_config must set max_new_tokens, got max_length "
+                f"{config.max_length}, which depends on the prompt"
+            )
+        fields: dict[str, Any] = {
+            "eos_token_ids": _token_ids(config.eos_token_id),
+            "stop_strings": config.stop_strings or (),
+        }
+        if config.max_new_tokens is not None:
+            fields["max_new_tokens"] = config.max_new_tokens
+        if config.do_sample:
+            for name, default in (
+                ("temperature", 1.0),
+                ("top_k", _TOP_K),
+                ("top_p", 1.0),
+            ):
+                value = getattr(config, name)
+                fields[name] = default if value is None else value
+        return cls(**{**fields, **changes})
+
+
+def _token_ids(ids: int | Iterable[int] | None) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)

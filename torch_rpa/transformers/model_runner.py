@@ -1,0 +1,130 @@
+"""A model on its device with its paged caches; knows nothing about requests."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from transformers import PreTrainedModel
+
+from torch_rpa.transformers.attention import use_rpa
+from torch_rpa.transformers.context import RPAContext, empty_kv_caches
+from torch_rpa.transformers.step_inputs import StepInputs
+
+
+class ModelRunner:
+    """Runs a model over ragged steps.
+
+    Attributes:
+        model: The model, on ``device``, with this project's attention.
+        device: Where the model and its caches are.
+        kv_caches: One paged cache for each layer, updated in place by every step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_pages: int,
+        page_size: int,
+        device: torch.device | str | None = None,
+        cache_dtype: torch.dtype | None = None,
+        fill_caches_first: bool = True,
+    ):
+        """Moves the model to its device and makes its caches.
+
+        Args:
+            model: A causal language model of transformers. It is switched to this
+                project's attention.
+            num_pages: Pages in the cache of each layer.
+            page_size: Tokens in a page.
+            device: ``"xla"`` or ``"cpu"``; None is where the model is.
+            cache_dtype: What keys and values are stored as; None is the model's dtype.
+            fill_caches_first: Make the caches in a program of their own. Otherwise the
+                first step's program makes them: one program fewer, unless more steps
+                have the first one's sizes, as in chunked prefill.
+        """
+        self.device = torch.device(device or model.device)
+        if self.device.type not in ("xla", "cpu"):
+            raise ValueError(f"device must be 'xla' or 'cpu', got {str(device)!r}")
+        if self.is_xla:
+            # torch_xla must open the device before anything imports JAX.
+            import torch_xla
+
+            self.device = torch_xla.device()
+        self.model = use_rpa(model)
+        if model.device != self.device:
+            self.model.to(self.device)  # pyright: ignore[reportArgumentType]
+            self.model.tie_weights()  # moving to an XLA device unties them
+        self.kv_caches = empty_kv_caches(
+            self.model,
+            num_pages,
+            page_size,
+            dtype=cache_dtype or model.dtype,
+            device=self.device,
+        )
+        if fill_caches_first:
+            self.sync()
+
+    @property
+    def is_xla(self) -> bool:
+        """Whether steps are compiled, and run while the host goes on."""
+        return self.device.type == "xla"
+
+    @torch.no_grad()
+    def forward(
+        self, inputs: StepInputs, last_generated: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Computes a step; on an XLA device it runs at the next ``sync``.
+
+        Args:
+            inputs: On any device.
+            last_generated: i64 ``[S]`` on the device, one token for each row of the
+                step before; needed if ``inputs.pending_rows`` refers to it.
+
+        Returns:
+            Logits ``[S, vocabulary]``: what may follow the last token of each row.
+        """
+        inputs = inputs.to(self.device)
+        input_ids = inputs.input_ids
+        if last_generated is not None:
+            rows = inputs.pending_rows
+            generated = last_generated[rows.clamp(min=0)]
+            input_ids = torch.where(rows < 0, input_ids, generated)
+        return self.model(
+            input_ids=input_ids,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+            rpa=RPAContext(self.kv_caches, inputs.batch),
+            logits_to_keep=inputs.last_tokens,
+        ).logits[0]
+
+    def logits(self, inputs: StepInputs) -> torch.Tensor:
+        """Computes a step and returns its logits, float32 ``[S, vocabulary]``, on CPU.
+
+        Row ``s`` says what may follow the last token of sequence ``s``.
+        """
+        logits = self.forward(inputs).float()
+        self.sync()
+        return logits.cpu()
+
+    def sync(self) -> None:
+        """Starts all that is pending on an XLA device, without waiting for it.
+
+        Without it, reading the tokens would leave the cache updates pending: they would
+        join the next step's graph and lose their buffers.
+        """
+        if self.is_xla:
+            import torch_xla
+
+            torch_xla.sync()
+
+
+def num_compilations() -> int:
+    """Programs that torch_xla has compiled in this process so far."""
+    if "torch_xla" not in sys.modules:
+        return 0
+    import torch_xla.debug.metrics
+
+    compile_times = torch_xla.debug.metrics.metric_data("CompileTime")
+    return compile_times[0] if compile_times else 0
