@@ -15,6 +15,7 @@ CORE = [
 ]
 LIBTPU = ["libtpu>=0.0.42,<=0.0.52"]
 HF = ["transformers>=4.57,<6", "tqdm>=4.60"]
+PLOT = ["matplotlib>=3.8"]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.5",
@@ -38,8 +39,9 @@ setup(
     extras_require={
         "tpu": LIBTPU,
         "hf": HF,
+        "plot": PLOT,
         # libtpu compiles for every chip without one, so the tests need it as well.
-        "test": TEST + HF + LIBTPU,
+        "test": TEST + HF + PLOT + LIBTPU,
         "dev": DEV,
     },
 )

@@ -3,7 +3,16 @@
 import os
 import pathlib
 
+import hypothesis
 import pytest
+
+# Property tests share two cores with compilations: time says nothing about them.
+hypothesis.settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("untimed")
 
 
 def _has_tpu() -> bool:

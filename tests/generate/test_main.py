@@ -1,5 +1,6 @@
 """The command line: what it prints, checks and refuses."""
 
+import io
 import runpy
 import sys
 
@@ -33,7 +34,7 @@ def test_the_built_in_model_passes_its_check_on_the_xla_device(capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "--- Once upon a time\n" in out
-    assert "compilations          2\n" in out
+    assert "compilations            3\n" in out  # prefill, decode and the caches
     assert "check passed: 32 tokens" in out
 
 
@@ -42,7 +43,7 @@ def test_a_model_directory_passes_its_check(model_directory, capsys):
     assert main([*arguments, "--prompt", "one", "--prompt", "two two"]) == 0
     out = capsys.readouterr().out
     assert "--- one\n" in out and "--- two two\n" in out
-    assert "prompt tokens         10\n" in out
+    assert "prompt tokens           10\n" in out
     assert "check passed: 12 tokens" in out
 
 
@@ -60,14 +61,74 @@ def test_a_difference_fails_the_check_and_is_named(monkeypatch, capsys):
 
 def test_bfloat16_and_a_small_cache_dtype_run(capsys):
     assert main([*SHORT, "--dtype", "bfloat16", "--cache-dtype", "int8"]) == 0
-    assert "generated tokens      24\n" in capsys.readouterr().out
+    assert "generated tokens        24\n" in capsys.readouterr().out
+
+
+def test_prompts_come_from_arguments_a_file_or_standard_input(
+    tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "prompts.txt"
+    file.write_text("second\n\nthird\n", encoding="utf-8")
+    arguments = ["--prompt", "first", "--prompt-file"]
+    assert main([*SHORT, *arguments, str(file)]) == 0
+    from_file = capsys.readouterr().out
+    headings = [line for line in from_file.splitlines() if line.startswith("---")]
+    assert headings == ["--- first", "--- second", "--- third"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("second\nthird\n"))
+    assert main([*SHORT, *arguments, "-"]) == 0
+    from_stdin = capsys.readouterr().out
+    assert from_stdin.split("requests")[0] == from_file.split("requests")[0]
+
+
+def test_streamed_texts_are_the_same_texts(capsys):
+    arguments = [*SHORT, "--prompt", "one", "--temperature", "1", "--seed", "3"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out.split("--- one\n")[1].split("\n\nrequests")[0]
+    assert main([*arguments, "--stream"]) == 0
+    assert capsys.readouterr().out.split("\n\nrequests")[0] == f"one{text}"
+    assert main([*arguments, "--seed", "4"]) == 0
+    assert text not in capsys.readouterr().out
+
+
+def test_a_trace_is_replayed_checked_and_plotted(tmp_path, capsys):
+    trace, picture = tmp_path / "trace.jsonl", tmp_path / "steps.png"
+    prefix = '"prefix": "p", "prefix_tokens": 32'
+    for index in range(5):
+        with trace.open("a") as file:
+            file.write(
+                f'{{"arrival_step": {4 * index}, "prompt_tokens": {40 + index}, '
+            )
+            file.write(f"{prefix}}}\n")
+    arguments = ["--trace", str(trace), "--check", "--plot", str(picture)]
+    assert main([*SHORT, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "requests                5\n" in out
+    assert "prompt tokens           210\n" in out
+    assert "  from prefix cache     128\n" in out
+    assert "check passed: 30 tokens" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_requests_that_do_not_fit_fail_and_the_others_are_printed(capsys):
+    arguments = [*SHORT, "--num-pages", "1", "--prompt", "a", "--prompt", "b" * 20]
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "--- a\n" in out
+    assert f"error: '{'b' * 20}': 21 prompt tokens and 6 new ones need 2 pages" in err
+
+
+def test_a_missing_matplotlib_is_reported_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*SHORT, "--plot", "steps.png"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "--plot needs matplotlib: pip install matplotlib" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-pages", "3"], "raise num_pages (--num-pages)"),
-        (["--max-tokens-per-step", "2"], "at least the 4 prompts"),
+        (["--trace", "no/such/file"], "No such file"),
+        (["--max-num-sequences", "4", "--max-tokens-per-step", "2"], "each of the 4"),
         (["--model", "no/such/directory"], "model must be a directory"),
         (["--page-size", "12"], "page_size must be a power of two"),
     ],
@@ -83,6 +144,9 @@ def test_user_mistakes_are_one_line(arguments, message, capsys):
     [
         ["--check", "--dtype", "bfloat16"],
         ["--check", "--cache-dtype", "float8_e4m3fn"],
+        ["--check", "--temperature", "1"],
+        ["--trace", "file", "--prompt", "a"],
+        ["--trace", "file", "--stream"],
         ["--max-new-tokens", "0"],
         ["--device", "cuda"],
     ],

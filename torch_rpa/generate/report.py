@@ -45,8 +45,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "--plot needs matplotlib: pip install matplotlib, or pip install "
-            "'torch-rpa[plot]'"
+            "--plot needs matplotlib: pip install matplotlib, or the extra [plot] of "
+            "this package"
         ) from error
 
 

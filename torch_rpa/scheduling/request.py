@@ -19,8 +19,8 @@ class Request:
         pages: Pages that hold its keys and values, in order of position.
         num_cached: Leading tokens whose keys and values are in the pages, once the
             steps planned so far have run.
-        pending_row: The row of the latest step that generates a token for it, as long
-            as that token is unknown; else None.
+        num_pending: Tokens after those, which steps planned so far generate.
+        pending_row: The row of the latest step that generates one.
         num_shared: Leading tokens that were found in the cache, not computed, when
             the request last started.
         num_published: Leading pages that others may share.
@@ -32,7 +32,8 @@ class Request:
     num_prompt: int = dataclasses.field(init=False)
     pages: list[int] = dataclasses.field(default_factory=list)
     num_cached: int = 0
-    pending_row: int | None = None
+    num_pending: int = 0
+    pending_row: int = 0
     num_shared: int = 0
     num_published: int = 0
     num_preemptions: int = 0
@@ -59,23 +60,18 @@ class Request:
 
     @property
     def num_generated(self) -> int:
-        """Generated tokens, a pending one included."""
-        return len(self.tokens) - self.num_prompt + self.is_pending
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether a planned step generates a token that is not known yet."""
-        return self.pending_row is not None
+        """Known tokens after the prompt."""
+        return len(self.tokens) - self.num_prompt
 
     @property
     def num_uncached(self) -> int:
-        """Tokens that are not in the cache yet, a pending one included."""
-        return len(self.tokens) + self.is_pending - self.num_cached
+        """Tokens that are not in the cache yet, pending ones included."""
+        return len(self.tokens) + self.num_pending - self.num_cached
 
     def append(self, token: int) -> None:
-        """Adds a generated token, which was pending if a step made it."""
+        """Adds the token that has been pending for longest."""
         self.tokens.append(token)
-        self.pending_row = None
+        self.num_pending -= 1
 
     def page_keys(self, page_size: int) -> Sequence[bytes]:
         """Returns a key for each page that the known tokens fill.

@@ -127,7 +127,8 @@ class Scheduler:
         if num_preemptions == self.num_preemptions:
             while budget and self._start_next():
                 request = self.running[-1]
-                sizes[request] = min(request.num_uncached, budget)
+                num_known = len(request.tokens) - request.num_cached
+                sizes[request] = min(num_known, budget)
                 budget -= sizes[request]
         # Stable: requests keep their order within each group.
         ordered = sorted(sizes.items(), key=lambda item: item[1] > 1)
@@ -143,12 +144,11 @@ class Scheduler:
 
     def _num_ready(self, request: Request) -> int:
         """Tokens of a request that a step may compute now; 0 if it is preempted."""
-        stops_at_pending = (
-            not self.lookahead or request.num_generated >= request.max_new_tokens
-        )
-        if not request.pages or (request.is_pending and stops_at_pending):
+        if not request.pages:
             return 0
-        return request.num_uncached
+        num_generated = request.num_generated + request.num_pending
+        goes_on = self.lookahead and num_generated < request.max_new_tokens
+        return request.num_uncached if goes_on or not request.num_pending else 0
 
     def _row(self, index: int, request: Request, num_tokens: int) -> Row:
         is_last = num_tokens == request.num_uncached
@@ -157,11 +157,12 @@ class Scheduler:
             request.num_cached,
             num_tokens,
             is_last,
-            request.pending_row if is_last else None,
+            request.pending_row if is_last and request.num_pending else None,
         )
         request.num_cached = row.end
         if is_last:
             request.pending_row = index
+            request.num_pending += 1
         return row
 
     def _grow(self, request: Request) -> bool:

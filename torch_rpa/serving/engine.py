@@ -60,8 +60,8 @@ class Engine:
 
     A step is planned, and its tensors are built, while the device runs the one before,
     whose tokens stay on the device and become inputs there. The host waits once in a
-    step, for token ids. So it sees the end of a text one step late; the surplus token is
-    dropped.
+    step, for token ids. So it sees the end of a text one step late, and drops the
+    surplus token.
 
     Attributes:
         stats: What the steps so far did.

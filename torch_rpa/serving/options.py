@@ -102,11 +102,9 @@ def _aligned(num_tokens: int) -> int:
 
 def _unscaled_length(config: Any) -> int | None:
     """Returns up to which length rotary positions do not depend on the batch."""
-    # "rope_scaling" before transformers 5; one for each kind of layer in some models.
-    scaling = getattr(config, "rope_parameters", None) or getattr(
-        config, "rope_scaling", None
-    )
-    scaling = scaling or {}
+    # Of another name before transformers 5; one for each kind of layer in some models.
+    name = "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"
+    scaling = getattr(config, name, None) or {}
     nested = [value for value in scaling.values() if isinstance(value, dict)]
     for parameters in nested or [scaling]:
         if parameters.get("rope_type", parameters.get("type")) in (

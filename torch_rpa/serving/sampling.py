@@ -110,8 +110,12 @@ def _mix(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _shift(bits: torch.Tensor, count: int) -> torch.Tensor:
-    """Shifts right and fills with zeros, which ``>>`` on i32 does not."""
-    return (bits >> count) & ((1 << (32 - count)) - 1)
+    """Shifts right and fills with zeros, which ``>>`` on i32 does not.
+
+    torch_xla 2.9 divides instead of shifting, which is the same for multiples.
+    """
+    multiple = bits & -(1 << count)
+    return (multiple >> count) & ((1 << (32 - count)) - 1)
 
 
 def _random_bits(seed: int, position: int) -> tuple[int, int]:

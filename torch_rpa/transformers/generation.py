@@ -251,7 +251,7 @@ class _LockstepBatch:
             for row, row_logits in zip(rows, logits, strict=False):
                 if row.is_last:
                     new[self._indices[row.request]] = row_logits
-        if not all(request.is_pending for request in self._live):
+        if not all(request.num_pending for request in self._live):
             raise OutOfPagesError(
                 f"{len(self._live)} sequences do not fit "
                 f"{self.scheduler.allocator.num_pages} pages together: raise "

@@ -1,0 +1,274 @@
+"""Generation for all prompts at once equals the model's own, one by one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.support.tiny_llama import build_llama
+from torch_rpa.generate.check import reference_generate
+from torch_rpa.serving import Engine, EngineOptions, RequestStatus, SamplingParams
+
+NEW_TOKENS = 12
+GREEDY = SamplingParams(max_new_tokens=NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Four prompts whose lengths straddle pages of 8: 1, 8, 9 and 21 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        torch.randint(0, 256, (length,), generator=generator).tolist()
+        for length in (1, 8, 9, 21)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(eager, prompts):
+    return expected_tokens(eager, prompts)
+
+
+def expected_tokens(model, prompts, **keywords):
+    return [
+        reference_generate(model, prompt, max_new_tokens=NEW_TOKENS, **keywords)
+        for prompt in prompts
+    ]
+
+
+def engine_of(model, *, on_step=lambda record: None, tokenizer=None, **keywords):
+    defaults = {
+        "max_num_sequences": 4,
+        "max_tokens_per_step": 40,
+        "max_sequence_length": 64,
+        "page_size": 8,
+        "device": "cpu",
+    }
+    options = EngineOptions(**{**defaults, **keywords})
+    return Engine(model, options, on_step=on_step, tokenizer=tokenizer)
+
+
+def tokens_of(results):
+    return [output.generated_tokens for output in results.values()]
+
+
+@pytest.mark.parametrize("device", ["cpu", "xla"])
+def test_tokens_equal_the_models_own(prompts, expected, device):
+    assert len({tuple(tokens) for tokens in expected}) == len(prompts)
+    steps = []
+    engine = engine_of(build_llama("rpa"), device=device, on_step=steps.append)
+    results = engine.generate_batch(prompts, GREEDY)
+    assert tokens_of(results) == expected
+    assert list(results) == ["req_0", "req_1", "req_2", "req_3"]
+    assert {output.status for output in results.values()} == {RequestStatus.FINISHED}
+    assert {output.finish_reason for output in results.values()} == {"length"}
+    assert [step.num_tokens for step in steps] == [39] + [4] * 11
+    assert engine.stats.num_generated == len(prompts) * NEW_TOKENS
+    assert engine.stats.num_surplus == 0
+
+
+@pytest.mark.parametrize("budget", [4, 10])
+def test_prefill_in_chunks_gives_the_same_tokens(paged, prompts, expected, budget):
+    steps = []
+    engine = engine_of(paged, max_tokens_per_step=budget, on_step=steps.append)
+    assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected
+    assert max(step.num_tokens for step in steps) == budget
+
+
+@pytest.mark.parametrize(
+    "shape", [{"head_dim": 128}, {"num_kv_heads": 1}, {"num_kv_heads": 4}]
+)
+def test_other_heads_agree(prompts, shape):
+    expected = expected_tokens(build_llama("eager", **shape), prompts)
+    engine = engine_of(build_llama("rpa", **shape))
+    assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "xla"])
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_bfloat16_models_run_with_every_kind_of_cache(prompts, device, cache_dtype):
+    model = build_llama("rpa").to(torch.bfloat16)
+    engine = engine_of(model, device=device, cache_dtype=cache_dtype)
+    results = engine.generate_batch(prompts, GREEDY)
+    assert list(map(len, tokens_of(results))) == [NEW_TOKENS] * len(prompts)
+
+
+def test_the_first_bfloat16_token_is_nearly_the_best(eager, prompts):
+    # The budget: twice what rounding the model itself to bfloat16 costs.
+    rounded = build_llama("eager").to(torch.bfloat16)
+    engine = engine_of(build_llama("rpa").to(torch.bfloat16))
+    for output in engine.generate_batch(prompts, GREEDY).values():
+        prompt = torch.tensor([output.prompt_ids])
+        with torch.no_grad():
+            logits = eager(prompt).logits[0, -1]
+            error = (rounded(prompt).logits[0, -1] - logits).abs().max()
+        assert logits[output.generated_tokens[0]] >= logits.max() - 2 * error
+
+
+def test_end_of_text_frees_pages_and_leaves_the_others_alone(
+    eager, paged, prompts, expected
+):
+    # A token that some prompts generate early and others late or never.
+    eos = expected[0][3]
+    stopped = expected_tokens(eager, prompts, eos_token_ids=[eos])
+    assert len(stopped[0]) == expected[0].index(eos) + 1 < NEW_TOKENS
+    assert max(map(len, stopped)) == NEW_TOKENS
+    engine = engine_of(paged)
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, eos_token_ids=(eos,))
+    results = engine.generate_batch(prompts, params)
+    assert tokens_of(results) == stopped
+    assert results["req_0"].finish_reason == "stop"
+    assert engine.scheduler.allocator.num_held == 0
+    assert engine.stats.num_surplus == sum(len(t) < NEW_TOKENS for t in stopped)
+
+
+def test_stop_sequences_end_a_text(paged, prompts, expected):
+    tokens = expected[3]
+    stop = (tuple(tokens[4:6]), (1, 2, 3))
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, stop_sequences=stop)
+    (output,) = engine_of(paged).generate_batch(prompts[3:], params).values()
+    assert output.generated_tokens == tokens[:6]
+    assert output.finish_reason == "stop"
+
+
+class Letters:
+    """A tokenizer whose token 3 is "<3>"."""
+
+    def decode(self, token_ids, skip_special_tokens):
+        return "".join(f"<{token}>" for token in token_ids)
+
+
+def test_stop_strings_may_lie_across_tokens(paged, prompts, expected):
+    tokens = expected[3]
+    string = f"{tokens[4]}><{tokens[5]}"
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, stop_strings=string)
+    engine = engine_of(paged, tokenizer=Letters())
+    (output,) = engine.generate_batch(prompts[3:], params).values()
+    assert output.generated_tokens == tokens[:6]
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        engine_of(paged).add_request([1], params)
+
+
+def test_the_models_generation_config_is_the_default(paged, prompts, expected):
+    engine = engine_of(paged)
+    results = engine.generate_batch(prompts, max_new_tokens=NEW_TOKENS)
+    assert tokens_of(results) == expected
+    config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    results = engine.generate_batch(prompts, config)
+    assert tokens_of(results) == [tokens[:3] for tokens in expected]
+
+
+def test_each_request_has_parameters_of_its_own(paged, prompts, expected):
+    params = [SamplingParams(max_new_tokens=n) for n in (1, 2, 3, 4)]
+    results = engine_of(paged).generate_batch(prompts, params)
+    assert tokens_of(results) == [
+        tokens[:n] for tokens, n in zip(expected, (1, 2, 3, 4), strict=True)
+    ]
+
+
+def test_a_conversation_goes_on_from_its_cached_pages(paged, prompts, expected):
+    engine = engine_of(paged)
+    engine.generate_batch(prompts[3:], GREEDY)
+    longer = prompts[3] + expected[3] + [5]  # 32 tokens of it are in the cache
+    (output,) = engine.generate_batch([longer], GREEDY).values()
+    assert output.num_shared_tokens == 32
+    (alone,) = engine_of(paged).generate_batch([longer], GREEDY).values()
+    assert output.generated_tokens == alone.generated_tokens
+
+
+def test_requests_come_and_go_while_others_run(paged, prompts, expected):
+    engine = engine_of(paged)
+    engine.add_request(prompts[3], GREEDY, request_id="long")
+    seen = []
+    for number, update in enumerate(engine.stream()):
+        seen.append((update.request_id, update.new_tokens, update.is_last))
+        if number == 3:
+            engine.add_request(prompts[0], GREEDY, request_id="late")
+    for name, tokens in (("long", expected[3]), ("late", expected[0])):
+        own = [(new, last) for who, new, last in seen if who == name]
+        assert own == [([t], i == NEW_TOKENS - 1) for i, t in enumerate(tokens)]
+    assert [who for who, _, _ in seen].index("late") < NEW_TOKENS - 1
+
+
+def test_a_cancelled_request_frees_its_pages_and_hurts_nobody(paged, prompts, expected):
+    engine = engine_of(paged, max_num_sequences=3)
+    for index, prompt in enumerate(prompts):
+        engine.add_request(prompt, GREEDY, request_id=str(index))
+    outputs = {}
+    for number, update in enumerate(engine.stream()):
+        outputs[update.request_id] = update.output
+        if number == 4:
+            assert engine.cancel("0") and engine.cancel("3")  # running and waiting
+            assert not engine.cancel("0") and not engine.cancel("nobody")
+    assert outputs["0"].status == outputs["3"].status == RequestStatus.CANCELLED
+    assert outputs["0"].generated_tokens == expected[0][:2]
+    assert outputs["3"].generated_tokens == []
+    assert [outputs[name].generated_tokens for name in "12"] == expected[1:3]
+    assert engine.scheduler.allocator.num_held == 0
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"max_sequence_length": 32}, "21 prompt tokens and 12 new ones must be at"),
+        ({"num_pages": 3}, "need 4 pages, got 3 in all: raise num_pages"),
+    ],
+)
+def test_a_request_that_can_never_fit_fails_alone(
+    paged, prompts, expected, keywords, message
+):
+    engine = engine_of(paged, **keywords)
+    results = list(engine.generate_batch(prompts, GREEDY).values())
+    assert results[3].status == RequestStatus.FAILED and results[3].is_finished()
+    assert message in results[3].error and results[3].generated_tokens == []
+    assert [output.generated_tokens for output in results[:3]] == expected[:3]
+
+
+def test_outputs_tell_when_things_happened(paged, prompts):
+    (output,) = engine_of(paged).generate_batch(prompts[3:], GREEDY).values()
+    times = [output.created_time, output.lifespan[0], *output.timestamps]
+    assert times == sorted(times)
+    assert len(output.timestamps) == NEW_TOKENS
+    assert output.lifespan[1] >= output.timestamps[-1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "keywords", "message"),
+    [
+        ([], {}, "prompt must have at least one token, got 0"),
+        ([1, 258], {}, "at least 0 and below 258, got 1 to 258"),
+        ([-1], {}, "at least 0 and below 258, got -1 to -1"),
+        ([1], {"request_id": "taken"}, "request_id must be new, got 'taken' again"),
+    ],
+)
+def test_malformed_requests_are_refused_at_once(paged, prompt, keywords, message):
+    engine = engine_of(paged)
+    engine.add_request([1], GREEDY, request_id="taken")
+    with pytest.raises(ValueError, match=message):
+        engine.add_request(prompt, GREEDY, **keywords)
+    assert len([u for u in engine.stream() if u.is_last]) == 1
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"max_sequence_length": 513}, "at most the model's 512 positions, got 513"),
+        ({"device": "cuda"}, "'xla' or 'cpu', got 'cuda'"),
+        ({"page_size": 12}, "page_size must be a power of two"),
+        ({"token_buckets": (8, 16)}, "num_tokens must be at most 16, got 40"),
+        ({"max_tokens_per_step": 3}, "each of the 4 sequences, got 3"),
+    ],
+)
+def test_impossible_options_are_refused(paged, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        engine_of(paged, **keywords)
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_positions_scaled_by_the_batch_are_refused_where_they_would_be(name):
+    scaling = {"rope_type": "dynamic", "original_max_position_embeddings": 100}
+    for parameters in (scaling, {"full_attention": scaling}):
+        config = SimpleNamespace(**{name: parameters}, max_position_embeddings=400)
+        assert EngineOptions().sequence_length(config) == 100
+        with pytest.raises(NotImplementedError, match="at most 100 for this model"):
+            EngineOptions(max_sequence_length=101).sequence_length(config)

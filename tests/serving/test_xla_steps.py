@@ -1,0 +1,88 @@
+"""On an XLA device: few programs, nothing on the CPU, one wait in a step."""
+
+import pytest
+
+from torch_rpa.serving import Engine, EngineOptions, SamplingParams
+
+OPTIONS = EngineOptions(
+    max_num_sequences=3,
+    max_tokens_per_step=16,
+    max_sequence_length=40,
+    page_size=8,
+    num_pages=11,  # shapes of its own, so that no other test has compiled them
+)
+PROMPTS = [[7] * 3, [8] * 20, [9] * 9, [7] * 3]
+PARAMS = [
+    SamplingParams(max_new_tokens=6),
+    SamplingParams(max_new_tokens=9, temperature=1.0, top_k=9, seed=1),
+    SamplingParams(max_new_tokens=12),
+    SamplingParams(max_new_tokens=8, eos_token_ids=(5,)),
+]
+
+
+@pytest.fixture(scope="module")
+def engine(paged_on_xla):
+    engine = Engine(paged_on_xla, OPTIONS)
+    engine.warm_up()
+    return engine
+
+
+def test_warming_up_compiles_all_programs_and_serving_none(engine, paged_on_xla):
+    # Buckets of 8 and 16 tokens, each greedy and sampling, and the caches.
+    assert engine.stats.num_compilations == engine.stats.max_compilations == 5
+    first = engine.generate_batch(PROMPTS, PARAMS)
+    assert engine.stats.num_compilations == 5
+    second = Engine(paged_on_xla, OPTIONS)  # the programs are known by now
+    results = second.generate_batch(PROMPTS, PARAMS)
+    assert second.stats.num_compilations == 0
+    assert [o.generated_tokens for o in results.values()] == [
+        o.generated_tokens for o in first.values()
+    ]
+
+
+def test_a_step_runs_one_program_and_waits_once_and_leaves_nothing_to_the_cpu(engine):
+    import torch_xla.debug.metrics as metrics
+
+    def count(name):
+        data = metrics.metric_data(name)
+        return data[0] if data else 0
+
+    names = ("ExecuteTime", "TransferFromDeviceTime")
+    metrics.clear_counters()
+    before, steps = [count(name) for name in names], engine.stats.num_steps
+    engine.generate_batch(PROMPTS, PARAMS)
+    num_steps = engine.stats.num_steps - steps
+    assert num_steps > 10
+    assert [count(n) - b for n, b in zip(names, before, strict=True)] == [
+        num_steps,
+        num_steps,
+    ]
+    assert [name for name in metrics.counter_names() if name.startswith("aten::")] == []
+
+
+def test_tokens_reach_the_host_after_the_next_step_has_started(engine, monkeypatch):
+    events = []
+    start, finish = Engine._start, Engine._finish
+
+    def log_start(self, rows):
+        events.append("start")
+        return start(self, rows)
+
+    def log_finish(self, flight):
+        events.append("finish")
+        return finish(self, flight)
+
+    monkeypatch.setattr(Engine, "_start", log_start)
+    monkeypatch.setattr(Engine, "_finish", log_finish)
+    engine.generate_batch([[3]], SamplingParams(max_new_tokens=3))
+    assert events == ["start", "start", "finish", "start", "finish", "finish"]
+
+
+def test_caches_keep_their_buffers(engine):
+    import torch_xla
+
+    pointer = torch_xla._XLAC._unsafe_buffer_pointer
+    caches = engine._runner.kv_caches
+    before = [pointer(cache) for cache in caches]
+    engine.generate_batch(PROMPTS, PARAMS)
+    assert [pointer(cache) for cache in caches] == before
