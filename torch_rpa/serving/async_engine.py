@@ -52,14 +52,15 @@ class AsyncEngine:
             request_id: Likewise.
         """
         queue: asyncio.Queue[RequestUpdate | Exception] = asyncio.Queue()
+        added: list[str] = []
 
-        def add() -> str:
+        def add() -> None:
             name = self.engine.add_request(prompt_ids, params, request_id=request_id)
+            added.append(name)
             self._queues[name] = queue
-            return name
 
-        name = await self._call(add)
         try:
+            await self._call(add)
             while True:
                 update = await queue.get()
                 if isinstance(update, Exception):
@@ -68,9 +69,9 @@ class AsyncEngine:
                 if update.is_last:
                     break
         finally:
-            if self._queues.pop(name, None) is not None:
-                # Nobody waits for it: a generator may be closed in a cancelled task.
-                self._request(lambda: self.engine.cancel(name))
+            if added and self._queues.pop(added[0], None) is not None:
+                # Nobody awaits it: this may be the end of a cancelled task.
+                self._call(lambda: self.engine.cancel(added[0]))
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a request, whose generator gets a last update; see ``Engine.cancel``."""
@@ -79,15 +80,12 @@ class AsyncEngine:
     async def close(self) -> None:
         """Cancels every request, waits for the last step and ends the thread."""
         for name in list(self._queues):
-            self._request(lambda name=name: self.engine.cancel(name))
+            self._call(lambda name=name: self.engine.cancel(name))
         while self._task is not None:
             await asyncio.wait([self._task])
         self._thread.shutdown()
 
-    async def _call(self, function: Callable[[], Result]) -> Result:
-        return await self._request(function)
-
-    def _request(self, function: Callable[[], Result]) -> asyncio.Future[Result]:
+    def _call(self, function: Callable[[], Result]) -> asyncio.Future[Result]:
         """Has a function called between two steps."""
         future = asyncio.get_running_loop().create_future()
         self._calls.append((function, future))
@@ -110,7 +108,9 @@ class AsyncEngine:
             for queue in self._queues.values():
                 queue.put_nowait(error)
             self._queues.clear()
-            self._fail_calls(error)
+            for _, future in self._calls:
+                future.set_exception(error)
+            self._calls.clear()
         finally:
             self._task = None
 

@@ -1,0 +1,166 @@
+"""Requests of many tasks share one engine, and each gets its own tokens."""
+
+import asyncio
+
+import pytest
+import torch
+
+from torch_rpa.serving import (
+    AsyncEngine,
+    Engine,
+    EngineOptions,
+    RequestStatus,
+    SamplingParams,
+)
+
+GREEDY = SamplingParams(max_new_tokens=9)
+PROMPTS = [[5], [7] * 11, [1, 2, 3, 4], [9] * 20]
+
+
+@pytest.fixture
+def engine(paged):
+    return Engine(
+        paged,
+        EngineOptions(
+            max_num_sequences=3,
+            max_tokens_per_step=16,
+            max_sequence_length=64,
+            page_size=8,
+            device="cpu",
+        ),
+    )
+
+
+@pytest.fixture
+def expected(engine):
+    results = engine.generate_batch(PROMPTS, GREEDY)
+    return [output.generated_tokens for output in results.values()]
+
+
+async def tokens_of(server, prompt):
+    return [
+        token
+        async for update in server.generate(prompt, GREEDY)
+        for token in update.new_tokens
+    ]
+
+
+def test_tasks_get_their_tokens(engine, expected):
+    async def main():
+        async with AsyncEngine(engine) as server:
+            together = await asyncio.gather(*(tokens_of(server, p) for p in PROMPTS))
+            return together, await tokens_of(server, PROMPTS[0])  # after a rest
+
+    together, again = asyncio.run(main())
+    assert together == expected and again == expected[0]
+
+
+def test_leaving_the_loop_cancels_the_request(engine, expected):
+    async def main():
+        async with AsyncEngine(engine) as server:
+            other = asyncio.create_task(tokens_of(server, PROMPTS[1]))
+            stream = server.generate([3] * 9, SamplingParams(max_new_tokens=50))
+            async for update in stream:
+                break
+            await stream.aclose()
+            assert await other == expected[1]
+            return update.output
+
+    output = asyncio.run(main())
+    assert output.status == RequestStatus.CANCELLED
+    assert len(output.generated_tokens) < 49
+    assert engine.scheduler.allocator.num_held == 0 and not engine.has_unfinished
+
+
+def test_a_cancelled_task_cancels_its_request(engine):
+    async def main():
+        async with AsyncEngine(engine) as server:
+            task = asyncio.create_task(tokens_of(server, PROMPTS[0]))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(main())
+    assert engine.scheduler.allocator.num_held == 0 and not engine.has_unfinished
+
+
+def test_cancelling_by_name_ends_the_loop(engine):
+    async def main():
+        async with AsyncEngine(engine) as server:
+            long = SamplingParams(max_new_tokens=50)
+            updates = []
+            async for update in server.generate([3], long, request_id="long"):
+                updates.append(update)
+                if len(updates) == 1:
+                    assert await server.cancel("long")
+            assert not await server.cancel("long")
+            return updates
+
+    updates = asyncio.run(main())
+    assert updates[-1].is_last
+    assert updates[-1].output.status == RequestStatus.CANCELLED
+
+
+def test_closing_cancels_what_runs(engine):
+    async def main():
+        server = AsyncEngine(engine)
+        task = asyncio.create_task(tokens_of(server, PROMPTS[3]))
+        await asyncio.sleep(0.01)
+        await server.close()
+        return await task
+
+    assert len(asyncio.run(main())) < 9
+    assert engine.scheduler.allocator.num_held == 0
+
+
+def test_malformed_and_failing_requests_tell_their_own_task(engine, expected):
+    async def main():
+        async with AsyncEngine(engine) as server:
+            other = asyncio.create_task(tokens_of(server, PROMPTS[2]))
+            with pytest.raises(ValueError, match="at least one token"):
+                await tokens_of(server, [])
+            too_long = server.generate([1] * 60, GREEDY)
+            (update,) = [update async for update in too_long]
+            assert update.output.status == RequestStatus.FAILED
+            assert "must be at most 64 together" in update.output.error
+            assert await other == expected[2]
+
+    asyncio.run(main())
+
+
+def test_an_error_in_a_step_reaches_every_task(engine, monkeypatch):
+    def broken(inputs, last_generated=None):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._runner, "forward", broken)
+
+    async def main():
+        async with AsyncEngine(engine) as server:
+            return await asyncio.gather(
+                *(tokens_of(server, p) for p in PROMPTS), return_exceptions=True
+            )
+
+    errors = asyncio.run(main())
+    assert [str(error) for error in errors] == ["out of memory"] * len(PROMPTS)
+
+
+def test_steps_run_outside_of_the_event_loop(engine):
+    threads = set()
+    forward = engine._runner.forward
+
+    def logged(inputs, last_generated=None):
+        import threading
+
+        threads.add(threading.current_thread().name)
+        assert not torch.is_grad_enabled()
+        return forward(inputs, last_generated)
+
+    engine._runner.forward = logged
+
+    async def main():
+        async with AsyncEngine(engine) as server:
+            await tokens_of(server, PROMPTS[0])
+
+    asyncio.run(main())
+    assert threads == {"engine_0"}
