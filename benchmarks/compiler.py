@@ -22,6 +22,8 @@ from benchmarks.tpu_timing import CHIPS, Program, load_kernel
 
 KERNEL_NAME = "rpa"
 TOPOLOGIES = {"tpu7x": "tpu7x:2x2x1", "v6e": "v6e:2x2", "v5e": "v5e:2x2"}
+# An extreme candidate of the tuner may keep the compiler busy for ever.
+MAX_SECONDS = 900
 # The files of one kernel that the instrument reads. All the others go.
 _KEPT = ("packed-bundles-post-ra", "final_bundles", "post-ra", "static-per-bundle-util")
 
@@ -40,17 +42,26 @@ def compile_program(
       blocks: ``decode_block_kv``, ``block_q`` and ``block_kv``; the defaults if None.
 
     Raises:
-      RuntimeError: The compiler failed; its last words are in the message.
+      RuntimeError: The compiler failed; its last words are in the message. Or it took
+        more than ``MAX_SECONDS``.
     """
     with tempfile.TemporaryDirectory(prefix="rpa-schedule-") as directory:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.compiler", directory, chip],
-            cwd=environment.ROOT,
-            env=_child_environment(directory),
-            input=json.dumps({"shape": dataclasses.asdict(shape), "blocks": blocks}),
-            capture_output=True,
-            text=True,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.compiler", directory, chip],
+                cwd=environment.ROOT,
+                env=_child_environment(directory),
+                input=json.dumps(
+                    {"shape": dataclasses.asdict(shape), "blocks": blocks}
+                ),
+                capture_output=True,
+                text=True,
+                timeout=MAX_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(
+                f"compiling for {chip} took more than {MAX_SECONDS} seconds"
+            ) from error
         if done.returncode:
             raise RuntimeError(
                 f"compiling for {chip} failed with exit status {done.returncode}:\n"

@@ -110,6 +110,12 @@ def test_a_failed_compilation_shows_the_last_words_of_the_compiler():
         compiler.compile_program(shape, "tpu7x")
 
 
+def test_a_compilation_that_does_not_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(compiler, "MAX_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match=r"took more than 0\.1 seconds"):
+        compiler.compile_program(cases.BY_NAME[DECODE].shape, "tpu7x")
+
+
 def test_baseline_is_cycles_by_case(toy_compiler, tmp_path):
     path = tmp_path / "baseline.json"
     predict.main(["--case", DECODE, "--baseline", str(path)])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import cases, environment, journal, tune
+from benchmarks import cases, environment, journal, measure, timing, tune
 from benchmarks.tpu_timing import CHIPS
 from jax_kernels.ragged_paged_attention import tuned
 from jax_kernels.ragged_paged_attention.config import BlockSizes
@@ -127,6 +127,27 @@ def test_a_large_candidate_does_not_fit_and_says_so(chip):
         blocks = BlockSizes(1 << 16, 256, 512)
         tune.check_fits(LLAMA, CHIPS[chip], blocks, "decode")
     tune.check_fits(LLAMA, CHIPS[chip], blocks, "prefill")
+
+
+def test_measured_times_are_cycles_of_the_chip(monkeypatch):
+    timed = []
+
+    def time_with_jax(case, repetition, attention):
+        timed.append((case.lengths, attention.keywords["block_sizes"]))
+        return "TPU v6 lite", timing.summarize([1e-6, 2e-6, 9e-6])
+
+    monkeypatch.setattr(measure, "time_with_jax", time_with_jax)
+    found = tune.time_blocks(LLAMA, CHIPS["v6e"], DEFAULT)
+    steps = [step for steps in cases.TUNING_STEPS.values() for step in steps]
+    assert timed == [(step, DEFAULT) for step in steps]
+    assert found["decode"]["128*1/512"] == pytest.approx(2e-6 * 1.755e9)
+
+    def fails(*_):
+        raise ValueError("block_sizes: too large")
+
+    monkeypatch.setattr(measure, "time_with_jax", fails)
+    with pytest.raises(tune.CandidateError, match="too large"):
+        tune.time_blocks(LLAMA, CHIPS["v6e"], DEFAULT)
 
 
 @pytest.fixture
