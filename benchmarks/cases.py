@@ -7,7 +7,7 @@ with equal static parts share a program, as the steps of a server do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -319,6 +319,18 @@ def tuning_shape(
 
 TABLES = {"main": MAIN, "models": MODELS, "sweep": SWEEP}
 BY_NAME = {case.name: case for cases in TABLES.values() for case in cases}
+
+
+def names_in_short(members: Iterable[Case]) -> list[str]:
+    """Names of cases; those of one program that differ by lengths on one line."""
+    lengths: dict[str, list[str]] = {}
+    for case in members:
+        program, _, step = case.name.partition(":")
+        lengths.setdefault(program, []).append(step)
+    return [
+        f"{program}:LENGTHS, {len(steps)} such as {steps[0]}" if any(steps) else program
+        for program, steps in lengths.items()
+    ]
 
 
 def select(names: list[str]) -> list[Case]:

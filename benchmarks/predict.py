@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.list:
         for name, members in cases.TABLES.items():
-            print(f"{name}:", *(case.name for case in members), sep="\n  ")
+            print(f"{name}:", *cases.names_in_short(members), sep="\n  ")
         return 0
     if options.plot:
         from benchmarks import plots

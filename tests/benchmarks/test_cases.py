@@ -38,3 +38,9 @@ def test_mixed_parts_add_up_to_the_mixed_step():
     assert whole.shape == decodes.shape == chunk.shape
     assert whole.ideal.bytes == decodes.ideal.bytes + chunk.ideal.bytes
     assert whole.ideal.flops == decodes.ideal.flops + chunk.ideal.flops
+
+
+def test_names_in_short_keep_a_program_on_one_line():
+    names = cases.names_in_short(cases.select(["llama:8*1/512", "llama:8*1/1024"]))
+    assert names == ["llama:LENGTHS, 2 such as 8*1/512"]
+    assert cases.names_in_short(cases.MAIN) == [case.name for case in cases.MAIN]
