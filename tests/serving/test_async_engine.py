@@ -60,8 +60,7 @@ def test_leaving_the_loop_cancels_the_request(engine, expected):
         async with AsyncEngine(engine) as server:
             other = asyncio.create_task(tokens_of(server, PROMPTS[1]))
             stream = server.generate([3] * 9, SamplingParams(max_new_tokens=50))
-            async for update in stream:
-                break
+            update = await anext(stream)
             await stream.aclose()
             assert await other == expected[1]
             return update.output

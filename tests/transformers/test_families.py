@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tests.transformers import families
 from tests.transformers.families import PROVEN, REFUSED
+from torch_rpa.serving import Engine, EngineOptions, SamplingParams
 from torch_rpa.transformers import (
     RaggedBatch,
     RPAContext,
@@ -109,6 +110,28 @@ def test_a_ragged_batch_generates_the_tokens_of_eager_attention(model):
         **inputs, custom_generate=generate, max_tokens_per_step=11
     )
     assert torch.equal(got, expected)
+
+
+def test_an_engine_generates_the_tokens_of_eager_attention(model):
+    """With a shared beginning, chunks, preemptions, and windows that end inside."""
+    eager = copy.deepcopy(model)
+    options = EngineOptions(
+        max_num_sequences=3,
+        max_tokens_per_step=12,
+        max_sequence_length=40,
+        page_size=8,
+        num_pages=8,
+    )
+    engine = Engine(model, options)
+    (shared,) = random_tokens(1, 17).tolist()
+    prompts = [shared, [*shared, 5], [7, 8, 9], [*shared[:9], 4, 4]]
+    results = engine.generate_batch(prompts, SamplingParams(max_new_tokens=14))
+    assert engine.stats.num_preemptions and engine.stats.num_shared_tokens
+    for output in results.values():
+        tokens = torch.tensor([output.prompt_ids + output.generated_tokens])
+        with torch.no_grad():
+            best = eager(tokens, use_cache=False).logits[0].argmax(dim=-1)
+        assert output.generated_tokens == best[len(output.prompt_ids) - 1 : -1].tolist()
 
 
 @pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)

@@ -48,6 +48,7 @@ _UNSUPPORTED = {
 # What generate() of transformers takes for fields that are not set.
 _TOP_K, _MAX_NEW_TOKENS = 50, 20
 _MAX_LENGTHS = (None, 20)  # of transformers 5 and 4
+_MIN_TEMPERATURE, _INF = 1e-5, float("inf")  # less would overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,11 @@ class SamplingParams:
             object.__setattr__(self, name, value)
         for name, is_valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < _INF,
+                f"0 or at least {_MIN_TEMPERATURE}, and finite",
+            ),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("stop_sequences", all(self.stop_sequences), "one token or more each"),

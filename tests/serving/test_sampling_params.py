@@ -1,0 +1,75 @@
+"""Parameters are checked, and a generation config is taken over or refused."""
+
+import pytest
+from transformers import GenerationConfig
+
+from torch_rpa.serving import SamplingParams
+
+
+def converted(**fields):
+    return SamplingParams.from_generation_config(GenerationConfig(**fields))
+
+
+def test_an_empty_config_is_greedy():
+    assert converted() == SamplingParams(max_new_tokens=20)
+
+
+def test_sampling_means_what_it_means_to_generate():
+    assert converted(do_sample=True) == SamplingParams(temperature=1.0, top_k=50)
+    fields = {"temperature": 0.5, "top_k": 0, "top_p": 0.9, "max_new_tokens": 7}
+    assert converted(do_sample=True, **fields) == SamplingParams(7, 0.5, 0, 0.9)
+
+
+def test_stop_conditions_are_taken_over():
+    params = converted(eos_token_id=[3, 4], stop_strings="end")
+    assert params == SamplingParams(eos_token_ids=(3, 4), stop_strings=("end",))
+    assert converted(eos_token_id=5).eos_token_ids == (5,)
+
+
+def test_changes_win_over_the_config():
+    config = GenerationConfig(max_new_tokens=5, eos_token_id=3)
+    params = SamplingParams.from_generation_config(config, max_new_tokens=6, seed=1)
+    assert params == SamplingParams(max_new_tokens=6, eos_token_ids=(3,), seed=1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_beams": 2},
+        {"repetition_penalty": 1.2},
+        {"no_repeat_ngram_size": 3},
+        {"min_p": 0.1, "do_sample": True},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"suppress_tokens": [1]},
+        {"min_new_tokens": 2},
+        {"max_length": 77},
+    ],
+)
+def test_what_would_change_the_tokens_is_refused(fields):
+    (name, *_) = fields
+    with pytest.raises(NotImplementedError, match=name):
+        converted(**fields)
+
+
+def test_lists_are_taken_as_tuples():
+    params = SamplingParams(eos_token_ids=[1], stop_sequences=[[1, 2]])
+    assert params == SamplingParams(eos_token_ids=(1,), stop_sequences=((1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be 0 or at least 1e-05"),
+        ({"temperature": float("inf")}, "and finite, got inf"),
+        ({"temperature": float("nan")}, "and finite, got nan"),
+        ({"top_k": -1}, r"top_k must be 0 \(all\) or more, got -1"),
+        ({"top_p": 0.0}, "top_p must be more than 0 and at most 1, got 0.0"),
+        ({"top_p": 1.1}, "at most 1, got 1.1"),
+        ({"stop_sequences": ((),)}, "one token or more each"),
+        ({"stop_strings": ("a", "")}, "one character or more each"),
+    ],
+)
+def test_impossible_values_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**fields)
