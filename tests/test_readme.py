@@ -1,24 +1,39 @@
-"""What the README prints as runnable runs."""
+"""What the READMEs print as runnable runs."""
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+SERVING = ROOT / "torch_rpa" / "serving" / "README.md"
 
 
-def block(marker: str) -> str:
+def block(marker: str, document: Path = README) -> str:
     """Returns the fenced block after a marker comment."""
     pattern = rf"<!-- {marker} -->\n```\w+\n(.*?)```"
-    found = re.findall(pattern, README.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.findall(pattern, document.read_text(encoding="utf-8"), re.DOTALL)
     assert len(found) == 1
     return found[0]
 
 
+def run(example: str, document: Path, names: dict) -> list[str]:
+    """Runs an example; returns what its comments say that it prints."""
+    exec(compile(example, str(document), "exec"), names)
+    return re.findall(r"print\(.*\)  # (.*)", example)
+
+
 def test_the_example_runs_as_printed(capsys):
-    example = block("example")
-    exec(compile(example, str(README), "exec"), {})
-    expected = re.findall(r"print\(.*\)  # (.*)", example)
+    expected = run(block("example"), README, {})
     assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_the_examples_of_serving_run_as_printed(capsys):
+    names: dict = {}
+    expected = run(block("serving example", SERVING), SERVING, names)
+    assert len(expected) == 3
+    assert capsys.readouterr().out.splitlines() == expected
+    (expected_line,) = run(block("async example", SERVING), SERVING, names)
+    assert capsys.readouterr().out.strip() == expected_line
 
 
 def test_the_commands_are_one_line_each():

@@ -1,1 +1,1 @@
-"""Generates text for several prompts at once: ``python -m torch_rpa.generate``."""
+"""The command line of torch_rpa.serving: ``python -m torch_rpa.generate``."""
