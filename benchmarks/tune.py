@@ -110,11 +110,13 @@ class Tuning:
 
     Attributes:
       blocks: The best sizes, by name.
-      cycles: Of each step with them.
-      default_cycles: Of each step with the model's sizes.
+      default_blocks: The model's.
+      cycles: Of each step with the best.
+      default_cycles: Of each step with the model's.
     """
 
     blocks: dict[str, int]
+    default_blocks: dict[str, int]
     cycles: dict[str, float]
     default_cycles: dict[str, float]
 
@@ -184,10 +186,12 @@ def tune(
         best = search.best or base
         if search.scores[best] * LEAST_GAIN > search.scores[base]:
             best = base
+        blocks, default_blocks = (
+            dict(zip(tuned.PHASES[phase], candidate, strict=True))
+            for candidate in (best, base)
+        )
         found[phase] = Tuning(
-            dict(zip(tuned.PHASES[phase], best, strict=True)),
-            cycles[phase][best],
-            cycles[phase][base],
+            blocks, default_blocks, cycles[phase][best], cycles[phase][base]
         )
     return found
 
@@ -325,6 +329,7 @@ class Run:
                 phase=phase,
                 shape=block_sizes.tuned_shape(problem, spec),
                 blocks=tuning.blocks,
+                default_blocks=tuning.default_blocks,
                 kind=self.kind,
                 cycles=_rounded(tuning.cycles),
                 default_cycles=_rounded(tuning.default_cycles),
@@ -335,17 +340,20 @@ class Run:
         self._write(records)
         return records
 
-    def _key(self, shape: cases.StaticShape, chip: Chip, candidate: Candidate) -> str:
-        sizes = "/".join(map(str, candidate))
-        return f"{self.kind} {chip.name} {shape} {sizes}"
+    def _key(
+        self, shape: cases.StaticShape, chip: Chip, blocks: BlockSizes, phase: str
+    ) -> str:
+        """Of a phase's part of a candidate in the journal."""
+        sizes = "/".join(map(str, _part(blocks, phase)))
+        return f"{self.kind} {chip.name} {shape} {phase} {sizes}"
 
     def _fits(
         self, shape: cases.StaticShape, chip: Chip, blocks: BlockSizes, phase: str
     ) -> bool:
         """Whether a phase fits; noted where not."""
-        key = f"{self._key(shape, chip, _part(blocks, phase))} {phase}"
+        key = self._key(shape, chip, blocks, phase)
         if key in self.known.records:
-            return False
+            return "failure" not in self.known.records[key]
         try:
             check_fits(shape, chip, blocks, phase)
         except CandidateError as error:
@@ -356,19 +364,24 @@ class Run:
     def _evaluate(
         self, shape: cases.StaticShape, chip: Chip, blocks: BlockSizes
     ) -> dict[str, dict[str, float]]:
-        """The result of a candidate: known, or tried and noted."""
-        key = self._key(shape, chip, dataclasses.astuple(blocks))
-        if key not in self.known.records:
+        """The result of a candidate: known of both phases, or tried and noted."""
+        keys = {phase: self._key(shape, chip, blocks, phase) for phase in tuned.PHASES}
+        records = self.known.records
+        if not all(key in records for key in keys.values()):
+            # What fails, fails as a whole.
+            together = " ".join(keys.values())
+            if together in records:
+                raise CandidateError(records[together]["failure"])
             try_blocks = predict_blocks if self.kind == "prediction" else time_blocks
             try:
-                record: dict = {"cycles": try_blocks(shape, chip, blocks)}
+                found = try_blocks(shape, chip, blocks)
             except CandidateError as error:
-                record = {"failure": str(error)}
-            self.known.append(key, record)
-        record = self.known.records[key]
-        if "failure" in record:
-            raise CandidateError(record["failure"])
-        return record["cycles"]
+                self.known.append(together, {"failure": str(error)})
+                raise
+            for phase, key in keys.items():
+                if key not in records:
+                    self.known.append(key, {"cycles": found[phase]})
+        return {phase: records[key]["cycles"] for phase, key in keys.items()}
 
     def _written(self) -> tuple[tuned.TunedBlocks, ...]:
         """The records of the data file."""

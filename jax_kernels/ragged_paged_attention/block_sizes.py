@@ -77,9 +77,10 @@ def explain(
 ) -> Choice:
     """What ``choose`` gives and why.
 
-    Each phase takes the sizes tuned for its shape on this chip, else those of the
-    nearest shape (``tuned.distance``), else the model's. All are then cut to the
-    context, the number of tokens and the VMEM of the chip.
+    Each phase takes the sizes tuned for its shape on this chip. Else those of the
+    model, as many times larger or smaller as was best for the nearest shape
+    (``tuned.distance``), if one is near. All are then cut to the context, the number of
+    tokens and the VMEM of the chip.
 
     Args:
       problem: Static sizes.
@@ -89,16 +90,15 @@ def explain(
     """
     records = tuned.shipped() if records is None else tuple(records)
     shape = tuned_shape(problem, spec)
-    sizes = dataclasses.asdict(preferred(problem))
-    sources = {}
+    model = dataclasses.asdict(preferred(problem))
+    sizes, sources = dict(model), {}
     for phase in tuned.PHASES:
         found = tuned.find(records, chip.name, phase, shape)
         sources[phase] = "model"
         if found:
             record, away = found
-            sizes |= record.blocks
-            nearest = f", nearest: {record.shape}" if away else ""
-            sources[phase] = f"tuned{nearest}"
+            sizes |= record.carried_over(model) if away else record.blocks
+            sources[phase] = f"tuned for {record.shape}" if away else "tuned"
     blocks = fit(problem, spec, chip, BlockSizes(**sizes))
     return Choice(blocks, sources["decode"], sources["prefill"])
 

@@ -95,9 +95,10 @@ class TunedBlocks:
       phase: A key of ``PHASES``.
       shape: What was tuned.
       blocks: The best sizes of the phase, by the names of ``BlockSizes``.
+      default_blocks: The sizes that the model gives.
       kind: "prediction" or "measurement".
       cycles: Of each step of the workload, in cycles of the chip's clock.
-      default_cycles: The same with the sizes that the model gives.
+      default_cycles: The same with the default sizes.
       versions: Date, commit and package versions.
     """
 
@@ -105,6 +106,7 @@ class TunedBlocks:
     phase: str
     shape: TunedShape
     blocks: Mapping[str, int]
+    default_blocks: Mapping[str, int]
     kind: str
     cycles: Mapping[str, int]
     default_cycles: Mapping[str, int]
@@ -113,14 +115,16 @@ class TunedBlocks:
     def __post_init__(self):
         if self.phase not in PHASES:
             raise ValueError(f"phase: expected one of {set(PHASES)}, got {self.phase}")
-        if set(self.blocks) != set(PHASES[self.phase]):
-            raise ValueError(
-                f"blocks: expected {PHASES[self.phase]} for {self.phase}, got "
-                f"{tuple(self.blocks)}"
-            )
-        for name, size in self.blocks.items():
-            if not isinstance(size, int) or size < 1 or size.bit_count() != 1:
-                raise ValueError(f"{name}: expected a power of two, got {size!r}")
+        for field in ("blocks", "default_blocks"):
+            blocks = getattr(self, field)
+            if set(blocks) != set(PHASES[self.phase]):
+                raise ValueError(
+                    f"{field}: expected {PHASES[self.phase]} for {self.phase}, got "
+                    f"{tuple(blocks)}"
+                )
+            for name, size in blocks.items():
+                if not isinstance(size, int) or size < 1 or size.bit_count() != 1:
+                    raise ValueError(f"{name}: expected a power of two, got {size!r}")
         if self.kind not in ("prediction", "measurement"):
             raise ValueError(
                 f"kind: expected prediction or measurement, got {self.kind!r}"
@@ -135,6 +139,17 @@ class TunedBlocks:
     def key(self) -> tuple:
         """A file has one record for each."""
         return (self.chip, self.phase, *dataclasses.astuple(self.shape))
+
+    def carried_over(self, model: Mapping[str, int]) -> dict[str, int]:
+        """Sizes for another shape, for which the model gives ``model``.
+
+        What was learned is how far the best sizes are from the model's: the model
+        already scales with group size and bytes of a token.
+        """
+        return {
+            name: max(1, model[name] * size // self.default_blocks[name])
+            for name, size in self.blocks.items()
+        }
 
     @property
     def speedup(self) -> float:

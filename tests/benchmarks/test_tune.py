@@ -180,8 +180,9 @@ def test_an_interrupted_run_continues(fake_compiler, tmp_path):
     assert tune.main(arguments) == 0
     assert len(set(fake_compiler["tried"])) == len(fake_compiler["tried"])
     done = len(fake_compiler["tried"])
-    assert tune.main([*arguments, "--recheck"]) == 0
-    assert len(fake_compiler["tried"]) == done
+    for again in ([], ["--recheck"]):
+        assert tune.main([*arguments, *again]) == 0
+        assert len(fake_compiler["tried"]) == done
 
 
 def test_the_data_file_has_what_was_found_and_keeps_the_rest(fake_compiler, tmp_path):
@@ -196,6 +197,7 @@ def test_the_data_file_has_what_was_found_and_keeps_the_rest(fake_compiler, tmp_
         "bfloat16", "bfloat16", 4, 4, 128, 128, sliding_window=512
     )
     assert decode.blocks == {"decode_block_kv": 256}
+    assert decode.default_blocks != decode.blocks
     assert decode.kind == "prediction"
     assert set(decode.cycles) == set(cases.TUNING_STEPS["decode"])
     assert decode.speedup > 1

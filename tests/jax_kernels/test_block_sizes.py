@@ -108,10 +108,13 @@ def test_a_short_context_gets_short_blocks():
 
 
 def tuned_record(chip: chips.Chip, phase: str, blocks: dict, **problem):
-    shape = block_sizes.tuned_shape(make_problem(**problem), AttentionSpec())
+    tuned_problem = make_problem(**problem)
+    shape = block_sizes.tuned_shape(tuned_problem, AttentionSpec())
+    model = dataclasses.asdict(block_sizes.preferred(tuned_problem))
     cycles = {"step": 1}
+    default = {name: model[name] for name in blocks}
     return tuned.TunedBlocks(
-        chip.name, phase, shape, blocks, "prediction", cycles, cycles, {}
+        chip.name, phase, shape, blocks, default, "prediction", cycles, cycles, {}
     )
 
 
@@ -130,11 +133,23 @@ def test_each_phase_is_tuned_or_nearly_or_from_the_model():
     records = [decode, prefill]
     choice = block_sizes.explain(problem, AttentionSpec(), chips.V6E, records)
     assert choice.blocks == BlockSizes(256, 64, 1024)
-    assert choice.prefill_source.startswith("tuned, nearest: 32/8 heads of 128")
+    assert choice.prefill_source.startswith("tuned for 32/8 heads of 128")
     assert choice.prefill_source.endswith("page 64")
 
     other = block_sizes.explain(problem, AttentionSpec(), chips.V5E, records)
     assert (other.decode_source, other.prefill_source) == ("model", "model")
+
+
+def test_a_near_shape_takes_the_ratio_to_the_model():
+    """Twice as many heads in a group: the model's tile has half as many tokens."""
+    problem = make_problem(num_tokens=4096, group=8)
+    blocks = dataclasses.asdict(block_sizes.preferred(make_problem()))
+    same = {name: blocks[name] for name in tuned.PHASES["prefill"]}
+    model = block_sizes.explain(problem, AttentionSpec(), chips.V6E, [])
+    near = [tuned_record(chips.V6E, "prefill", same)]
+    choice = block_sizes.explain(problem, AttentionSpec(), chips.V6E, near)
+    assert choice.blocks == model.blocks
+    assert choice.prefill_source.startswith("tuned for 32/8 heads")
 
 
 def test_tuned_sizes_are_cut_to_the_problem():

@@ -19,6 +19,7 @@ def record(
         phase=phase,
         shape=dataclasses.replace(SHAPE, **shape),
         blocks=dict.fromkeys(tuned.PHASES[phase], size),
+        default_blocks=dict.fromkeys(tuned.PHASES[phase], 256),
         kind="prediction",
         cycles={"a": 100, "b": 100},
         default_cycles={"a": 400, "b": 100},
@@ -87,6 +88,13 @@ def test_a_file_is_read_as_it_was_written():
     assert set(map(str, tuned.parse(tuned.as_text(records)))) == set(map(str, records))
 
 
+def test_what_is_carried_over_is_the_ratio_to_the_model():
+    """512 where the model gave 256: twice the model's, whatever that is."""
+    assert record().carried_over({"decode_block_kv": 2048}) == {"decode_block_kv": 4096}
+    smaller = record("prefill", size=128).carried_over({"block_q": 64, "block_kv": 1})
+    assert smaller == {"block_q": 32, "block_kv": 1}
+
+
 def test_speedup_weighs_steps_alike():
     assert record().speedup == pytest.approx(2)  # of 4 and 1
 
@@ -97,6 +105,7 @@ def test_speedup_weighs_steps_alike():
         ({"phase": "mixed"}, "phase: expected one of"),
         ({"blocks": {"block_q": 128}}, "blocks: expected"),
         ({"blocks": {"decode_block_kv": 100}}, "decode_block_kv: expected a power of"),
+        ({"default_blocks": {}}, "default_blocks: expected"),
         ({"kind": "guess"}, "kind: expected prediction or measurement, got 'guess'"),
         ({"cycles": {"a": 1}}, "cycles: expected the steps of default_cycles"),
         ({"color": "red"}, "unexpected keyword"),
