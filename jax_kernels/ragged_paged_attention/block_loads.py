@@ -4,28 +4,37 @@ import jax
 
 from jax_kernels.ragged_paged_attention import masking, tile_io
 from jax_kernels.ragged_paged_attention.config import KernelConfig
-from jax_kernels.ragged_paged_attention.dma import Copies
-from jax_kernels.ragged_paged_attention.schedule import Cell, Int
+from jax_kernels.ragged_paged_attention.schedule import Int
 
 
-def load_keys(copies: Copies, slot: Int, head: Int, size: int | None = None):
-    """[size, lanes]; in a fused cache the lanes past head_dim hold values."""
-    config = copies.config
-    words = _load_words(copies, slot, head, size)
+def load_keys(
+    kv, head: Int, size: int, config: KernelConfig, *, first_row: int = 0
+) -> jax.Array:
+    """[size, lanes]; in a fused cache the lanes past head_dim hold values.
+
+    Args:
+      kv: VMEM, [heads_per_page, rows, packing, lanes].
+      head: Key head.
+      size: Tokens to load.
+      config: Gives dtypes and geometry.
+      first_row: Row of the first token.
+    """
+    words = _load_words(kv, head, size, config, first_row)
     return _to_tokens(words, config.multiply_dtype, config)
 
 
 def load_values(
-    copies: Copies,
-    slot: Int,
+    kv,
     head: Int,
+    size: int,
     words_mask: jax.Array | None,  # u32[size // packing, 1], or None: all live
-    size: int | None = None,
+    config: KernelConfig,
+    *,
+    first_row: int = 0,
 ) -> jax.Array:
-    """[size, lanes], with zeros in dead slots."""
-    config = copies.config
+    """[size, lanes], with zeros in dead slots. Arguments as in ``load_keys``."""
     first = 0 if config.cache.is_fused_kv else config.num_kv_heads
-    words = _load_words(copies, slot, first + head, size)
+    words = _load_words(kv, first + head, size, config, first_row)
     if words_mask is not None:
         words = words & words_mask
     return _to_tokens(words, config.value_dtype, config)
@@ -37,29 +46,33 @@ def _to_tokens(words: jax.Array, dtype, config: KernelConfig) -> jax.Array:
     )
 
 
-def value_words_mask(copies: Copies, cell: Cell, size: int | None = None) -> jax.Array:
-    """The bits of a block that may meet probabilities.
+def value_words_mask(
+    visible_begin: Int, visible_end: Int, size: int, config: KernelConfig
+) -> jax.Array:
+    """The bits of a block that may meet probabilities, u32[size // packing, 1].
 
     Dead slots of V may hold NaN or infinity, which a zero probability does not
     cancel. Rows before the window were not fetched at all.
+
+    Args:
+      visible_begin: First token that a query sees, counted from the start of the block.
+      visible_end: The one after the last.
+      size: Tokens of the block.
+      config: Gives packing and window.
     """
-    packing = copies.config.cache.packing
-    no_window = copies.config.spec.sliding_window is None
-    return masking.live_word_mask(
-        cell.block_start,
-        (size or copies.schedule.phase.block_kv) // packing,
-        packing,
-        None if no_window else cell.visible_begin & -packing,
-        cell.visible_end,
-    )
+    packing = config.cache.packing
+    no_window = config.spec.sliding_window is None
+    begin = None if no_window else visible_begin & -packing
+    return masking.live_word_mask(0, size // packing, packing, begin, visible_end)
 
 
 def largest_divisor(number: int, limit: int) -> int:
     return max(d for d in range(1, limit + 1) if number % d == 0)
 
 
-def _load_words(copies: Copies, slot: Int, head: Int, size: int | None) -> jax.Array:
-    """u32[size // packing, lanes]: the first ``size`` tokens, by default all."""
-    size = size or copies.schedule.phase.block_kv
-    rows = tile_io.WordRows(copies.buffers.kv.at[slot, head], copies.config.interpret)
-    return rows.load(0, size // copies.config.cache.packing)
+def _load_words(
+    kv, head: Int, size: int, config: KernelConfig, first_row: int
+) -> jax.Array:
+    """u32[size // packing, lanes]"""
+    rows = tile_io.WordRows(kv.at[head], config.interpret)
+    return rows.load(first_row, size // config.cache.packing)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 
 from jax_kernels.ragged_paged_attention import layout, refs, tuned
-from jax_kernels.ragged_paged_attention.chips import Chip
+from jax_kernels.ragged_paged_attention.chips import MIB, Chip
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
     BlockSizes,
@@ -24,9 +24,13 @@ DEFAULT_BUFFER_SHARE = 0.95
 # The compiler keeps some SMEM for itself and needs more for spilled scalars.
 SMEM_RESERVE_BYTES = 128 * 1024
 
-# A fetch of this size takes about as long as the latency of HBM, and hides the
-# scalar work of a cell. Shorter contexts fetch and compute less of a block.
-TARGET_FETCH_BYTES = 4 * 1024 * 1024
+# Of a decode cell and of a decode step. A step takes longer than the latency of HBM,
+# so that the fetch of the next one is hidden; shorter steps would start sooner. Short
+# contexts fetch and compute less of a block.
+DECODE_CELL_TOKENS = 512
+MIN_CELL_BYTES, MAX_CELL_BYTES = MIB, 2 * MIB
+STEP_BYTES = 4 * MIB
+MAX_CELLS_PER_STEP = 4
 MIN_BLOCK_KV, MAX_BLOCK_KV = 128, 4096
 PREFILL_BLOCK_KV = 512
 PREFILL_TILE_ROWS = 1024
@@ -43,9 +47,9 @@ _SMALLER_PREFILL = (
     ("block_kv", 32),
 )
 
-# (slots, cells fetched ahead). Decode cells are short: the write-back of one must
-# have time to land before its slot is filled again.
-DECODE_RING = (6, 3)
+# (slots, steps fetched ahead). The write-back of a decode step must have time to land
+# before its slot is filled again.
+DECODE_RING = (4, 2)
 PREFILL_RING = (3, 2)
 
 
@@ -118,9 +122,13 @@ def tuned_shape(problem: Problem, spec: AttentionSpec) -> tuned.TunedShape:
 
 def preferred(problem: Problem) -> BlockSizes:
     """The sizes that the model gives, before they are cut to what there is."""
-    fetch = _power_of_two_below(TARGET_FETCH_BYTES // problem.cache.token_bytes)
+    least, most = (
+        _power_of_two_below(size // problem.cache.token_bytes)
+        for size in (MIN_CELL_BYTES, MAX_CELL_BYTES)
+    )
+    cell = min(max(DECODE_CELL_TOKENS, least), most, MAX_BLOCK_KV)
     return BlockSizes(
-        decode_block_kv=max(MIN_BLOCK_KV, min(fetch, MAX_BLOCK_KV)),
+        decode_block_kv=max(MIN_BLOCK_KV, cell),
         block_q=_power_of_two_below(
             PREFILL_TILE_ROWS // problem.num_q_heads_per_kv_head
         ),
@@ -208,7 +216,11 @@ def _phase(
 ) -> PhaseConfig:
     if phase is Phase.DECODE:
         slots, lookahead = DECODE_RING
-        return PhaseConfig(phase, 1, 1, blocks.decode_block_kv, slots, lookahead)
+        cell_bytes = blocks.decode_block_kv * problem.cache.token_bytes
+        cells = min(max(STEP_BYTES // cell_bytes, 1), MAX_CELLS_PER_STEP)
+        return PhaseConfig(
+            phase, 1, 1, blocks.decode_block_kv, slots, lookahead, cells
+        )
     slots, lookahead = PREFILL_RING
     rows = SOFTMAX_TILE_ROWS // problem.num_q_heads_per_kv_head
     sub_q = min(block_q, max(_power_of_two_below(rows), MIN_BLOCK_Q))
@@ -233,7 +245,7 @@ def _phase_bytes(config: KernelConfig, phase: PhaseConfig) -> int:
     )
     # Scores and probabilities of two softmax tiles pass through VMEM.
     rows = config.query_rows(phase)
-    return total + 4 * rows * phase.block_kv * 4
+    return total + 4 * rows * phase.block_kv * phase.cells_per_step * 4
 
 
 def smem_bytes(problem: Problem) -> int:

@@ -95,9 +95,11 @@ class PhaseConfig:
       block_q: Query tokens per tile: 1 in decode.
       sub_q: Query tokens per softmax tile; divides ``block_q``.
       block_kv: Tokens of keys and values per cell.
-      num_slots: Buffers in the ring of cells.
-      lookahead: Cells whose DMAs run ahead of the one being computed. The
-        ``num_slots - lookahead`` cells behind it may still be written back.
+      num_slots: Buffers in the ring of steps.
+      lookahead: Steps whose DMAs run ahead of the one being computed. The
+        ``num_slots - lookahead`` steps behind it may still be written back.
+      cells_per_step: Cells that are fetched and computed together: more than 1 in
+        decode only.
     """
 
     phase: Phase
@@ -106,6 +108,7 @@ class PhaseConfig:
     block_kv: int
     num_slots: int
     lookahead: int
+    cells_per_step: int = 1
 
     def __post_init__(self):
         if self.block_q % self.sub_q:
@@ -119,10 +122,9 @@ class PhaseConfig:
 
     @property
     def num_tile_slots(self) -> int:
-        """Buffers in the rings of queries and outputs: the tiles in flight.
+        """Buffers in the rings of queries and outputs.
 
-        A decode tile may be a single cell, whose output needs the time to land that
-        its write-back has. Larger tiles take longer than that.
+        In decode every step has its own. Tiles take many steps.
         """
         return self.num_slots if self.is_decode else self.lookahead + 1
 
@@ -199,6 +201,19 @@ class KernelConfig:
     def tokens_per_chunk(self) -> int:
         return self.rows_per_chunk * self.cache.packing
 
+    def heads_per_tile(self, phase: PhaseConfig) -> int:
+        """Key heads that share one softmax tile.
+
+        In decode a key head has G rows only, and a register has room for more.
+        """
+        if not phase.is_decode or SUBLANES % self.group:
+            return 1
+        return math.gcd(self.num_kv_heads, SUBLANES // self.group)
+
     def query_rows(self, phase: PhaseConfig) -> int:
-        """Rows of one softmax tile: G heads times ``sub_q`` tokens, whole registers."""
-        return align_to(self.group * phase.sub_q, SUBLANES)
+        """Rows of one softmax tile, whole registers.
+
+        They are the G query heads of each key head, times ``sub_q`` tokens.
+        """
+        heads = self.group * self.heads_per_tile(phase)
+        return align_to(heads * phase.sub_q, SUBLANES)

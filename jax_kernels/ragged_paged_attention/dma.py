@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig
+from jax_kernels.ragged_paged_attention.decode_steps import Step
+from jax_kernels.ragged_paged_attention.pages import Pages, wait_for
 from jax_kernels.ragged_paged_attention.refs import (
     ZERO_ROWS,
     Bookkeeping,
@@ -25,14 +27,9 @@ from jax_kernels.ragged_paged_attention.refs import (
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int, Schedule, log2
 
 
-def _wait_for(ref, semaphore) -> None:
-    """Waits for as many bytes as ``ref`` holds."""
-    pltpu.make_async_copy(ref, ref, semaphore).wait()
-
-
 @dataclasses.dataclass(frozen=True)
-class Copies:
-    """All copies of one phase.
+class PhaseCopies:
+    """What the copies of a phase work on.
 
     Attributes:
       schedule: Gives the geometry of blocks and pages.
@@ -56,122 +53,118 @@ class Copies:
     def config(self) -> KernelConfig:
         return self.schedule.config
 
+    @property
+    def updates(self) -> bool:
+        return self.config.spec.update_kv_cache
+
+    @property
+    def pages(self) -> Pages:
+        # The output is the same memory as the input. Reading through the output
+        # keeps reads and writes of one array in one name.
+        cache = self.outputs.kv_cache if self.updates else self.inputs.kv_cache
+        return Pages(self.schedule, self.scalars.page_indices, cache)
+
+    @property
+    def new_kv(self):
+        """Pairs of an array of new tokens in HBM and its ring in VMEM."""
+        return (
+            (self.inputs.keys, self.buffers.keys),
+            (self.inputs.values, self.buffers.values),
+        )
+
+    def wait_rows(self, slot: Int, num_rows: Int, semaphores) -> None:
+        """Waits for cache rows that move into or out of a slot of ``buffers.kv``."""
+
+        @pl.when(num_rows > 0)
+        def _():
+            rows = self.buffers.kv.at[slot, :, pl.ds(0, num_rows)]
+            wait_for(rows, semaphores.at[slot])
+
+    def reset(self) -> None:
+        """Nothing is in flight yet."""
+        for slot in range(self.schedule.phase.num_slots):
+            self.bookkeeping.written_rows[slot] = 0
+        for slot in range(self.schedule.phase.num_tile_slots):
+            self.bookkeeping.out_tokens[slot] = 0
+
+    def wait_write_back(self, slot: Int) -> None:
+        """Waits until what is written back from a slot has landed."""
+        num_rows = self.bookkeeping.written_rows[slot]
+        self.wait_rows(slot, num_rows, self.semaphores.write_back)
+        self.bookkeeping.written_rows[slot] = 0
+
+    def wait_output(self, slot: Int) -> None:
+        """Waits until an output buffer may be filled again."""
+        num_tokens = self.bookkeeping.out_tokens[slot]
+
+        @pl.when(num_tokens > 0)
+        def _():
+            wait_for(self.out_tokens(slot, num_tokens), self.semaphores.out.at[slot])
+
+        self.bookkeeping.out_tokens[slot] = 0
+
+    def drain(self) -> None:
+        """Waits for every write of the phase."""
+        if self.updates:
+            for slot in range(self.schedule.phase.num_slots):
+                self.wait_write_back(jnp.int32(slot))
+        for slot in range(self.schedule.phase.num_tile_slots):
+            self.wait_output(jnp.int32(slot))
+
+    def start_output(self, slot: Int, first_token: Int, num_tokens: Int) -> None:
+        """Sends the first tokens of an output buffer to HBM."""
+        pltpu.make_async_copy(
+            self.out_tokens(slot, num_tokens),
+            self.outputs.out.at[pl.ds(first_token, num_tokens)],
+            self.semaphores.out.at[slot],
+        ).start()
+        self.bookkeeping.out_tokens[slot] = num_tokens
+
+    def out_tokens(self, slot: Int, num_tokens: Int):
+        heads = self.outputs.out.shape[1]
+        return some_tokens(self.buffers.out.at[slot], 0, num_tokens, heads)
+
+
+def some_tokens(buffer, first: Int, num_tokens: Int, heads: int):
+    """Tokens of a buffer, without the word rows that are there for the banks."""
+    return buffer.at[pl.ds(first, num_tokens), pl.ds(0, heads)]
+
+
+class Copies(PhaseCopies):
+    """The copies of a phase of tiles, prefill or mixed; a slot holds one cell."""
+
     # Pages of keys and values.
 
     def start_block(self, cell: Cell, slot: Int) -> None:
         """Fetches the cache rows that a cell needs."""
-        buffer, semaphore = self.buffers.kv.at[slot], self.semaphores.kv.at[slot]
-
-        def fetch(page: Int, page_row: Int, block_row: Int, num_rows: Int) -> None:
-            pltpu.make_async_copy(
-                self._cache.at[page, :, pl.ds(page_row, num_rows)],
-                buffer.at[:, pl.ds(block_row, num_rows)],
-                semaphore,
-            ).start()
-
-        self._for_each_page(cell, cell.cache_row_begin, cell.cache_row_end, fetch)
-        if self._has_tail:
+        block, semaphore = self.buffers.kv.at[slot], self.semaphores.kv.at[slot]
+        place = self.schedule.block_place(cell)
+        self.pages.start_fetch(
+            place, cell.cache_row_begin, cell.cache_row_end, block, semaphore
+        )
+        if self.updates:
 
             @pl.when(cell.tail_row >= 0)
             def _():
-                self._for_each_page(
-                    cell, cell.tail_row, cell.tail_row + 1, fetch, is_one_row=True
-                )
+                self.pages.start_fetch_row(place, cell.tail_row, block, semaphore)
 
     def wait_block(self, cell: Cell, slot: Int) -> None:
         num_rows = cell.cache_row_end - cell.cache_row_begin
-        if self._has_tail:
+        if self.updates:
             num_rows += jnp.where(cell.tail_row >= 0, 1, 0)
-        self._wait_rows(slot, num_rows, self.semaphores.kv)
+        self.wait_rows(slot, num_rows, self.semaphores.kv)
 
     def start_write_back(self, cell: Cell, slot: Int) -> None:
         """Writes the changed rows of a block to their pages."""
-        buffer = self.buffers.kv.at[slot]
-        semaphore = self.semaphores.write_back.at[slot]
-
-        def write(page: Int, page_row: Int, block_row: Int, num_rows: Int) -> None:
-            pltpu.make_async_copy(
-                buffer.at[:, pl.ds(block_row, num_rows)],
-                self._cache.at[page, :, pl.ds(page_row, num_rows)],
-                semaphore,
-            ).start()
-
-        self._for_each_page(
-            cell,
+        self.pages.start_write(
+            self.schedule.block_place(cell),
             cell.write_row_begin,
             cell.write_row_end,
-            write,
-            is_one_row=self.schedule.phase.is_decode,
+            self.buffers.kv.at[slot],
+            self.semaphores.write_back.at[slot],
         )
         num_rows = cell.write_row_end - cell.write_row_begin
         self.bookkeeping.written_rows[slot] = num_rows
-
-    def wait_write_back(self, slot: Int) -> None:
-        """Waits until a slot may be filled again."""
-        num_rows = self.bookkeeping.written_rows[slot]
-        self._wait_rows(slot, num_rows, self.semaphores.write_back)
-        self.bookkeeping.written_rows[slot] = 0
-
-    def _wait_rows(self, slot: Int, num_rows: Int, semaphores) -> None:
-        @pl.when(num_rows > 0)
-        def _():
-            rows = self.buffers.kv.at[slot, :, pl.ds(0, num_rows)]
-            _wait_for(rows, semaphores.at[slot])
-
-    def _for_each_page(
-        self, cell: Cell, begin: Int, end: Int, copy, *, is_one_row: bool = False
-    ) -> None:
-        """Calls ``copy(page, page_row, block_row, num_rows)`` for rows begin .. end.
-
-        Args:
-          cell: The cell whose block the rows belong to.
-          begin: First row.
-          end: Row after the last.
-          copy: Starts one copy; called under a predicate.
-          is_one_row: Whether there is one row at the most.
-        """
-        cache = self.config.cache
-        table_row = cell.sequence * self.config.pages_per_sequence
-        first_page = cell.block_start >> log2(cache.page_size)
-        page_table = self.scalars.page_indices
-
-        if self.schedule.block_is_one_page_part:
-            first_row = cell.block_start & (cache.page_size - 1)
-            first_row = first_row >> log2(cache.packing)
-
-            @pl.when(end > begin)
-            def _():
-                page = page_table[table_row + first_page]
-                copy(page, first_row + begin, begin, end - begin)
-
-            return
-
-        rows = cache.rows_per_page
-        shift = log2(rows)
-
-        def copy_part(part_begin: Int, part_end: Int) -> None:
-            index = part_begin >> shift
-            page = page_table[table_row + first_page + index]
-            page_row = part_begin - (index << shift)
-            copy(page, page_row, part_begin, part_end - part_begin)
-
-        if is_one_row:
-            pl.when(end > begin)(lambda: copy_part(begin, end))
-            return
-
-        def copy_page(index: Int, _) -> None:
-            page = page_table[table_row + first_page + index]
-            copy(page, 0, index << shift, rows)
-
-        # Parts of pages, at the start (a window) and at the end, are apart from the
-        # loop over whole ones, which is then as short as can be.
-        first_whole = (begin + (rows - 1)) >> shift
-        end_whole = end >> shift
-        head_end = jnp.minimum(end, first_whole << shift)
-        pl.when(begin < head_end)(lambda: copy_part(begin, head_end))
-        jax.lax.fori_loop(first_whole, end_whole, copy_page, None)
-        tail_begin = jnp.maximum(head_end, end_whole << shift)
-        pl.when((tail_begin < end) & (begin < end))(lambda: copy_part(tail_begin, end))
 
     # New keys and values.
 
@@ -181,12 +174,12 @@ class Copies:
         @pl.when(num_tokens > 0)
         def _():
             first = cell.query_token + (cell.new_begin - cell.query_position)
-            place = cell.new_begin - cell.block_start - self.new_tokens_origin(cell)
-            for source, buffer in self._new_kv:
+            place = cell.new_begin - cell.block_start
+            for source, buffer in self.new_kv:
                 heads = source.shape[1]
                 pltpu.make_async_copy(
                     source.at[pl.ds(first, num_tokens)],
-                    self._tokens(buffer.at[slot], place, num_tokens, heads),
+                    some_tokens(buffer.at[slot], place, num_tokens, heads),
                     self.semaphores.new_kv.at[slot],
                 ).start()
 
@@ -195,26 +188,9 @@ class Copies:
 
         @pl.when(num_tokens > 0)
         def _():
-            for source, buffer in self._new_kv:
-                tokens = self._tokens(buffer.at[slot], 0, num_tokens, source.shape[1])
-                _wait_for(tokens, self.semaphores.new_kv.at[slot])
-
-    def new_tokens_origin(self, cell: Cell) -> Int:
-        """Block position that index 0 of the new-token buffers stands for.
-
-        Decode has one new token, so there the buffer is one chunk of the block.
-        """
-        if not self.schedule.phase.is_decode:
-            return 0
-        chunk = self.config.tokens_per_chunk
-        return (cell.new_begin - cell.block_start) & -chunk
-
-    @property
-    def _new_kv(self):
-        return (
-            (self.inputs.keys, self.buffers.keys),
-            (self.inputs.values, self.buffers.values),
-        )
+            for source, buffer in self.new_kv:
+                tokens = some_tokens(buffer.at[slot], 0, num_tokens, source.shape[1])
+                wait_for(tokens, self.semaphores.new_kv.at[slot])
 
     # Queries and output.
 
@@ -222,7 +198,7 @@ class Copies:
         source = self.inputs.queries
         pltpu.make_async_copy(
             source.at[pl.ds(cell.query_token, cell.num_queries)],
-            self._tokens(
+            some_tokens(
                 self.buffers.queries.at[slot], 0, cell.num_queries, source.shape[1]
             ),
             self.semaphores.queries.at[slot],
@@ -230,66 +206,83 @@ class Copies:
 
     def wait_queries(self, cell: Cell, slot: Int) -> None:
         heads = self.inputs.queries.shape[1]
-        tokens = self._tokens(self.buffers.queries.at[slot], 0, cell.num_queries, heads)
-        _wait_for(tokens, self.semaphores.queries.at[slot])
+        tokens = some_tokens(self.buffers.queries.at[slot], 0, cell.num_queries, heads)
+        wait_for(tokens, self.semaphores.queries.at[slot])
 
-    def start_output(self, cell: Cell, slot: Int) -> None:
-        target = self.outputs.out
-        pltpu.make_async_copy(
-            self._out_tokens(slot, cell.num_queries),
-            target.at[pl.ds(cell.query_token, cell.num_queries)],
-            self.semaphores.out.at[slot],
-        ).start()
-        self.bookkeeping.out_tokens[slot] = cell.num_queries
 
-    def wait_output(self, slot: Int) -> None:
-        num_tokens = self.bookkeeping.out_tokens[slot]
+class StepCopies(PhaseCopies):
+    """The copies of decode; a slot holds the cells of one step side by side."""
 
-        @pl.when(num_tokens > 0)
+    def block(self, slot: Int, index: int):
+        """The block of the cell ``index`` of a step."""
+        rows = self.schedule.block_rows
+        return self.buffers.kv.at[slot, :, pl.ds(index * rows, rows)]
+
+    def start(self, step: Step, slot: Int) -> None:
+        """Fetches all that a step needs.
+
+        Its sequences follow each other in the flat arrays, so their queries, new keys
+        and new values are one range each.
+        """
+
+        @pl.when(step.num_tokens > 0)
         def _():
-            tokens = self._out_tokens(slot, num_tokens)
-            _wait_for(tokens, self.semaphores.out.at[slot])
+            for source, buffer, semaphores in self._token_rings:
+                pltpu.make_async_copy(
+                    source.at[pl.ds(step.first_token, step.num_tokens)],
+                    some_tokens(buffer.at[slot], 0, step.num_tokens, source.shape[1]),
+                    semaphores.at[slot],
+                ).start()
 
-        self.bookkeeping.out_tokens[slot] = 0
+        for index, cell in enumerate(step.cells):
+            self.pages.start_fetch(
+                cell.place,
+                cell.row_begin,
+                cell.row_end,
+                self.block(slot, index),
+                self.semaphores.kv.at[slot],
+            )
 
-    def _out_tokens(self, slot: Int, num_tokens: Int):
-        heads = self.outputs.out.shape[1]
-        return self._tokens(self.buffers.out.at[slot], 0, num_tokens, heads)
+    def wait(self, step: Step, slot: Int) -> None:
+        """Waits for all that ``start`` fetches."""
 
-    def _tokens(self, buffer, first: Int, num_tokens: Int, heads: int):
-        """Tokens of a buffer, without the word row that is there for the banks."""
-        return buffer.at[pl.ds(first, num_tokens), pl.ds(0, heads)]
+        @pl.when(step.num_tokens > 0)
+        def _():
+            for source, buffer, semaphores in self._token_rings:
+                heads = source.shape[1]
+                tokens = some_tokens(buffer.at[slot], 0, step.num_tokens, heads)
+                wait_for(tokens, semaphores.at[slot])
 
-    # The whole phase.
-
-    def reset(self) -> None:
-        """Nothing is in flight yet."""
-        for slot in range(self.schedule.phase.num_slots):
-            self.bookkeeping.written_rows[slot] = 0
-        for slot in range(self.schedule.phase.num_tile_slots):
-            self.bookkeeping.out_tokens[slot] = 0
-
-    def drain(self) -> None:
-        """Waits for every write of the phase."""
-        if self._updates:
-            for slot in range(self.schedule.phase.num_slots):
-                self.wait_write_back(jnp.int32(slot))
-        for slot in range(self.schedule.phase.num_tile_slots):
-            self.wait_output(jnp.int32(slot))
+        self.wait_rows(slot, step.num_rows, self.semaphores.kv)
 
     @property
-    def _cache(self):
-        # The output is the same memory as the input. Reading through the output
-        # keeps reads and writes of one array in one name.
-        return self.outputs.kv_cache if self._updates else self.inputs.kv_cache
+    def _token_rings(self):
+        queries = (self.inputs.queries, self.buffers.queries, self.semaphores.queries)
+        if not self.updates:
+            return [queries]
+        return [queries, *((*pair, self.semaphores.new_kv) for pair in self.new_kv)]
 
-    @property
-    def _updates(self) -> bool:
-        return self.config.spec.update_kv_cache
+    def start_write_back(self, step: Step, slot: Int) -> None:
+        """Writes the rows that hold new tokens to their pages."""
+        for index, cell in enumerate(step.cells):
 
-    @property
-    def _has_tail(self) -> bool:
-        return self._updates and not self.schedule.phase.is_decode
+            @pl.when(cell.new_place >= 0)
+            def _(index=index, cell=cell):
+                self.pages.start_write_row(
+                    cell.place,
+                    cell.new_place >> log2(self.config.cache.packing),
+                    self.block(slot, index),
+                    self.semaphores.write_back.at[slot],
+                )
+
+        self.bookkeeping.written_rows[slot] = step.num_written
+
+    def start_outputs(self, step: Step, slot: Int) -> None:
+        """Sends the outputs of the sequences that end in a step."""
+
+        @pl.when(step.num_ended > 0)
+        def _():
+            self.start_output(slot, step.first_token, step.num_ended)
 
 
 @dataclasses.dataclass(frozen=True)

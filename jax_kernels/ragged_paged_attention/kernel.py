@@ -16,15 +16,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jax_kernels.ragged_paged_attention import decode, refs, tiles
+from jax_kernels.ragged_paged_attention import decode_pipeline, refs, tiles
 from jax_kernels.ragged_paged_attention.config import (
     KernelConfig,
     Phase,
     PhaseConfig,
 )
-from jax_kernels.ragged_paged_attention.dma import Copies, OutputClearer
+from jax_kernels.ragged_paged_attention.dma import (
+    Copies,
+    OutputClearer,
+    StepCopies,
+)
 from jax_kernels.ragged_paged_attention.pipeline import Fetcher
-from jax_kernels.ragged_paged_attention.schedule import Schedule, next_slot
+from jax_kernels.ragged_paged_attention.schedule import Int, Schedule, next_slot
 
 
 def rpa_kernel(
@@ -75,20 +79,27 @@ def _run_phase(
     begin, end, scalars, inputs, outputs, schedule, buffers, bookkeeping, semaphores
 ):
     """The pipelined loop over the cells of sequences begin .. end."""
-    copies = Copies(
+    is_decode = schedule.phase.is_decode
+    make_copies, run = (
+        (StepCopies, decode_pipeline.run) if is_decode else (Copies, _run_tiles)
+    )
+    copies = make_copies(
         schedule, scalars, inputs, outputs, buffers, bookkeeping, semaphores
     )
+    run(copies, begin, end)
+
+
+def _run_tiles(copies: Copies, begin: Int, end: Int) -> None:
+    """The loop of prefill and mixed, cell by cell."""
+    phase = copies.schedule.phase
     copies.reset()
     fetcher = Fetcher(copies, end)
     progress = lax.fori_loop(
         0,
-        schedule.phase.lookahead,
+        phase.lookahead,
         lambda _, progress: fetcher.fetch(progress),
         fetcher.begin(begin),
     )
-    if schedule.phase.is_decode:
-        decode.prepare(copies)
-        progress = fetcher.plan(progress)
 
     def is_unfinished(carry):
         num_done, _, _, progress = carry
@@ -96,17 +107,12 @@ def _run_phase(
 
     def run_step(carry):
         num_done, slot, tile_slot, progress = carry
-        if schedule.phase.is_decode:
-            progress = fetcher.start(fetcher.reuse_slot(progress))
-            plan = functools.partial(fetcher.plan, progress)
-            is_done, progress = decode.process(copies, slot, tile_slot, plan)
-        else:
-            progress = fetcher.fetch(progress)
-            is_done = tiles.process(copies, slot, tile_slot)
+        progress = fetcher.fetch(progress)
+        is_done = tiles.process(copies, slot, tile_slot)
         return (
             num_done + 1,
-            next_slot(slot, schedule.phase.num_slots),
-            next_slot(tile_slot, schedule.phase.num_tile_slots, is_done),
+            next_slot(slot, phase.num_slots),
+            next_slot(tile_slot, phase.num_tile_slots, is_done),
             progress,
         )
 

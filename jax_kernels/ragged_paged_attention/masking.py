@@ -28,6 +28,24 @@ def attention_mask(
     return mask
 
 
+def decode_mask(
+    visible_begin: Int, visible_end: Int, size: int, spec: AttentionSpec
+) -> jax.Array:  # bool[1, size]
+    """True at the tokens of a block that its only query sees.
+
+    Args:
+      visible_begin: First token of the window, counted from the start of the block.
+      visible_end: The one after the last live token, likewise.
+      size: Tokens of the block.
+      spec: Says whether there is a window.
+    """
+    key = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+    mask = key < visible_end
+    if spec.sliding_window is not None:
+        mask &= key >= visible_begin
+    return mask
+
+
 def needs_mask(cell: Cell, block_kv: int, spec: AttentionSpec) -> jax.Array:
     """Whether some query of the cell does not see some slot of the block.
 

@@ -1,76 +1,110 @@
 """Puts new keys and values into their place in a block, as packed cache rows."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jax_kernels.ragged_paged_attention import masking, tile_io
-from jax_kernels.ragged_paged_attention.dma import Copies
+from jax_kernels.ragged_paged_attention.config import KernelConfig
+from jax_kernels.ragged_paged_attention.decode_steps import DecodeCell
+from jax_kernels.ragged_paged_attention.dma import Copies, StepCopies
 from jax_kernels.ragged_paged_attention.layout import dtype_packing
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
 
 
 def merge(copies: Copies, cell: Cell, slot: Int) -> None:
     """Merges all new tokens of a cell, one chunk of the block after the other."""
+    config, buffers = copies.config, copies.buffers
     begin = cell.new_begin - cell.block_start
     end = cell.new_end - cell.block_start
-    chunk_tokens = copies.config.tokens_per_chunk
+    chunk_tokens = config.tokens_per_chunk
     shift = log2(chunk_tokens)
+    stride = buffers.keys.shape[-3]
+    sources = [
+        tile_io.WordRows(ref.at[slot], config.interpret)
+        for ref in (buffers.keys, buffers.values)
+    ]
 
     def chunk(index: Int, _) -> None:
-        merge_chunk(copies, cell, slot, index, range(_num_pairs(copies)))
+        is_new = _new_bits(cell, index, config)
+        for pair in range(config.num_kv_heads // dtype_packing(config.io_dtype)):
+            start = index * (chunk_tokens * stride) + pair
+            words = [source.load(start, chunk_tokens, stride) for source in sources]
+            _merge_pair(buffers.kv.at[slot], index, pair, words, is_new, config)
 
     lax.fori_loop(begin >> shift, (end + chunk_tokens - 1) >> shift, chunk, None)
 
 
-def merge_chunk(copies: Copies, cell: Cell, slot: Int, chunk: Int, pairs) -> None:
-    """Merges one chunk: eight packed rows of the block, a register per head.
-
-    Slots that hold no new token keep what they have.
+def merge_one(
+    copies: StepCopies, cell: DecodeCell, slot: Int, index: int, pair: Int
+) -> None:
+    """Merges the new token of a decode cell, if the cell has it.
 
     Args:
       copies: Gives buffers and geometry.
       cell: The cell.
-      slot: Its slot.
-      chunk: Number of the chunk within the block.
-      pairs: Word rows of ``keys`` and ``values`` to merge: heads by their packing.
+      slot: Slot of its step.
+      index: Number of the cell within the step.
+      pair: Word row of ``keys`` and ``values`` to merge: heads by their packing.
     """
     config, buffers = copies.config, copies.buffers
-    packing = dtype_packing(config.io_dtype)
-    chunk_rows, chunk_tokens = config.rows_per_chunk, config.tokens_per_chunk
-    stride = buffers.keys.shape[-3]
-    keys = tile_io.WordRows(buffers.keys.at[slot], config.interpret)
-    values = tile_io.WordRows(buffers.values.at[slot], config.interpret)
-    first_row, first_token = chunk * chunk_rows, chunk * chunk_tokens
+    num_chunks = copies.schedule.block_rows // config.rows_per_chunk
+    place = jnp.maximum(cell.new_place, 0)
+    chunk = place >> log2(config.tokens_per_chunk)
     is_new = masking.live_word_mask(
-        cell.block_start + first_token,
-        chunk_rows,
+        chunk * config.tokens_per_chunk,
+        config.rows_per_chunk,
+        config.cache.packing,
+        place,
+        cell.new_place + 1,
+    )
+    words = []
+    for ref in (buffers.keys, buffers.values):
+        rows = tile_io.WordRows(ref.at[slot, cell.query], config.interpret)
+        token = rows.load(pair, 1)
+        # The mask picks one place of the chunk, so the token is laid in all.
+        shape = config.tokens_per_chunk, token.shape[1]
+        words.append(jnp.broadcast_to(token, shape))
+    chunk_of_step = index * num_chunks + chunk
+    _merge_pair(buffers.kv.at[slot], chunk_of_step, pair, words, is_new, config)
+
+
+def _merge_pair(kv, chunk: Int, pair: Int, words, is_new, config: KernelConfig) -> None:
+    """Merges one chunk of the heads that share a word row of the new tokens.
+
+    Slots that hold no new token keep what they have.
+
+    Args:
+      kv: VMEM, [heads_per_page, rows, packing, lanes].
+      chunk: Number of the chunk: eight packed rows, a register per head.
+      pair: Number of the word row.
+      words: Keys and values, u32[tokens_per_chunk, io_lanes] each.
+      is_new: u32[rows_per_chunk, 1], the bits to take.
+      config: Gives dtypes and geometry.
+    """
+    packing = dtype_packing(config.io_dtype)
+    first_row = chunk * config.rows_per_chunk
+    heads = [tile_io.unpack_heads(source, packing) for source in words]
+    for offset, (key, value) in enumerate(zip(*heads, strict=True)):
+        head = pair * packing + offset
+        for part, new in enumerate(tile_io.pack_tokens(key, value, config)):
+            rows = tile_io.WordRows(
+                kv.at[part * config.num_kv_heads + head], config.interpret
+            )
+            old = rows.load(first_row, config.rows_per_chunk)
+            rows.store(_select_bits(is_new, new, old), first_row)
+
+
+def _new_bits(cell: Cell, chunk: Int, config: KernelConfig) -> jax.Array:
+    """The bits of new tokens in a chunk of the cell's block, u32[rows, 1]."""
+    return masking.live_word_mask(
+        cell.block_start + chunk * config.tokens_per_chunk,
+        config.rows_per_chunk,
         config.cache.packing,
         cell.new_begin,
         cell.new_end,
     )
-    origin = copies.new_tokens_origin(cell)
-    for pair in pairs:
-        start = (first_token - origin) * stride + pair
-        heads = [
-            tile_io.unpack_heads(source.load(start, chunk_tokens, stride), packing)
-            for source in (keys, values)
-        ]
-        for offset, (key, value) in enumerate(zip(*heads, strict=True)):
-            head = pair * packing + offset
-            for part, new in enumerate(tile_io.pack_tokens(key, value, config)):
-                rows = tile_io.WordRows(
-                    buffers.kv.at[slot, part * config.num_kv_heads + head],
-                    config.interpret,
-                )
-                rows.store(
-                    _select_bits(is_new, new, rows.load(first_row, chunk_rows)),
-                    first_row,
-                )
 
 
 def _select_bits(mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return (new & mask) | (old & ~mask)
-
-
-def _num_pairs(copies: Copies) -> int:
-    return copies.config.num_kv_heads // dtype_packing(copies.config.io_dtype)

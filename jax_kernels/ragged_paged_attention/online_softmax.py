@@ -52,7 +52,16 @@ def score_tile(
     spec: AttentionSpec,
 ) -> jax.Array:  # f32[rows, block_kv], units of log2
     """Scores of one tile."""
-    scores = dot_f32(q, k, rhs_contract=1)
+    return finish_scores(products(q, k), spec)
+
+
+def products(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Every query with every key: [rows, lanes] and [keys, lanes] to f32[rows, keys]"""
+    return dot_f32(q, k, rhs_contract=1)
+
+
+def finish_scores(scores: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """What is left to do to products before the softmax."""
     if spec.score_multiplier != 1.0:
         scores = scores * spec.score_multiplier
     if spec.soft_cap is not None:

@@ -11,6 +11,7 @@ from jax_kernels.ragged_paged_attention.config import (
     KernelConfig,
     PhaseConfig,
 )
+from jax_kernels.ragged_paged_attention.decode_steps import step_structure
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 from jax_kernels.ragged_paged_attention.schedule import Cell
 
@@ -45,26 +46,33 @@ class HbmOutputs(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """VMEM of one phase: the rings that DMAs fill and drain, and the state."""
+    """VMEM of one phase: the rings that DMAs fill and drain, and the state.
 
-    queries: Any  # [tile slots, block_q, word rows, packing, io_lanes]
+    A slot holds one step: one cell of prefill or mixed, some cells of decode. There,
+    ``tokens`` is a token for each cell, and one more in ``out``, which is never sent;
+    otherwise it is block_q.
+    """
+
+    queries: Any  # [tile slots, tokens, word rows, packing, io_lanes]
     keys: Any  # [slots, new tokens, word rows, packing, io_lanes], or None
     values: Any  # the same
-    kv: Any  # [slots, heads_per_page, block rows, packing, lanes]
-    out: Any  # [tile slots, block_q, word rows, packing, io_lanes]
+    kv: Any  # [slots, heads_per_page, cells * block rows, packing, lanes]
+    out: Any  # [tile slots, tokens, word rows, packing, io_lanes]
     scores: Any  # f32[query rows, block_kv]: of the next head; None in decode
     seam: Any  # [heads_per_page, 1, packing, lanes]: the row of old and new tokens
     q: Any  # [sub tiles, Hkv, query rows, lanes]: multiplied and cast; None in decode
-    sinks: Any  # f32[Hkv, query rows, 128], or None: where rows start in decode
-    m: Any  # f32[sub tiles, Hkv, query rows, 128]
-    l: Any  # noqa: E741  f32[sub tiles, Hkv, query rows, 128]
-    acc: Any  # f32[sub tiles, Hkv, query rows, lanes]
+    sinks: Any  # f32[tiles, query rows, 128], or None: where rows start in decode
+    # Softmax tiles: one for each key head and sub tile; some key heads share one in
+    # decode. There, ``sub tiles`` is 1.
+    m: Any  # f32[sub tiles, tiles, query rows, 128]
+    l: Any  # noqa: E741  f32[sub tiles, tiles, query rows, 128]
+    acc: Any  # f32[sub tiles, tiles, query rows, lanes]
 
 
 class Bookkeeping(NamedTuple):
     """SMEM of one phase."""
 
-    cells: Any  # i32[slots * len(Cell)]: the cells in flight
+    notes: Any  # i32[slots * numbers]: the cells or steps in flight
     written_rows: Any  # i32[slots]: cache rows being written back from a slot
     out_tokens: Any  # i32[tile slots]: output rows being written from a slot
 
@@ -79,9 +87,9 @@ class Semaphores(NamedTuple):
     out: Any
 
 
-def new_token_rows(config: KernelConfig, phase: PhaseConfig) -> int:
+def new_token_rows(phase: PhaseConfig) -> int:
     """Tokens that a slot holds of ``keys`` and of ``values``."""
-    return config.tokens_per_chunk if phase.is_decode else phase.block_kv
+    return phase.cells_per_step if phase.is_decode else phase.block_kv
 
 
 def _query_word_rows(config: KernelConfig, phase: PhaseConfig) -> int:
@@ -98,7 +106,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     new_kv = (
         (
             slots,
-            new_token_rows(config, phase),
+            new_token_rows(phase),
             tile_io.io_word_rows(config.num_kv_heads, io_packing),
             io_packing,
             config.io_lanes,
@@ -108,14 +116,15 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     updates = config.spec.update_kv_cache
     state = (
         phase.block_q // phase.sub_q,
-        config.num_kv_heads,
+        config.num_kv_heads // config.heads_per_tile(phase),
         config.query_rows(phase),
     )
+    tokens = phase.cells_per_step if phase.is_decode else phase.block_q
     return Buffers(
         queries=(
             (
                 phase.num_tile_slots,
-                phase.block_q,
+                tokens,
                 _query_word_rows(config, phase),
                 io_packing,
                 config.io_lanes,
@@ -128,7 +137,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             (
                 slots,
                 cache.heads_per_page,
-                phase.block_kv // cache.packing,
+                phase.cells_per_step * phase.block_kv // cache.packing,
                 cache.packing,
                 lanes,
             ),
@@ -137,7 +146,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
         out=(
             (
                 phase.num_tile_slots,
-                phase.block_q,
+                tokens + 1 if phase.is_decode else tokens,
                 tile_io.io_word_rows(config.num_q_heads, out_packing),
                 out_packing,
                 config.io_lanes,
@@ -175,8 +184,11 @@ def allocate_phase(config: KernelConfig, phase: PhaseConfig):
         )
     )
     slots = phase.num_slots
+    note_size = len(Cell._fields)
+    if phase.is_decode:
+        note_size = step_structure(phase.cells_per_step).num_leaves
     bookkeeping = Bookkeeping(
-        cells=pltpu.SMEM((slots * len(Cell._fields),), jnp.int32),
+        notes=pltpu.SMEM((slots * note_size,), jnp.int32),
         written_rows=pltpu.SMEM((slots,), jnp.int32),
         out_tokens=pltpu.SMEM((phase.num_tile_slots,), jnp.int32),
     )

@@ -62,6 +62,13 @@ class Cursor(NamedTuple):
     block: Int
 
 
+class BlockPlace(NamedTuple):
+    """Where a block starts."""
+
+    table_index: Int  # of its first page, in the flat page table
+    page_row: Int  # its first row within that page
+
+
 class Cell(NamedTuple):
     """One unit of work. Positions count tokens of the sequence from 0.
 
@@ -239,6 +246,17 @@ class Schedule:
             new_end=new_end,
             write_row_begin=write_row_begin,
             write_row_end=write_row_end,
+        )
+
+    def block_place(self, cell: Cell) -> BlockPlace:
+        """Where the block of a cell is among the pages."""
+        layout = self.config.cache
+        first_page = cell.block_start >> log2(layout.page_size)
+        row = 0
+        if self.block_is_one_page_part:
+            row = (cell.block_start & (layout.page_size - 1)) >> log2(layout.packing)
+        return BlockPlace(
+            cell.sequence * self.config.pages_per_sequence + first_page, row
         )
 
     def written_end(self, cell: Cell) -> Int:

@@ -37,7 +37,7 @@ INTERLEAVED_HEADS = 4
 
 def process(copies: Copies, slot: Int, tile_slot: Int) -> jax.Array:
     """Computes the cell in a slot; returns whether it was the last of its tile."""
-    cell = load_cell(copies.bookkeeping.cells, slot)
+    cell = load_cell(copies.bookkeeping.notes, slot)
 
     @pl.when((cell.block == 0) & (cell.num_queries > 0))
     def _():
@@ -76,7 +76,7 @@ def process(copies: Copies, slot: Int, tile_slot: Int) -> jax.Array:
     def _():
         copies.wait_output(tile_slot)
         _store_output(copies, cell, tile_slot)
-        copies.start_output(cell, tile_slot)
+        copies.start_output(tile_slot, cell.query_token, cell.num_queries)
 
     return is_last
 
@@ -190,7 +190,14 @@ def _attend(copies: Copies, cell: Cell, slot: Int, *, is_masked: bool) -> None:
     """Scores, softmax and values of one cell, for all heads and live sub tiles."""
     config, phase = copies.config, copies.schedule.phase
     interleaved = largest_divisor(config.num_kv_heads, INTERLEAVED_HEADS)
-    words_mask = value_words_mask(copies, cell) if is_masked else None
+    words_mask = None
+    if is_masked:
+        words_mask = value_words_mask(
+            cell.visible_begin - cell.block_start,
+            cell.visible_end - cell.block_start,
+            phase.block_kv,
+            config,
+        )
 
     def sub_tile(sub: Int, _) -> None:
         mask = _tile_mask(copies, cell, sub) if is_masked else None
@@ -230,6 +237,7 @@ def _attend_heads(
     """
     config, buffers = copies.config, copies.buffers
     num_heads = largest_divisor(config.num_kv_heads, INTERLEAVED_HEADS)
+    block_kv = copies.schedule.phase.block_kv
     following = buffers.scores[...]
     for index in range(num_heads):
         head, scores = first + index, following
@@ -239,7 +247,7 @@ def _attend_heads(
             buffers.scores[...] = _scores(copies, slot, sub, head + 1, mask)
         state = _load_state(buffers, sub, head)
         p, m, correction = online_softmax.probabilities(scores, state.m)
-        v = load_values(copies, slot, head, words_mask)
+        v = load_values(buffers.kv.at[slot], head, block_kv, words_mask, config)
         if _sums_in_matrix_unit(config):
             v = online_softmax.with_ones(v)
         buffers.m[sub, head] = m
@@ -257,7 +265,8 @@ def _scores(
     copies: Copies, slot: Int, sub: Int, head: Int, mask: jax.Array | None
 ) -> jax.Array:
     """f32[query rows, block_kv] of one head."""
-    k = load_keys(copies, slot, head)
+    block_kv = copies.schedule.phase.block_kv
+    k = load_keys(copies.buffers.kv.at[slot], head, block_kv, copies.config)
     scores = online_softmax.score_tile(
         copies.buffers.q[sub, head], k, copies.config.spec
     )

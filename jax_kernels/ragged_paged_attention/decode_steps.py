@@ -1,0 +1,141 @@
+"""Steps of decode: some consecutive cells, and what their sequences have in common.
+
+A step is ``cells_per_step`` consecutive cells of the flat list (schedule.py), of one
+sequence or of several. Its DMAs, waits and matmuls are those of one large cell, so
+that many short sequences cost hardly more than a long one. With blocks of 8 tokens and
+4 cells in a step, sequences of 5, 20, 6 and 9 tokens make two steps::
+
+    step  cell  sequence  block  keys       ends
+    0     0     0         0      0 .. 4     yes
+          1     1         0      0 .. 7
+          2     1         1      8 .. 15
+          3     1         2      16 .. 19   yes
+    1     0     2         0      0 .. 5     yes
+          1     3         0      0 .. 7
+          2     3         1      8          yes
+          3     -
+
+All functions are plain arithmetic on ints, Python's or traced int32 scalars.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_kernels.ragged_paged_attention.schedule import (
+    BlockPlace,
+    Cell,
+    Cursor,
+    Int,
+    Lengths,
+    Schedule,
+)
+
+
+class DecodeCell(NamedTuple):
+    """One block of a sequence. Tokens and rows count from the start of the block."""
+
+    place: BlockPlace
+    row_begin: Int  # rows fetched
+    row_end: Int
+    visible_begin: Int  # tokens that the query sees; may be out of the block
+    visible_end: Int
+    new_place: Int  # where the new token goes, or -1
+    query: Int  # number of its query among those of the step
+    out: Int  # number of its output in the buffer; past the queries if it has none
+    is_first: Int  # 1: the first block of its sequence
+
+
+class Step(NamedTuple):
+    """Cells that are fetched and computed together."""
+
+    cells: tuple[DecodeCell, ...]
+    first_token: Int  # of the first cell, in the flat query array
+    num_tokens: Int  # queries, new keys and new values to fetch
+    num_ended: Int  # sequences with a query that end in the step
+    num_rows: Int  # rows fetched
+    num_written: Int  # rows written back
+
+
+def step_structure(cells_per_step: int) -> Any:
+    """How the numbers of a step are laid out: a tree of JAX."""
+    cell = DecodeCell(BlockPlace(0, 0), *range(len(DecodeCell._fields) - 1))
+    return jax.tree.structure(Step((cell,) * cells_per_step, 0, 0, 0, 0, 0))
+
+
+def describe_step(
+    schedule: Schedule,
+    cursor: Cursor,
+    end: Int,
+    read_lengths: Callable[[Int], Lengths],
+) -> tuple[Step, Cursor]:
+    """The step that starts at a cursor, and the cursor of the next one.
+
+    Args:
+      schedule: Cell arithmetic.
+      cursor: The first cell.
+      end: The sequence after the last one. Cells there have no query and no rows.
+      read_lengths: Gives the lengths of a sequence before the end.
+    """
+    cells, parts = [], []
+    for _ in range(schedule.phase.cells_per_step):
+        lengths = _lengths_or_none(cursor.sequence, end, read_lengths)
+        cell = schedule.describe(cursor, lengths)
+        first = cells[0] if cells else cell
+        cells.append(cell)
+        parts.append(
+            _part_of_step(schedule, cell, cell.query_token - first.query_token)
+        )
+        cursor = schedule.advance(cell)
+    first, last = cells[0], cells[-1]
+    return (
+        Step(
+            cells=tuple(parts),
+            first_token=first.query_token,
+            num_tokens=last.query_token + last.num_queries - first.query_token,
+            num_ended=_count(
+                (cell.block + 1 >= cell.num_blocks) & (cell.num_queries > 0)
+                for cell in cells
+            ),
+            num_rows=sum(part.row_end - part.row_begin for part in parts),
+            num_written=_count(part.new_place >= 0 for part in parts),
+        ),
+        cursor,
+    )
+
+
+def _lengths_or_none(
+    sequence: Int, end: Int, read_lengths: Callable[[Int], Lengths]
+) -> Lengths:
+    """The lengths of a sequence or, past the end, of one that is empty."""
+    own = read_lengths(jnp.minimum(sequence, end - 1))
+    is_live = sequence < end
+    return Lengths(
+        q_start=own.q_start + jnp.where(is_live, 0, own.q_len),
+        q_len=jnp.where(is_live, own.q_len, 0),
+        kv_len=jnp.where(is_live, own.kv_len, 0),
+    )
+
+
+def _part_of_step(schedule: Schedule, cell: Cell, query: Int) -> DecodeCell:
+    return DecodeCell(
+        place=schedule.block_place(cell),
+        row_begin=cell.cache_row_begin,
+        row_end=cell.cache_row_end,
+        visible_begin=cell.visible_begin - cell.block_start,
+        visible_end=cell.visible_end - cell.block_start,
+        new_place=jnp.where(
+            cell.write_row_end > cell.write_row_begin,
+            cell.new_begin - cell.block_start,
+            -1,
+        ),
+        query=query,
+        out=jnp.where(cell.num_queries > 0, query, schedule.phase.cells_per_step),
+        is_first=jnp.where(cell.block == 0, 1, 0),
+    )
+
+
+def _count(conditions: Iterable[Any]) -> Int:
+    return sum(jnp.where(condition, 1, 0) for condition in conditions)

@@ -1,0 +1,148 @@
+"""Copies between the pages of a sequence in HBM and a block in VMEM."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_kernels.ragged_paged_attention.schedule import BlockPlace, Int, Schedule, log2
+
+
+def wait_for(ref, semaphore) -> None:
+    """Waits for as many bytes as ``ref`` holds."""
+    pltpu.make_async_copy(ref, ref, semaphore).wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """The pages that blocks of keys and values come from and go to.
+
+    A *block* is [heads_per_page, block rows, packing, lanes] in VMEM.
+
+    Attributes:
+      schedule: Gives the geometry of blocks and pages.
+      page_indices: The page table, in SMEM.
+      cache: The cache in HBM.
+    """
+
+    schedule: Schedule
+    page_indices: Any
+    cache: Any
+
+    def start_fetch(
+        self, place: BlockPlace, begin: Int, end: Int, block, semaphore
+    ) -> None:
+        """Fetches rows begin .. end of a block.
+
+        Args:
+          place: Where the block starts.
+          begin: First row, counted from the start of the block.
+          end: Row after the last.
+          block: VMEM, [heads_per_page, block rows, packing, lanes].
+          semaphore: Counts the bytes.
+        """
+
+        def fetch(page: Int, page_row: Int, block_row: Int, num_rows: Int) -> None:
+            pltpu.make_async_copy(
+                self.cache.at[page, :, pl.ds(page_row, num_rows)],
+                block.at[:, pl.ds(block_row, num_rows)],
+                semaphore,
+            ).start()
+
+        # Without a window, blocks start at pages.
+        has_head = self.schedule.config.spec.sliding_window is not None
+        self._for_each_page(place, begin, end, fetch, has_head=has_head)
+
+    def start_fetch_row(self, place: BlockPlace, row: Int, block, semaphore) -> None:
+        """Fetches one row of a block."""
+        page, page_row = self._locate(place, row)
+        pltpu.make_async_copy(
+            self.cache.at[page, :, pl.ds(page_row, 1)],
+            block.at[:, pl.ds(row, 1)],
+            semaphore,
+        ).start()
+
+    def start_write(
+        self, place: BlockPlace, begin: Int, end: Int, block, semaphore
+    ) -> None:
+        """Writes rows begin .. end of a block to their pages."""
+
+        def write(page: Int, page_row: Int, block_row: Int, num_rows: Int) -> None:
+            pltpu.make_async_copy(
+                block.at[:, pl.ds(block_row, num_rows)],
+                self.cache.at[page, :, pl.ds(page_row, num_rows)],
+                semaphore,
+            ).start()
+
+        self._for_each_page(place, begin, end, write, has_head=True)
+
+    def start_write_row(self, place: BlockPlace, row: Int, block, semaphore) -> None:
+        """Writes one row of a block."""
+        page, page_row = self._locate(place, row)
+        pltpu.make_async_copy(
+            block.at[:, pl.ds(row, 1)],
+            self.cache.at[page, :, pl.ds(page_row, 1)],
+            semaphore,
+        ).start()
+
+    def _locate(self, place: BlockPlace, row: Int) -> tuple[Int, Int]:
+        """The page of a row of a block, and the row within the page."""
+        if self.schedule.block_is_one_page_part:
+            return self.page_indices[place.table_index], place.page_row + row
+        rows = self.schedule.config.cache.rows_per_page
+        page = self.page_indices[place.table_index + (row >> log2(rows))]
+        return page, row & (rows - 1)
+
+    def _for_each_page(
+        self, place: BlockPlace, begin: Int, end: Int, copy, *, has_head: bool
+    ) -> None:
+        """Calls ``copy(page, page_row, block_row, num_rows)`` for rows begin .. end.
+
+        Args:
+          place: Where the block starts.
+          begin: First row.
+          end: Row after the last.
+          copy: Starts one copy; called under a predicate or in a loop.
+          has_head: Whether ``begin`` may be in the middle of a page.
+        """
+
+        def copy_part(part_begin: Int, part_end: Int) -> None:
+            page, page_row = self._locate(place, part_begin)
+            copy(page, page_row, part_begin, part_end - part_begin)
+
+        if self.schedule.block_is_one_page_part:
+            pl.when(end > begin)(lambda: copy_part(begin, end))
+            return
+
+        rows = self.schedule.config.cache.rows_per_page
+        shift = log2(rows)
+
+        def copy_page(index: Int) -> None:
+            page = self.page_indices[place.table_index + index]
+            copy(page, 0, index << shift, rows)
+
+        # Parts of pages, at the start (a window) and at the end, are apart from the
+        # loop over whole ones, which is then as short as can be.
+        first_whole, end_whole = (begin + (rows - 1)) >> shift, end >> shift
+        head_end = begin
+        if has_head:
+            head_end = jnp.minimum(end, first_whole << shift)
+            pl.when(begin < head_end)(lambda: copy_part(begin, head_end))
+        _for_each(first_whole, end_whole, copy_page)
+        tail_begin = jnp.maximum(head_end, end_whole << shift)
+        pl.when((tail_begin < end) & (begin < end))(lambda: copy_part(tail_begin, end))
+
+
+def _for_each(begin: Int, end: Int, action, unroll: int = 4) -> None:
+    """Calls ``action`` for begin .. end: the scalar work of several overlaps."""
+    num_groups = jnp.maximum(end - begin, 0) >> log2(unroll)
+
+    def group(index: Int, _) -> None:
+        for offset in range(unroll):
+            action(begin + index * unroll + offset)
+
+    lax.fori_loop(0, num_groups, group, None)
+    lax.fori_loop(begin + num_groups * unroll, end, lambda i, _: action(i), None)
