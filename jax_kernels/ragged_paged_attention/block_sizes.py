@@ -198,6 +198,7 @@ def make_config(
         num_tokens=problem.num_tokens,
         pages_per_sequence=problem.pages_per_sequence,
         num_q_heads=problem.num_q_heads,
+        q_dtype=problem.q_dtype,
         io_dtype=io_dtype,
         out_dtype=out_dtype,
         interpret=interpret,
@@ -218,9 +219,7 @@ def _phase(
         slots, lookahead = DECODE_RING
         cell_bytes = blocks.decode_block_kv * problem.cache.token_bytes
         cells = min(max(STEP_BYTES // cell_bytes, 1), MAX_CELLS_PER_STEP)
-        return PhaseConfig(
-            phase, 1, 1, blocks.decode_block_kv, slots, lookahead, cells
-        )
+        return PhaseConfig(phase, 1, 1, blocks.decode_block_kv, slots, lookahead, cells)
     slots, lookahead = PREFILL_RING
     rows = SOFTMAX_TILE_ROWS // problem.num_q_heads_per_kv_head
     sub_q = min(block_q, max(_power_of_two_below(rows), MIN_BLOCK_Q))

@@ -140,7 +140,8 @@ class KernelConfig:
       num_tokens: T, rows of the query array, padding included.
       pages_per_sequence: P, width of the page table.
       num_q_heads: Hq.
-      io_dtype: Dtype of queries, keys and values as the kernel sees them.
+      q_dtype: Dtype of queries, keys and values as the caller has them.
+      io_dtype: Dtype in which the kernel sees them: wider when heads are odd.
       out_dtype: Dtype of the output as the kernel writes it.
       interpret: Run in Pallas TPU interpret mode.
     """
@@ -151,6 +152,7 @@ class KernelConfig:
     num_tokens: int
     pages_per_sequence: int
     num_q_heads: int
+    q_dtype: np.dtype
     io_dtype: np.dtype
     out_dtype: np.dtype
     interpret: bool = False
@@ -189,7 +191,7 @@ class KernelConfig:
     @property
     def value_dtype(self) -> np.dtype:
         """Dtype in which probabilities meet values: the wider of queries and cache."""
-        is_wide = jnp.float32 in (self.io_dtype, self.cache.dtype)
+        is_wide = jnp.float32 in (self.q_dtype, self.cache.dtype)
         return jnp.dtype(jnp.float32 if is_wide else jnp.bfloat16)
 
     @property

@@ -1,5 +1,6 @@
 """Values that fix a kernel: their checks and what follows from them."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def test_queries_that_are_quantised_take_no_other_factor():
 
 
 def make_config(
-    heads=(8, 2), head_dim=128, cache_dtype="bfloat16", io_dtype="bfloat16", **spec
+    heads=(8, 2), head_dim=128, cache_dtype="bfloat16", q_dtype="bfloat16", **spec
 ) -> KernelConfig:
     return KernelConfig(
         spec=AttentionSpec(**spec),
@@ -89,8 +90,9 @@ def make_config(
         num_tokens=64,
         pages_per_sequence=8,
         num_q_heads=heads[0],
-        io_dtype=jnp.dtype(io_dtype),
-        out_dtype=jnp.dtype(io_dtype),
+        q_dtype=jnp.dtype(q_dtype),
+        io_dtype=jnp.dtype(q_dtype),
+        out_dtype=jnp.dtype(q_dtype),
     )
 
 
@@ -111,7 +113,7 @@ def test_rows_of_decode_fill_registers(heads, rows):
 
 
 @pytest.mark.parametrize(
-    "io_dtype, cache_dtype, q_scale, multiply, value",
+    "q_dtype, cache_dtype, q_scale, multiply, value",
     [
         ("bfloat16", "bfloat16", None, "bfloat16", "bfloat16"),
         ("float32", "bfloat16", None, "float32", "float32"),
@@ -123,11 +125,16 @@ def test_rows_of_decode_fill_registers(heads, rows):
     ],
 )
 def test_multiplications_take_the_wider_dtype_unless_queries_are_quantised(
-    io_dtype, cache_dtype, q_scale, multiply, value
+    q_dtype, cache_dtype, q_scale, multiply, value
 ):
-    config = make_config(io_dtype=io_dtype, cache_dtype=cache_dtype, q_scale=q_scale)
+    config = make_config(q_dtype=q_dtype, cache_dtype=cache_dtype, q_scale=q_scale)
     assert config.multiply_dtype == jnp.dtype(multiply)
     assert config.value_dtype == jnp.dtype(value)
+
+
+def test_heads_that_are_widened_for_their_layout_are_multiplied_in_their_own_dtype():
+    config = dataclasses.replace(make_config(), io_dtype=jnp.dtype(jnp.float32))
+    assert config.value_dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def make_schedule(
         num_tokens=64,
         pages_per_sequence=8,
         num_q_heads=4,
+        q_dtype=jnp.dtype(jnp.bfloat16),
         io_dtype=jnp.dtype(jnp.bfloat16),
         out_dtype=jnp.dtype(jnp.bfloat16),
     )

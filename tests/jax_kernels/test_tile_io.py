@@ -160,6 +160,7 @@ def test_new_tokens_are_packed_as_the_cache_lays_them_out(dtype, head_dim, scale
         num_tokens=num_tokens,
         pages_per_sequence=1,
         num_q_heads=1,
+        q_dtype=jnp.dtype(jnp.float32),
         io_dtype=jnp.dtype(jnp.float32),
         out_dtype=jnp.dtype(jnp.float32),
     )
