@@ -38,7 +38,7 @@ from jax_kernels.ragged_paged_attention.block_loads import (
 from jax_kernels.ragged_paged_attention.config import LOG2_E, SUBLANES, KernelConfig
 from jax_kernels.ragged_paged_attention.decode_steps import DecodeCell
 from jax_kernels.ragged_paged_attention.dma import StepCopies
-from jax_kernels.ragged_paged_attention.layout import dtype_packing
+from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.schedule import Int, log2
 
@@ -46,6 +46,8 @@ from jax_kernels.ragged_paged_attention.schedule import Int, log2
 MAX_STRETCH_HEADS = 8
 # The smallest stretch, in tokens of a cell; each further one is twice as long.
 MIN_STRETCH_TOKENS = 256
+# Scores that wait for their softmax while the matrix units compute the next ones.
+SCORE_REGISTERS = 32
 
 
 def prepare(copies: StepCopies) -> None:
@@ -135,19 +137,21 @@ def _attend(
     vector units have work at the same time. Of one cell, all scores come first, then
     all softmaxes: tile by tile, the matrix units would wait for every softmax.
     """
-    buffers = copies.buffers
+    config, buffers = copies.config, copies.buffers
+    phase = copies.schedule.phase
     works = [_CellWork.make(copies, cells, slot, i, size) for i in range(len(cells))]
     states = [
         SoftmaxState(buffers.m[0, tile], buffers.l[0, tile], buffers.acc[0, tile])
         for tile in tiles
     ]
-    following = works[0].scores(tiles)
+    registers = len(tiles) * config.query_rows(phase) * size // (SUBLANES * LANES)
+    ahead = min(max(SCORE_REGISTERS // registers, 1), len(works))
+    scores = [work.scores(tiles) for work in works[:ahead]]
     progress = None
     for index, work in enumerate(works):
-        scores = following
-        if index + 1 < len(works):
-            following = works[index + 1].scores(tiles)
-        states = work.attend(tiles, states, scores)
+        if index + ahead < len(works):
+            scores.append(works[index + ahead].scores(tiles))
+        states = work.attend(tiles, states, scores[index])
         if index + 1 == len(works) and plan is not None:
             # The last products are still on their way out of the matrix units:
             # scalar work fills the wait.
