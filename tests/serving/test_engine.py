@@ -84,8 +84,10 @@ def test_other_heads_agree(prompts, shape):
     assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected
 
 
-@pytest.mark.parametrize("device", ["cpu", "xla"])
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize(
+    ("device", "cache_dtype"),
+    [("cpu", None), ("cpu", torch.int8), ("cpu", torch.float8_e4m3fn), ("xla", None)],
+)
 def test_bfloat16_models_run_with_every_kind_of_cache(prompts, device, cache_dtype):
     model = build_llama("rpa").to(torch.bfloat16)
     engine = engine_of(model, device=device, cache_dtype=cache_dtype)

@@ -2,14 +2,15 @@
 
 import pytest
 
-from torch_rpa.serving import Engine, EngineOptions, SamplingParams
+from tests.serving.traffic import check, random_traffic, run
+from torch_rpa.serving import Engine, EngineOptions, RequestStatus, SamplingParams
 
 OPTIONS = EngineOptions(
-    max_num_sequences=3,
-    max_tokens_per_step=16,
-    max_sequence_length=40,
+    max_num_sequences=5,
+    max_tokens_per_step=24,
+    max_sequence_length=96,
     page_size=8,
-    num_pages=11,  # shapes of its own, so that no other test has compiled them
+    num_pages=13,  # shapes of its own, so that no other test has compiled them
 )
 PROMPTS = [[7] * 3, [8] * 20, [9] * 9, [7] * 3]
 PARAMS = [
@@ -28,7 +29,7 @@ def engine(paged_on_xla):
 
 
 def test_warming_up_compiles_all_programs_and_serving_none(engine, paged_on_xla):
-    # Buckets of 8 and 16 tokens, each greedy and sampling, and the caches.
+    # Buckets of 8 and 24 tokens, each greedy and sampling, and the caches.
     assert engine.stats.num_compilations == engine.stats.max_compilations == 5
     first = engine.generate_batch(PROMPTS, PARAMS)
     assert engine.stats.num_compilations == 5
@@ -86,3 +87,14 @@ def test_caches_keep_their_buffers(engine):
     before = [pointer(cache) for cache in caches]
     engine.generate_batch(PROMPTS, PARAMS)
     assert [pointer(cache) for cache in caches] == before
+
+
+def test_random_traffic_gets_the_tokens_of_generation_one_by_one(eager, paged_on_xla):
+    engine = Engine(paged_on_xla, OPTIONS)
+    traffic = random_traffic(5, 40, too_long=(3,))
+    outputs, audit = run(engine, traffic)
+    check(eager, traffic, outputs)
+    assert outputs[3].status == RequestStatus.FAILED
+    assert engine.stats.num_preemptions > 0
+    assert audit.num_foreign_reads > 0
+    assert engine.stats.num_compilations <= engine.stats.max_compilations
