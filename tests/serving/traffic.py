@@ -30,7 +30,9 @@ def random_traffic(seed, count, *, too_long=(), cancel_share=0.05):
     def tokens(number):
         return [generator.randrange(VOCABULARY - 2) for _ in range(number)]
 
-    prefixes = [tokens(length) for length in (16, 19, 33)]
+    # Two beginnings differ in their first page alone.
+    second_page = tokens(8)
+    prefixes = [tokens(8) + second_page, tokens(8) + second_page, tokens(33)]
     requests, cancelled, step = [], {}, 0
     for index in range(count):
         step += generator.choice((0, 0, 1, 2, 3))

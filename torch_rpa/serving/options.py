@@ -53,6 +53,22 @@ class EngineOptions:
     device: str | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        buckets = self.token_buckets
+        is_ascending = not buckets or (
+            list(buckets) == sorted(set(buckets)) and min(buckets) > 0
+        )
+        length = self.max_sequence_length
+        for name, is_valid, expected in (
+            ("page_size", self.page_size >= 1, "at least 1"),
+            ("max_sequence_length", length is None or length >= 2, "at least 2"),
+            ("token_buckets", is_ascending, "positive and ascending"),
+        ):
+            if not is_valid:
+                raise ValueError(
+                    f"{name} must be {expected}, got {getattr(self, name)!r}"
+                )
+
     def sequence_length(self, config: Any) -> int:
         """Returns the most tokens of a sequence, for a model's text config.
 
