@@ -8,8 +8,6 @@ from tests.serving.page_audit import PageAudit
 from tests.support.tiny_llama import VOCABULARY
 from torch_rpa.serving import RequestStatus, SamplingParams
 
-EOS = 257
-
 
 @dataclasses.dataclass
 class Traffic:
@@ -49,7 +47,7 @@ def random_traffic(seed, count, *, too_long=(), cancel_share=0.05):
             top_k=generator.choice((0, 5)),
             top_p=generator.choice((1.0, 0.8)),
             seed=generator.randrange(2**40),
-            eos_token_ids=generator.choice(((), (EOS, generator.randrange(20)))),
+            eos_token_ids=generator.choice(((), generator.sample(range(256), 20))),
         )
         requests.append((step, prompt, params))
         if generator.random() < cancel_share:
