@@ -131,8 +131,10 @@ def device_target(device: torch.device) -> Target:
     import torch_xla
     import torch_xla.runtime
 
-    kind = torch_xla._XLAC._xla_device_kind(str(device))
     platform = torch_xla.runtime.device_type()
+    # With SPMD all tensors are on one virtual device, of no kind.
+    is_virtual = torch_xla.runtime.is_spmd()
+    kind = "" if is_virtual else torch_xla._XLAC._xla_device_kind(str(device))
     if platform == "CPU":
         return Target("cpu", None, "reference")
     if platform == "TPU":

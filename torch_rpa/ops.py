@@ -71,11 +71,11 @@ def _composite(*tensors: Any, **options: Any) -> torch.Tensor:
         out, new_cache = ragged_paged_attention_functional(
             *tensors, **options, donate_kv_cache=donate
         )
-        _update_in_place(kv_cache, new_cache)
+        update_in_place(kv_cache, new_cache)
         return out
 
 
-def _update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:
+def update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:
     """Makes ``new_cache`` the value of ``kv_cache``.
 
     Where tensors are functionalized this does what functionalization makes of any

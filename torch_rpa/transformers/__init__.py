@@ -10,7 +10,8 @@ Importing this package registers the attention function. A step is then::
         logits_to_keep=last_tokens,  # [S]
     ).logits  # [1, S, vocabulary]
 
-and the whole of generation is ``model.generate(..., custom_generate=generate)``.
+and the whole of generation is ``model.generate(..., custom_generate=generate)``, or, if
+the call cannot be changed, ``with paged_generation(model): model.generate(...)``.
 """
 
 # ruff: noqa: E402
@@ -30,13 +31,16 @@ from torch_rpa.transformers.context import (
 )
 from torch_rpa.transformers.generation import generate
 from torch_rpa.transformers.guards import ATTENTION_NAME
+from torch_rpa.transformers.paged_generation import PagedCache, paged_generation
 
 __all__ = [
     "ATTENTION_NAME",
+    "PagedCache",
     "RPAContext",
     "RaggedBatch",
     "empty_kv_caches",
     "generate",
+    "paged_generation",
     "register",
     "rpa_attention",
     "use_rpa",

@@ -84,7 +84,7 @@ def rpa_attention(
     _refuse_caches(query, key, use_cache)
     _refuse_other_meanings(module, attention_mask, dropout, is_causal, kwargs)
     batch = rpa.batch
-    out = torch.ops.rpa.ragged_paged_attention(
+    out = rpa.attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -45,12 +45,15 @@ class RPAContext:
         batch: The ragged batch, shared by all layers.
         k_scale: The caches store ``key / k_scale``; None is 1.
         v_scale: The caches store ``value / v_scale``; None is 1.
+        attention: The operator, or a function of the same arguments, such as
+            ``torch_rpa.spmd.sharded_ragged_paged_attention`` with its mesh.
     """
 
     kv_caches: Sequence[torch.Tensor]
     batch: RaggedBatch
     k_scale: float | None = None
     v_scale: float | None = None
+    attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention
 
 
 def empty_kv_caches(

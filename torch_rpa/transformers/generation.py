@@ -60,7 +60,7 @@ _EXACT_CACHES = (
     "static",
 )
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-# The argument that takes a cache, since transformers 5.24 and before.
+# The model's argument for a cache, since transformers 5.24 and before.
 _CACHE_NAMES = ("cache", "past_key_values")
 
 
@@ -107,13 +107,15 @@ def generate(
     """
     call = _call_of_transformers()
     config = generation_config or model.generation_config
-    _refuse_other_modes(config, call, model_kwargs)
+    mode = config.get_generation_mode(call.get("assistant_model"))
+    refuse_other_modes(mode, config, model_kwargs)
+    _refuse_a_cache(call, model_kwargs)
     check_attention(model)
     ids = input_ids.cpu()
     prompts = _prompts(
         ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     )
-    batch = _LockstepBatch(
+    batch = LockstepBatch(
         model,
         prompts,
         max_new_tokens=_max_new_tokens(config, stopping_criteria, ids.shape[1]),
@@ -136,7 +138,7 @@ def generate(
 
 
 def _choose_tokens(
-    batch: _LockstepBatch,
+    batch: LockstepBatch,
     ids: torch.Tensor,  # i64[B, L]
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -187,7 +189,7 @@ def _choose_tokens(
     return GenerateDecoderOnlyOutput(**output)
 
 
-class _LockstepBatch:
+class LockstepBatch:
     """Prompts that grow together by one token each, in ragged steps."""
 
     def __init__(
@@ -200,7 +202,9 @@ class _LockstepBatch:
         num_pages: int | None,
         max_tokens_per_step: int | None,
         cache_dtype: torch.dtype | None,
+        prefix_caching: bool = False,
     ):
+        """Starts every prompt; ``prefix_caching`` pays if some are extended later."""
         device = model.device.type
         step_tokens = max_tokens_per_step or sum(map(len, prompts))
         # A program serves all batches of similar size; the CPU needs no program.
@@ -217,7 +221,7 @@ class _LockstepBatch:
             page_size=page_size,
             max_num_sequences=len(prompts),
             max_tokens_per_step=step_tokens,
-            prefix_caching=False,  # all prompts start at once
+            prefix_caching=prefix_caching,
             lookahead=False,  # the caller chooses every token
         )
         self.requests = [Request(prompt, max_new_tokens) for prompt in prompts]
@@ -265,6 +269,21 @@ class _LockstepBatch:
         """Gives a sequence its next token, which the next step computes."""
         self.requests[index].append(token)
 
+    def extend(self, index: int, tokens: list[int]) -> None:
+        """Gives a sequence any number of tokens, which the next steps compute."""
+        former = self.requests[index]
+        if len(tokens) == 1:
+            self.append(index, tokens[0])
+        elif tokens:  # as a new prompt, whose full pages are found again
+            self.end(index)
+            known = former.tokens + tokens
+            room = former.num_prompt + former.max_new_tokens - len(known)
+            request = Request(known, max(1, room))
+            self.requests[index] = request
+            self._indices[request] = index
+            self._live.add(request)
+            self.scheduler.add(request)
+
     def end(self, index: int) -> None:
         """Frees the pages of a sequence; may be repeated."""
         request = self.requests[index]
@@ -303,21 +322,14 @@ def _prompts(
     return [tokens[keep].tolist() for tokens, keep in zip(ids, is_token, strict=True)]
 
 
-def _refuse_other_modes(
-    config: GenerationConfig, call: dict[str, Any], model_kwargs: dict[str, Any]
+def refuse_other_modes(
+    mode: GenerationMode, config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
-    mode = config.get_generation_mode(call.get("assistant_model"))
+    """Raises for whatever ragged greedy or sampling steps would answer differently."""
     if mode not in _MODES:
         raise NotImplementedError(
             f"generation must be greedy or sampling, got {mode.value!r}: leave out "
             "num_beams and the like, or use another attn_implementation"
-        )
-    given_cache = _cache_in(call.get("kwargs", {}))
-    cache = given_cache or _cache_in(model_kwargs)
-    if given_cache is not None or (cache is not None and cache.get_seq_length()):
-        raise NotImplementedError(
-            f"past_key_values must be left out, got {type(cache).__name__}: the paged "
-            "cache is made for each call; pass the whole text as input_ids"
         )
     if config.cache_implementation not in _EXACT_CACHES:
         raise NotImplementedError(
@@ -334,6 +346,11 @@ def _refuse_other_modes(
             f"output_attentions: {ATTENTION_NAME} computes no attention weights",
             stacklevel=3,
         )
+    refuse_unknown_arguments(model_kwargs)
+
+
+def refuse_unknown_arguments(model_kwargs: dict[str, Any]) -> None:
+    """Raises if there are model arguments besides those that ragged steps replace."""
     unknown = sorted(
         name
         for name, argument in model_kwargs.items()
@@ -346,10 +363,21 @@ def _refuse_other_modes(
         )
 
 
-def _cache_in(kwargs: dict[str, Any]) -> Any:
+def _refuse_a_cache(call: dict[str, Any], model_kwargs: dict[str, Any]) -> None:
+    given_cache = cache_among(call.get("kwargs", {}))
+    cache = given_cache if given_cache is not None else cache_among(model_kwargs)
+    if given_cache is not None or (cache is not None and cache.get_seq_length()):
+        raise NotImplementedError(
+            f"past_key_values must be left out, got {type(cache).__name__}: the paged "
+            "cache is made for each call; pass the whole text as input_ids, or use "
+            "paged_generation"
+        )
+
+
+def cache_among(model_kwargs: dict[str, Any]) -> Any:
     """Returns the cache among the arguments of a model, or None."""
-    caches = [kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None]
-    return caches[0] if caches else None
+    caches = [model_kwargs.get(name) for name in _CACHE_NAMES]
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def _call_of_transformers() -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""A tiny model, padded prompts, and the ways to generate from them."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from torch_rpa.transformers import generate, paged_generation
+
+NEW_TOKENS = 12
+# transformers 5.24 renamed this argument.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
+PAD, EOS = 0, 63
+
+
+def build(attention: str):
+    """A tiny Llama with random weights, the same every time."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.generation_config = GenerationConfig(pad_token_id=PAD)
+    return model.eval()
+
+
+def padded(side: str = "left") -> dict[str, torch.Tensor]:
+    """Four prompts of 1, 8, 9 and 21 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.full((4, 21), PAD)
+    mask = torch.zeros(4, 21, dtype=torch.long)
+    for row, length in enumerate((1, 8, 9, 21)):
+        columns = slice(21 - length, 21) if side == "left" else slice(length)
+        ids[row, columns] = torch.randint(1, 60, (length,), generator=generator)
+        mask[row, columns] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def eager_generate(model, inputs, **keywords):
+    keywords = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **keywords}
+    return model.generate(**inputs, **keywords)
+
+
+def custom_generate(model, inputs, **keywords):
+    return eager_generate(
+        model, inputs, custom_generate=generate, page_size=8, **keywords
+    )
+
+
+def generate_in_block(model, inputs, **keywords):
+    options = {
+        name: keywords.pop(name)
+        for name in ("num_pages", "max_tokens_per_step")
+        if name in keywords
+    }
+    with paged_generation(model, page_size=8, **options):
+        return eager_generate(model, inputs, **keywords)

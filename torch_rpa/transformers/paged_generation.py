@@ -1,0 +1,389 @@
+"""``with paged_generation(model): model.generate(...)``, for calls that cannot change.
+
+Inside the block transformers runs its own loop, and three methods of the model instance
+are replaced: the one that makes the cache makes a :class:`PagedCache`, the one that
+prepares inputs leaves them on the host, and ``forward`` takes the new columns of the
+padded batch, computes their tokens in ragged steps, and returns the logits of the last
+token of each sequence, on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from torch_rpa.transformers.generation import (
+    LockstepBatch,
+    cache_among,
+    refuse_other_modes,
+    refuse_unknown_arguments,
+)
+from torch_rpa.transformers.guards import check_attention
+
+_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+# transformers 5.24 renamed it.
+CACHE_NAME = "cache" if "cache" in _FIELDS else "past_key_values"
+
+
+@dataclasses.dataclass(frozen=True)
+class PagingOptions:
+    """How :func:`paged_generation` keeps keys and values; see there."""
+
+    page_size: int = 16
+    num_pages: int | None = None
+    max_length: int | None = None
+    max_tokens_per_step: int | None = None
+    cache_dtype: torch.dtype | None = None
+
+
+@contextlib.contextmanager
+def paged_generation(
+    model: PreTrainedModel,
+    *,
+    page_size: int = 16,
+    num_pages: int | None = None,
+    max_length: int | None = None,
+    max_tokens_per_step: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> Iterator[None]:
+    """Pages the cache of every ``model.generate`` in the block, which stays as it is.
+
+    For callers that cannot pass ``custom_generate``, such as pipelines. Greedy search
+    and sampling, of prompts padded on either side. On an XLA device keep ``input_ids``
+    on the CPU. The cache that ``generate`` returns with ``return_dict_in_generate`` can
+    be given to later calls in the block, until it holds ``max_length`` tokens.
+
+    Args:
+        model: With ``attn_implementation="rpa"``, on an XLA device or the CPU.
+        page_size: Tokens in a page of the cache.
+        num_pages: Pages in the cache of each layer; None is enough for all sequences at
+            full length.
+        max_length: Tokens of each sequence, padding included, that a cache has room
+            for; None is what the call that makes it asks for.
+        max_tokens_per_step: Most tokens in one step; longer prefills are cut into
+            several steps. None takes all prompts in one step.
+        cache_dtype: What keys and values are stored as; None is the model's dtype.
+
+    Raises:
+        ValueError: The model has another attention, or is in such a block already.
+        NotImplementedError: Inside the block: beam search and other modes, foreign
+            caches, hidden states and further model inputs.
+    """
+    check_attention(model)
+    options = PagingOptions(
+        page_size, num_pages, max_length, max_tokens_per_step, cache_dtype
+    )
+    paging = _Paging(model, options)
+    if isinstance(getattr(model.forward, "paging", None), _Paging):
+        raise ValueError(
+            "model must not be in a block of paged_generation already, got "
+            f"{type(model).__name__} in another one"
+        )
+    with (
+        _replaced(model, "forward", paging.forward),
+        _replaced(model, "prepare_inputs_for_generation", paging.prepare_inputs),
+        _replaced(model, "_prepare_cache_for_generation", paging.prepare_cache),
+    ):
+        try:
+            yield
+        finally:
+            paging.close()
+
+
+@contextlib.contextmanager
+def _replaced(model: Any, name: str, method: Callable) -> Iterator[None]:
+    """Replaces a method of one model; ``method`` takes the former one first."""
+    former = getattr(model, name)
+    own = vars(model).get(name)
+
+    @functools.wraps(former)  # transformers reads its signature
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return method(former, *args, **kwargs)
+
+    replacement.paging = method.__self__  # type: ignore[attr-defined]
+    vars(model)[name] = replacement
+    try:
+        yield
+    finally:
+        del vars(model)[name]
+        if own is not None:
+            vars(model)[name] = own
+
+
+class _Paging:
+    """The methods that replace those of a model, and the caches that they made."""
+
+    def __init__(self, model: PreTrainedModel, options: PagingOptions):
+        self._model = model
+        self._options = options
+        self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
+
+    def close(self) -> None:
+        """Frees every cache."""
+        for cache in self._caches:
+            cache.close()
+
+    def prepare_cache(
+        self,
+        former: Callable,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Puts a paged cache among the arguments of the model."""
+        del former, batch_size  # the batch may still be repeated
+        check_attention(self._model)
+        refuse_other_modes(generation_mode, generation_config, model_kwargs)
+        if generation_config.use_cache is False:
+            raise ValueError(
+                "use_cache must be True in a block of paged_generation, got False"
+            )
+        if generation_config.prefill_chunk_size is not None:
+            raise NotImplementedError(
+                "prefill_chunk_size must be left out, got "
+                f"{generation_config.prefill_chunk_size}; paged_generation cuts long "
+                "prefills with max_tokens_per_step="
+            )
+        cache = cache_among(model_kwargs)
+        if cache is None:
+            capacity = self._options.max_length or max_cache_length + 1
+            cache = PagedCache(self._model, capacity, self._options)
+            self._caches.add(cache)
+            model_kwargs[CACHE_NAME] = cache
+        self._require_own(cache).require_room(max_cache_length)
+
+    def prepare_inputs(
+        self, former: Callable, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What the model prepares, on the host, where the ragged batch is built."""
+        inputs = former(input_ids, *args, **kwargs)
+        if inputs.get("input_ids") is None:
+            return inputs
+        start = input_ids.shape[1] - inputs["input_ids"].shape[1]
+        inputs["input_ids"] = input_ids[:, start:]
+        if kwargs.get("attention_mask") is not None:
+            inputs["attention_mask"] = kwargs["attention_mask"]
+        if kwargs.get("position_ids") is not None:
+            inputs["position_ids"] = kwargs["position_ids"][..., start:]
+        return inputs
+
+    def forward(self, former: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Computes the new columns of a padded batch."""
+        if kwargs.get("rpa") is not None:
+            return former(*args, **kwargs)
+        check_attention(self._model)
+        arguments = dict(inspect.signature(former).bind(*args, **kwargs).arguments)
+        arguments.update(arguments.pop("kwargs", {}))
+        cache = self._require_own(cache_among(arguments))
+        ids = arguments.pop("input_ids", None)
+        refuse_unknown_arguments(arguments)
+        if ids is None or arguments.get("logits_to_keep", 1) != 1:
+            raise NotImplementedError(
+                "the model must be called with input_ids and logits_to_keep=1 in a "
+                f"block of paged_generation, got {arguments.get('logits_to_keep')=}"
+            )
+        if arguments.get("return_dict") is False or torch.is_grad_enabled():
+            raise NotImplementedError(
+                "the model must be called with return_dict=True and under "
+                "torch.no_grad() in a block of paged_generation, got "
+                f"{arguments.get('return_dict')=}, {torch.is_grad_enabled()=}"
+            )
+        if ids.device.type != "cpu":
+            warnings.warn(
+                f"input_ids are on {ids.device}: transformers compiles programs of its "
+                "own for each length; keep them on the CPU",
+                stacklevel=2,
+            )
+        logits = cache.next_logits(
+            ids.cpu(), arguments.get("attention_mask"), arguments.get("position_ids")
+        )
+        output: Any = {"logits": logits[:, None].to(ids.device), CACHE_NAME: cache}
+        return CausalLMOutputWithPast(**output)
+
+    def _require_own(self, cache: Any) -> PagedCache:
+        if not isinstance(cache, PagedCache) or cache not in self._caches:
+            raise ValueError(
+                "past_key_values must be a cache that model.generate made in this "
+                f"block of paged_generation, got {type(cache).__name__}; leave it out"
+            )
+        return cache
+
+
+def _refusing(method: str) -> Callable[..., NoReturn]:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{method} of a PagedCache: it only serves greedy search and sampling with "
+            'attn_implementation="rpa", in the block of paged_generation that made it'
+        )
+
+    return refuse
+
+
+class _PagedLayer(CacheLayerMixin):
+    """What a layer of a paged cache can say: its length."""
+
+    is_sliding = False
+
+    def __init__(self, cache: PagedCache):
+        super().__init__()
+        self._cache = weakref.ref(cache)
+
+    def get_seq_length(self) -> int:
+        cache = self._cache()
+        return 0 if cache is None else cache.num_columns
+
+    def get_max_length(self) -> int:
+        cache = self._cache()
+        return 0 if cache is None else cache.capacity
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+    batch_repeat_interleave = _refusing("batch_repeat_interleave")
+    batch_select_indices = _refusing("batch_select_indices")
+    crop = _refusing("crop")
+    get_mask_sizes = _refusing("get_mask_sizes")
+    lazy_initialization = _refusing("lazy_initialization")
+    reorder_cache = _refusing("reorder_cache")
+    reset = _refusing("reset")
+    update = _refusing("update")
+
+
+class PagedCache(Cache):
+    """What transformers takes for the cache of a padded batch.
+
+    It knows which columns of the batch it has seen, and which of them are tokens. Keys
+    and values lie in paged caches without padding.
+
+    Attributes:
+        capacity: Columns that there is room for.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int, options: PagingOptions):
+        num_layers = model.config.get_text_config().num_hidden_layers
+        super().__init__(layers=[_PagedLayer(self) for _ in range(num_layers)])
+        self.capacity = capacity
+        self._model = model
+        self._options = options
+        self._is_token: torch.Tensor | None = None  # bool[B, columns seen]
+        self._batch: LockstepBatch | None = None
+        self._is_closed = False
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the padded batch seen so far."""
+        return 0 if self._is_token is None else self._is_token.shape[1]
+
+    def require_room(self, num_columns: int) -> None:
+        """Raises unless so many columns fit."""
+        if num_columns > self.capacity:
+            raise ValueError(
+                f"past_key_values has room for {self.capacity} tokens of each sequence,"
+                f" got {num_columns}: raise max_length of paged_generation"
+            )
+
+    def close(self) -> None:
+        """Frees keys and values; what comes later raises."""
+        self._batch, self._is_closed = None, True
+
+    def next_logits(
+        self,
+        ids: torch.Tensor,  # i64[B, n], the new columns
+        mask: torch.Tensor | None,  # [B, columns seen + n]
+        positions: torch.Tensor | None,  # i64[B or 1, n]
+    ) -> torch.Tensor:
+        """Takes up new columns; returns what may follow the last token of each row.
+
+        Returns:
+            float32 ``[B, vocabulary]`` on the CPU.
+        """
+        if self._is_closed:
+            raise ValueError(
+                "past_key_values must not be used after an error or after the block of "
+                "paged_generation that made it"
+            )
+        is_token = self._checked_mask(ids, mask)
+        self._check_positions(is_token, positions)
+        new = is_token[:, self.num_columns :]
+        tokens = [row[keep].tolist() for row, keep in zip(ids, new, strict=True)]
+        try:
+            if self._batch is None:
+                self._batch = LockstepBatch(
+                    self._model,
+                    tokens,
+                    max_new_tokens=self.capacity - max(map(len, tokens)),
+                    page_size=self._options.page_size,
+                    num_pages=self._options.num_pages,
+                    max_tokens_per_step=self._options.max_tokens_per_step,
+                    cache_dtype=self._options.cache_dtype,
+                    prefix_caching=True,  # later turns
+                )
+            else:
+                for index, row_tokens in enumerate(tokens):
+                    self._batch.extend(index, row_tokens)
+            logits = self._batch.next_logits()
+        except BaseException:
+            self.close()  # a part of the step may be done
+            raise
+        self._is_token = is_token
+        return logits
+
+    def _checked_mask(
+        self, ids: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns which columns are tokens, those seen and the new ones."""
+        num_rows = len(ids) if self._is_token is None else len(self._is_token)
+        shape = (num_rows, self.num_columns + ids.shape[1])
+        if len(ids) != num_rows or not ids.shape[1]:
+            raise ValueError(
+                f"input_ids must have new columns for the {num_rows} sequences in "
+                f"past_key_values, got shape {list(ids.shape)}"
+            )
+        self.require_room(shape[1])
+        if mask is not None and mask.shape != shape:
+            raise ValueError(
+                f"attention_mask must have the shape {list(shape)} of the tokens in "
+                f"past_key_values and input_ids, got {list(mask.shape)}"
+            )
+        is_token = torch.ones(shape).bool() if mask is None else mask.cpu() != 0
+        if not is_token.any(dim=1).all():
+            raise ValueError(
+                "attention_mask must leave at least one token in each row, got "
+                f"{is_token.sum(dim=1).tolist()}"
+            )
+        seen = self._is_token
+        if seen is not None and not torch.equal(is_token[:, : seen.shape[1]], seen):
+            raise ValueError(
+                "attention_mask must hide the padding that past_key_values was made "
+                f"with, got {'None' if mask is None else 'another padding'}"
+            )
+        return is_token
+
+    def _check_positions(
+        self, is_token: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:
+        if positions is None:
+            return
+        counted = is_token.long().cumsum(dim=1)[:, self.num_columns :] - 1
+        compared = is_token[:, self.num_columns :]
+        if self.num_columns:
+            # After padding on the right transformers counts on in one way or another.
+            has_gap = (is_token[:, :-1] & ~is_token[:, 1:]).any(dim=1, keepdim=True)
+            compared = compared & ~has_gap
+        if ((positions.cpu() != counted) & compared).any():
+            raise NotImplementedError(
+                "position_ids must count the tokens of each sequence from 0, got "
+                f"{positions.tolist()}; leave them out"
+            )
