@@ -145,7 +145,7 @@ def _attend(
         for tile in tiles
     ]
     registers = len(tiles) * config.query_rows(phase) * size // (SUBLANES * LANES)
-    ahead = min(max(SCORE_REGISTERS // registers, 1), len(works))
+    ahead = min(max(SCORE_REGISTERS // max(registers, 1), 1), len(works))
     scores = [work.scores(tiles) for work in works[:ahead]]
     progress = None
     for index, work in enumerate(works):
