@@ -34,7 +34,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["torch_rpa*", "jax_kernels*"]),
-    package_data={"": ["py.typed", "*.json"]},
+    package_data={
+        "": ["py.typed", "*.json"],
+        "torch_rpa.generate.byte_llama": ["weights/*"],
+    },
     install_requires=CORE,
     extras_require={
         "tpu": LIBTPU,
