@@ -147,15 +147,12 @@ def _attend(
     registers = len(tiles) * config.query_rows(phase) * size // (SUBLANES * LANES)
     ahead = min(max(SCORE_REGISTERS // max(registers, 1), 1), len(works))
     scores = [work.scores(tiles) for work in works[:ahead]]
-    progress = None
+    # Scalar work has slots of its own, so it is cheapest next to most vector work.
+    progress = None if plan is None else plan()
     for index, work in enumerate(works):
         if index + ahead < len(works):
             scores.append(works[index + ahead].scores(tiles))
         states = work.attend(tiles, states, scores[index])
-        if index + 1 == len(works) and plan is not None:
-            # The last products are still on their way out of the matrix units:
-            # scalar work fills the wait.
-            progress = plan()
         work.store_output(tiles, states)
     for tile, state in zip(tiles, states, strict=True):
         buffers.m[0, tile], buffers.l[0, tile] = state.m, state.l

@@ -1,0 +1,191 @@
+"""Steps of decode, judged by plain counting over the lengths of the sequences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_kernels.ragged_paged_attention.config import (
+    AttentionSpec,
+    KernelConfig,
+    Phase,
+    PhaseConfig,
+)
+from jax_kernels.ragged_paged_attention.decode_steps import (
+    DecodeCell,
+    Step,
+    describe_step,
+    step_structure,
+)
+from jax_kernels.ragged_paged_attention.layout import CacheLayout
+from jax_kernels.ragged_paged_attention.schedule import Cursor, Lengths, Schedule
+
+BLOCK_KV, PAGE_SIZE, PAGES_PER_SEQUENCE = 8, 8, 8
+CACHE_DTYPES = {1: "float32", 2: "bfloat16", 4: "float8_e4m3fn"}
+MAX_SEQUENCES = 8
+
+
+@functools.cache
+def make_schedule(
+    packing: int = 2,
+    window: int | None = None,
+    cells_per_step: int = 4,
+    update: bool = True,
+    page_size: int = PAGE_SIZE,
+) -> Schedule:
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    config = KernelConfig(
+        spec=AttentionSpec(sliding_window=window, update_kv_cache=update),
+        cache=CacheLayout(4, page_size, 2, 128, np.dtype(CACHE_DTYPES[packing])),
+        phases=(),
+        num_tokens=64,
+        pages_per_sequence=PAGES_PER_SEQUENCE,
+        num_q_heads=4,
+        q_dtype=bfloat16,
+        io_dtype=bfloat16,
+        out_dtype=bfloat16,
+    )
+    return Schedule(
+        config, PhaseConfig(Phase.DECODE, 1, 1, BLOCK_KV, 4, 2, cells_per_step)
+    )
+
+
+@functools.cache
+def _compiled(schedule: Schedule):
+    """Eager jnp would be slow."""
+
+    @jax.jit
+    def step(cursor: Cursor, end, starts, kv_lens):
+        def read_lengths(sequence):
+            start = starts[sequence]
+            return Lengths(start, starts[sequence + 1] - start, kv_lens[sequence])
+
+        return describe_step(schedule, cursor, end, read_lengths)
+
+    return step
+
+
+def steps_of(schedule: Schedule, sequences: list[tuple[int, int]]) -> list[Step]:
+    """All steps of sequences given as (q_len, kv_len)."""
+    padded = sequences + [(0, 99)] * (MAX_SEQUENCES - len(sequences))
+    q_lens, kv_lens = (np.array(x, np.int32) for x in zip(*padded, strict=True))
+    starts = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    steps, cursor = [], Cursor(0, 0, 0)
+    while cursor.sequence < len(sequences):
+        step, cursor = jax.tree.map(
+            int, _compiled(schedule)(cursor, len(sequences), starts, kv_lens)
+        )
+        steps.append(step)
+        assert len(steps) < 1000
+    return steps
+
+
+def cells_of(schedule: Schedule, sequences) -> list[DecodeCell]:
+    return [cell for step in steps_of(schedule, sequences) for cell in step.cells]
+
+
+def test_the_example_of_the_module():
+    first, second = steps_of(make_schedule(), [(1, 5), (1, 20), (1, 6), (1, 9)])
+    assert [cell.visible_end for cell in first.cells] == [5, 20, 12, 4]
+    assert [cell.is_first for cell in first.cells] == [1, 1, 0, 0]
+    assert [cell.query for cell in first.cells] == [0, 1, 1, 1]
+    assert (first.first_token, first.num_tokens, first.num_ended) == (0, 2, 2)
+    assert [cell.visible_end for cell in second.cells] == [6, 9, 1, 0]
+    assert (second.first_token, second.num_tokens, second.num_ended) == (2, 2, 2)
+    # Past the end: no rows, and an output that is never sent.
+    last = second.cells[3]
+    assert last.row_begin == last.row_end
+    assert (last.new_place, last.out) == (-1, 4)
+
+
+def test_an_unfinished_sequence_sends_its_output_from_a_later_step():
+    first, second = steps_of(make_schedule(), [(1, 3), (1, 40)])
+    assert (first.num_tokens, first.num_ended) == (2, 1)
+    # The query is fetched again, and the output starts with it.
+    assert (second.first_token, second.num_tokens, second.num_ended) == (1, 1, 1)
+    assert [cell.query for cell in second.cells[:2]] == [0, 0]
+
+
+def test_a_sequence_without_a_query_takes_a_cell_and_no_token():
+    (step,) = steps_of(make_schedule(), [(1, 3), (0, 7), (1, 4)])
+    assert (step.num_tokens, step.num_ended) == (2, 2)
+    assert [cell.query for cell in step.cells[:3]] == [0, 1, 1]
+    assert [cell.out for cell in step.cells[:3]] == [0, 4, 1]
+    assert step.cells[1].row_begin == step.cells[1].row_end
+
+
+def test_blocks_smaller_than_a_page_start_within_it():
+    schedule = make_schedule(page_size=16)
+    places = [cell.place for cell in cells_of(schedule, [(1, 5), (1, 20)])][:4]
+    assert places == [(0, 0), (8, 0), (8, 4), (9, 0)]
+
+
+@pytest.mark.parametrize(
+    "packing, cells_per_step, update",
+    [(1, 4, True), (2, 4, True), (4, 4, True), (2, 1, True), (2, 4, False)],
+)
+@settings(deadline=None, max_examples=40)
+@given(
+    sequences=st.lists(
+        st.tuples(st.integers(0, 1), st.integers(1, 32)),
+        min_size=1,
+        max_size=MAX_SEQUENCES,
+    ),
+    window=st.sampled_from([None, 5]),
+)
+def test_every_visible_token_is_met_once(
+    packing, cells_per_step, update, sequences, window
+):
+    schedule = make_schedule(packing, window, cells_per_step, update)
+    steps = steps_of(schedule, sequences)
+    cells = [cell for step in steps for cell in step.cells]
+    for step in steps:
+        assert step.num_rows == sum(c.row_end - c.row_begin for c in step.cells)
+        assert step.num_written == sum(c.new_place >= 0 for c in step.cells)
+        assert 0 <= step.num_ended <= step.num_tokens <= cells_per_step
+
+    # The outputs that are sent are all tokens, in order, each once.
+    sent = [step.first_token + i for step in steps for i in range(step.num_ended)]
+    assert sent == list(range(sum(q_len for q_len, _ in sequences)))
+
+    met: dict[int, list[int]] = {}
+    written: dict[int, list[int]] = {}
+    for step in steps:
+        for cell in step.cells:
+            token = step.first_token + cell.query
+            first_page = cell.place.table_index % PAGES_PER_SEQUENCE
+            start = first_page * PAGE_SIZE
+            begin = max(cell.visible_begin if window else 0, 0)
+            end = min(cell.visible_end, BLOCK_KV)
+            if cell.out < cells_per_step:
+                met.setdefault(token, []).extend(range(start + begin, start + end))
+                # What is seen is fetched or new, whole packed rows at a time.
+                for position in range(begin, end):
+                    row = position // packing
+                    is_fetched = cell.row_begin <= row < cell.row_end
+                    assert is_fetched or position == cell.new_place
+            if cell.new_place >= 0:
+                row = cell.new_place // packing
+                # The other tokens of the row must be there to be written back.
+                assert cell.row_begin <= row < cell.row_end
+                written.setdefault(token, []).append(start + cell.new_place)
+
+    live = [kv_len for q_len, kv_len in sequences if q_len]
+    for token, kv_len in enumerate(live):
+        assert met[token] == list(
+            range(max(kv_len - window, 0) if window else 0, kv_len)
+        )
+    expected = {token: [kv_len - 1] for token, kv_len in enumerate(live)}
+    assert written == (expected if update else {})
+    assert len(cells) == len(steps) * cells_per_step
+
+
+def test_a_step_is_kept_as_a_flat_list_of_numbers():
+    (step,) = steps_of(make_schedule(), [(1, 5)])
+    structure = step_structure(4)
+    assert jax.tree.structure(step) == structure
+    assert jax.tree.unflatten(structure, jax.tree.leaves(step)) == step
