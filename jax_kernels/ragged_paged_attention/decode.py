@@ -144,8 +144,10 @@ def _attend(
         SoftmaxState(buffers.m[0, tile], buffers.l[0, tile], buffers.acc[0, tile])
         for tile in tiles
     ]
-    registers = len(tiles) * config.query_rows(phase) * size // (SUBLANES * LANES)
-    ahead = min(max(SCORE_REGISTERS // max(registers, 1), 1), len(works))
+    registers_per_cell = pl.cdiv(
+        len(tiles) * config.query_rows(phase) * size, SUBLANES * LANES
+    )
+    ahead = min(max(SCORE_REGISTERS // registers_per_cell, 1), len(works))
     scores = [work.scores(tiles) for work in works[:ahead]]
     # Scalar work has slots of its own, so it is cheapest next to most vector work.
     progress = None if plan is None else plan()
