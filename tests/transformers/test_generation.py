@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import torch_rpa.transformers as rpa_transformers
+from tests.test_readme import README, block, run
 from tests.transformers.routes import (
     CACHE,
     EOS,
@@ -296,3 +297,16 @@ def test_a_saved_model_loads_with_this_attention(eager, tmp_path, paged_generate
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="rpa")
     got = paged_generate(model, padded(), pad_token_id=PAD)
     assert torch.equal(got, eager_generate(eager, padded()))
+
+
+def test_the_examples_of_the_readme_run_as_printed(eager, tmp_path):
+    build("eager").save_pretrained(tmp_path)
+    names = {
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "name": tmp_path,
+        "inputs": {**padded(), "max_new_tokens": 3, "pad_token_id": PAD},
+    }
+    for marker in ("transformers example", "paged generation example"):
+        run(block(marker), README, names)
+        expected = eager_generate(eager, padded(), max_new_tokens=3)
+        assert torch.equal(names.pop("tokens"), expected)
