@@ -29,6 +29,13 @@ ALTERNATING = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 EXPERTS = {"num_experts_per_tok": 2}
+GROUPED = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 
 
 class Family(NamedTuple):
@@ -52,10 +59,23 @@ class Refused(NamedTuple):
 
 
 PROVEN = (
+    Family("apertus", "Apertus", "QK-norm"),
     Family("arcee", "Arcee", ""),
     Family("cohere", "Cohere Command R", "parallel blocks"),
     Family("cohere2", "Cohere Command R7B", "window, no positions", ALTERNATING),
+    Family(
+        "dots1",
+        "dots.llm1",
+        "QK-norm, mixture of experts",
+        {**EXPERTS, **GROUPED, "n_shared_experts": 1},
+    ),
     Family("ernie4_5", "Ernie 4.5", ""),
+    Family(
+        "ernie4_5_moe",
+        "Ernie 4.5 MoE",
+        "mixture of experts",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    ),
     Family("exaone4", "Exaone 4", "QK-norm, window", ALTERNATING),
     Family("gemma", "Gemma", "head_dim 256", {"head_dim": 256}),
     Family(
@@ -73,13 +93,32 @@ PROVEN = (
     Family("glm", "GLM 4", "half rotary"),
     Family("glm4", "GLM 4 0414", "half rotary"),
     Family(
+        "glm4_moe",
+        "GLM 4.5",
+        "half rotary, mixture of experts",
+        {**EXPERTS, **GROUPED, "n_shared_experts": 1},
+    ),
+    Family(
         "gpt_oss",
         "GPT-OSS",
         "sinks, window, mixture of experts, head_dim 64",
         {**ALTERNATING, **EXPERTS, "head_dim": 64, "num_local_experts": 4},
     ),
     Family("granite", "Granite 3", "own scaling", {"attention_multiplier": 0.3}),
+    Family(
+        "granitemoe",
+        "Granite 3 MoE",
+        "own scaling, mixture of experts",
+        {
+            **EXPERTS,
+            "num_local_experts": 4,
+            "attention_multiplier": 0.3,
+            "hidden_size": 128,
+        },
+        (5, 0),
+    ),
     Family("helium", "Helium", "", {"hidden_size": 128}),
+    Family("hunyuan_v1_dense", "Hunyuan", "QK-norm"),
     Family(
         "llama",
         "Llama 3",
@@ -94,6 +133,13 @@ PROVEN = (
                 "original_max_position_embeddings": 16,
             },
         },
+    ),
+    Family(
+        "minimax_m2",
+        "MiniMax M2",
+        "QK-norm, mixture of experts",
+        {**EXPERTS, "num_local_experts": 4},
+        (5, 24),
     ),
     Family("mistral", "Mistral", "window in every layer", {"sliding_window": 6}),
     Family(
@@ -118,6 +164,13 @@ PROVEN = (
         "Phi-3",
         "head_dim 96, window",
         {"hidden_size": 384, "head_dim": 96, "sliding_window": 6},
+    ),
+    Family(
+        "phimoe",
+        "Phi-3.5-MoE",
+        "mixture of experts",
+        {**EXPERTS, "num_local_experts": 4, "hidden_size": 128},
+        (5, 0),
     ),
     Family("qwen2", "Qwen2, Qwen2.5", "biases"),
     Family(
@@ -169,6 +222,26 @@ REFUSED = (
             "moe_intermediate_size": 32,
             "num_key_value_heads": 4,
         },
+    ),
+    Refused(
+        "diffllama",
+        "DiffLlama",
+        "each layer attends twice, with other values",
+        "attends a second time|keeps its own attention",  # the latter in 4.57
+        {"hidden_size": 128},
+    ),
+    Refused(
+        "gpt2",
+        "GPT-2, GPT-NeoX, OPT and other older ones",
+        "their attention modules do not say how many key heads they have",
+        "attention module for each layer",
+    ),
+    Refused(
+        "lfm2",
+        "LFM2 and other hybrids",
+        "layers without attention have a state that is not paged",
+        "attention module for each layer|got 'conv'",
+        {"layer_types": ["conv", "full_attention"]},
     ),
     Refused(
         "llama4_text",

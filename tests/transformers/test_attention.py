@@ -234,3 +234,25 @@ def test_a_context_for_another_attention_is_refused():
     context = RPAContext(caches, one_sequence(2, 2))
     with pytest.raises(ValueError, match="'rpa', got 'eager'"):
         model(torch.tensor([[1, 2]]), use_cache=False, rpa=context)
+
+
+def test_a_second_attention_of_one_layer_is_refused():
+    context = RPAContext(
+        [torch_rpa.empty_kv_cache(2, 8, 2, HEAD_DIM, dtype=torch.float32)],
+        one_sequence(NUM_TOKENS, NUM_TOKENS),
+    )
+    call(rpa=context)
+    with pytest.raises(NotImplementedError, match=r"layer 0 of .* a second time"):
+        call(rpa=context)
+
+
+@torch.no_grad()
+def test_a_context_serves_several_calls_of_a_watched_model():
+    model = use_rpa(build("llama"))
+    caches = empty_kv_caches(model, 2, 8, dtype=torch.float32, device="cpu")
+    context = RPAContext(caches, one_sequence(2, 2))
+    first, second = (
+        model(torch.tensor([[1, 2]]), use_cache=False, rpa=context).logits
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)

@@ -83,6 +83,7 @@ def rpa_attention(
         )
     _refuse_caches(query, key, use_cache)
     _refuse_other_meanings(module, attention_mask, dropout, is_causal, kwargs)
+    _refuse_a_second_time(module, rpa)
     batch = rpa.batch
     out = rpa.attention(
         query[0].transpose(0, 1),
@@ -158,15 +159,31 @@ def _refuse_other_meanings(
         )
 
 
+def _refuse_a_second_time(module: AttentionModule, rpa: RPAContext) -> None:
+    """Raises if a layer attends twice in one call: its cache holds one value a token."""
+    if torch.compiler.is_compiling():  # a graph cannot keep such records
+        return
+    if module.layer_idx in rpa.layers_done:
+        raise NotImplementedError(
+            f"layer {module.layer_idx} of {type(module).__name__} attends a second time"
+            " with one context: make an RPAContext for each model call; if the model "
+            "itself attends twice, use another attn_implementation"
+        )
+    rpa.layers_done.add(module.layer_idx)
+
+
 def _sliding_window(module: AttentionModule, argument: int | None) -> int | None:
     """Returns the window of a layer: what it passes, else what its config says."""
     config = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)
     layer_type = layer_types[module.layer_idx] if layer_types else None
-    if layer_type not in (None, "full_attention", "sliding_attention"):
+    # The other layers too: those without attention have no paged state at all.
+    others = set(layer_types or ()) - {"full_attention", "sliding_attention"}
+    if others:
         raise NotImplementedError(
-            f"layer {module.layer_idx} of {type(module).__name__} must have full or "
-            f"sliding attention, got {layer_type!r}; use another attn_implementation"
+            f"layers of a model with {type(module).__name__} must have full or sliding "
+            f"attention, got {', '.join(map(repr, sorted(others)))}; use another "
+            "attn_implementation"
         )
     if argument is not _ABSENT and argument is not None:
         return argument

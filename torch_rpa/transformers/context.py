@@ -47,6 +47,7 @@ class RPAContext:
         v_scale: The caches store ``value / v_scale``; None is 1.
         attention: The operator, or a function of the same arguments, such as
             ``torch_rpa.spmd.sharded_ragged_paged_attention`` with its mesh.
+        layers_done: Layers that the present model call has computed.
     """
 
     kv_caches: Sequence[torch.Tensor]
@@ -54,6 +55,7 @@ class RPAContext:
     k_scale: float | None = None
     v_scale: float | None = None
     attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention
+    layers_done: set[int] = dataclasses.field(default_factory=set, init=False)
 
 
 def empty_kv_caches(

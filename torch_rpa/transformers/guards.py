@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 # transformers gives names with "flash", "sdpa", "paged|" or "/" meanings of their own.
@@ -34,6 +35,8 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     if kwargs.get("rpa") is None:
         return
     check_attention(model)
+    if not torch.compiler.is_compiling():
+        kwargs["rpa"].layers_done.clear()
     # The second argument of every causal language model's forward.
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     if mask is not None:
