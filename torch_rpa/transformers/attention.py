@@ -160,7 +160,7 @@ def _refuse_other_meanings(
 
 
 def _refuse_a_second_time(module: AttentionModule, rpa: RPAContext) -> None:
-    """Raises if a layer attends twice in one call: its cache holds one value a token."""
+    """Raises if a layer attends twice in one call; its cache has room for one."""
     if torch.compiler.is_compiling():  # a graph cannot keep such records
         return
     if module.layer_idx in rpa.layers_done:
