@@ -248,6 +248,12 @@ def test_malformed_requests_are_refused_at_once(paged, prompt, keywords, message
     engine.add_request([1], GREEDY, request_id="taken")
     with pytest.raises(ValueError, match=message):
         engine.add_request(prompt, GREEDY, **keywords)
+    with pytest.raises(ValueError, match=message):
+        if keywords:
+            engine.add_request(prompt, GREEDY, **keywords)
+        engine.generate_batch([[2], prompt], GREEDY)  # adds neither
+    with pytest.raises(RuntimeError, match="before requests are added"):
+        engine.warm_up()
     assert len([u for u in engine.stream() if u.is_last]) == 1
 
 

@@ -202,6 +202,9 @@ def _run(args: argparse.Namespace) -> int:
         tokenizer=tokenizer,
         on_step=steps.append,
     )
+    if args.trace:  # compiling would delay the first requests
+        sampled = (r.params.temperature > 0 for r in workload.requests)
+        engine.warm_up(with_sampling=any(sampled))
     results = _generate(args, engine, workload, tokenizer)
     if not args.trace and not args.stream:
         for request, output in results:
@@ -265,7 +268,8 @@ def _engine_options(args: argparse.Namespace, workload: Workload) -> EngineOptio
     num_sequences = args.max_num_sequences or min(
         len(requests), step_tokens, USUAL_SEQUENCES
     )
-    # Decode steps and those with prompts: two programs.
+    # Prompts that start together have two sizes of steps: with prompts, and decode. A
+    # trace has all sizes.
     buckets = {-(-n // ALIGNMENT) * ALIGNMENT for n in (num_sequences, step_tokens)}
     return EngineOptions(
         max_num_sequences=num_sequences,
@@ -276,7 +280,7 @@ def _engine_options(args: argparse.Namespace, workload: Workload) -> EngineOptio
         ),
         page_size=args.page_size,
         num_pages=args.num_pages,
-        token_buckets=tuple(sorted(buckets)),
+        token_buckets=None if args.trace else tuple(sorted(buckets)),
         cache_dtype=CACHE_DTYPES_BY_NAME.get(args.cache_dtype),
         prefix_caching=args.prefix_caching,
         device=args.device,

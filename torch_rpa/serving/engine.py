@@ -120,7 +120,7 @@ class Engine:
         self._entry_of_id: dict[str, _Entry] = {}
         self._flights: deque[_Flight] = deque()
         self._updates: list[RequestUpdate] = []
-        self._num_added = 0
+        self._num_named = 0
         self.stats = EngineStats(max_compilations=self._max_compilations())
         self.stats.num_compilations = num_compilations() - compilations
 
@@ -154,8 +154,9 @@ class Engine:
                 the name is taken, or a stop string is given without a tokenizer.
             NotImplementedError: The generation config asks for something else.
         """
-        params = self._sampling_params(params)
-        return self._add(prompt_ids, params, request_id).request_id
+        entry = self._entry(prompt_ids, self._sampling_params(params), request_id)
+        self._add(entry)
+        return entry.output.request_id
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request and frees its pages, as the next step reports.
@@ -186,11 +187,13 @@ class Engine:
         while len(self._flights) > num_running:
             self._finish(self._flights.popleft())
         self.stats.num_preemptions = self.scheduler.num_preemptions
+        seconds = time.perf_counter() - start
+        self.stats.seconds += seconds
         if rows:
             num_tokens = sum(row.num_tokens for row in rows)
             record = StepRecord(
                 start=start,
-                seconds=time.perf_counter() - start,
+                seconds=seconds,
                 num_tokens=num_tokens,
                 num_padded_tokens=self._shapes.bucket(num_tokens),
                 num_sequences=len(rows),
@@ -224,7 +227,7 @@ class Engine:
         Requests that were added before run as well; their updates are lost.
 
         Args:
-            inputs: Token ids of each prompt.
+            inputs: Token ids of each prompt; if one is malformed, none is added.
             generation_config: Sampling and stop conditions, of all or of each.
             changes: Attributes of SamplingParams that are to differ.
 
@@ -239,20 +242,27 @@ class Engine:
             dataclasses.replace(self._sampling_params(config), **changes)
             for config in configs
         ]
-        outputs = [
-            self._add(prompt, wishes, None)
+        entries = [
+            self._entry(prompt, wishes, None)
             for prompt, wishes in zip(inputs, params, strict=True)
         ]
+        for entry in entries:
+            self._add(entry)
         for _ in self.stream():
             pass
-        return {output.request_id: output for output in outputs}
+        return {entry.output.request_id: entry.output for entry in entries}
 
     def warm_up(self, *, with_sampling: bool = True) -> None:
         """Compiles all programs now, on steps without sequences.
 
         Args:
             with_sampling: Also those for steps with requests that are not greedy.
+
+        Raises:
+            RuntimeError: There are requests, whose tokens would be lost.
         """
+        if self.has_unfinished:
+            raise RuntimeError("warm_up must be called before requests are added")
         before = num_compilations()
         for size in self._shapes.token_buckets:
             for is_greedy in (True, False) if with_sampling else (True,):
@@ -260,38 +270,44 @@ class Engine:
         self._last_generated.cpu()
         self.stats.num_compilations += num_compilations() - before
 
-    def _add(
+    def _entry(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None
-    ) -> GenerationOutput:
+    ) -> _Entry:
+        """Checks a request that is to be added."""
         if request_id is None:
-            request_id = f"req_{self._num_added}"
+            request_id = f"req_{self._num_named}"
+            self._num_named += 1
         if request_id in self._entry_of_id:
             raise ValueError(f"request_id must be new, got {request_id!r} again")
-        request = Request(list(prompt_ids), params.max_new_tokens)
+        request = Request([int(token) for token in prompt_ids], params.max_new_tokens)
         vocabulary = self._config.vocab_size
         if not 0 <= min(request.tokens) <= max(request.tokens) < vocabulary:
             raise ValueError(
                 f"prompt_ids must be at least 0 and below {vocabulary}, got "
                 f"{min(request.tokens)} to {max(request.tokens)}"
             )
-        entry = _Entry(
+        return _Entry(
             request,
             params,
             self._random.getrandbits(63) if params.seed is None else params.seed,
             GenerationOutput(request_id, request.prompt),
             self._detokenizer(params),
         )
-        self._num_added += 1
-        try:
-            self._check_length(request)
-            self.scheduler.add(request)
-        except OutOfPagesError as error:
-            entry.output.status = RequestStatus.FAILED
-            entry.output.error = str(error)
+
+    def _add(self, entry: _Entry) -> None:
+        """Hands a request to the scheduler; one that can never fit fails."""
+        error = self._too_long(entry.request)
+        if error is None:
+            try:
+                self.scheduler.add(entry.request)
+            except OutOfPagesError as out_of_pages:
+                error = str(out_of_pages)
+        if error is not None:
+            entry.output.status, entry.output.error = RequestStatus.FAILED, error
             self._updates.append(RequestUpdate(entry.output, [], is_last=True))
         else:
-            self._entries[request] = self._entry_of_id[request_id] = entry
-        return entry.output
+            self._entries[entry.request] = entry
+            self._entry_of_id[entry.output.request_id] = entry
 
     def _sampling_params(self, params: Params) -> SamplingParams:
         if isinstance(params, SamplingParams):
@@ -308,15 +324,15 @@ class Engine:
             )
         return Detokenizer(self._tokenizer)
 
-    def _check_length(self, request: Request) -> None:
+    def _too_long(self, request: Request) -> str | None:
         length = request.num_prompt + request.max_new_tokens
-        if length > self._max_sequence_length:
-            raise OutOfPagesError(
-                f"{request.num_prompt} prompt tokens and {request.max_new_tokens} new "
-                f"ones must be at most {self._max_sequence_length} together, got "
-                f"{length}: raise max_sequence_length, or shorten prompt or "
-                "max_new_tokens"
-            )
+        if length <= self._max_sequence_length:
+            return None
+        return (
+            f"{request.num_prompt} prompt tokens and {request.max_new_tokens} new ones "
+            f"must be at most {self._max_sequence_length} together, got {length}: "
+            "raise max_sequence_length, or shorten prompt or max_new_tokens"
+        )
 
     def _start(self, rows: list[Row]) -> _Flight:
         """Starts a step on the device, without waiting for it or for the last one."""

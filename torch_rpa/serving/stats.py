@@ -71,14 +71,13 @@ class EngineStats:
     compiling_generated: int = 0
 
     def add(self, record: StepRecord) -> None:
-        """Adds a step."""
+        """Adds a step, apart from what the engine counts itself."""
         self.num_steps += 1
         self.num_tokens += record.num_tokens
         self.num_padded_tokens += record.num_padded_tokens
         self.num_sequences += record.num_sequences
         self.peak_pages_held = max(self.peak_pages_held, record.num_pages_held)
         self.num_compilations += record.num_compilations
-        self.seconds += record.seconds
         if record.num_compilations:
             self.compiling_seconds += record.seconds
             self.compiling_generated += record.num_generated
