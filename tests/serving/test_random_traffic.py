@@ -4,6 +4,7 @@ import pytest
 
 from tests.serving.traffic import check, random_traffic, run
 from torch_rpa.serving import Engine, EngineOptions, RequestStatus
+from torch_rpa.validation import VALIDATE_ENV
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,8 @@ from torch_rpa.serving import Engine, EngineOptions, RequestStatus
         (4, {"num_pages": 20, "max_tokens_per_step": 100, "page_size": 16}),
     ],
 )
-def test_tokens_equal_generation_one_by_one(eager, paged, seed, keywords):
+def test_tokens_equal_generation_one_by_one(eager, paged, seed, keywords, monkeypatch):
+    monkeypatch.setenv(VALIDATE_ENV, "1")  # the operator checks all metadata as well
     options = {
         "max_num_sequences": 6,
         "max_tokens_per_step": 24,
