@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import torch_rpa
 from torch_rpa.transformers import (
@@ -256,3 +256,12 @@ def test_a_context_serves_several_calls_of_a_watched_model():
         for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_beside_the_context_is_refused(name):
+    model = use_rpa(build("llama"))
+    caches = empty_kv_caches(model, 2, 8, dtype=torch.float32, device="cpu")
+    keywords = {name: DynamicCache(), "rpa": RPAContext(caches, one_sequence(2, 2))}
+    with pytest.raises(ValueError, match=r"past_key_values must be None.*DynamicCache"):
+        model(torch.tensor([[1, 2]]), use_cache=False, **keywords)

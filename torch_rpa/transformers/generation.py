@@ -26,7 +26,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from torch_rpa.scheduling import OutOfPagesError, PageAllocator, Request, Scheduler
 from torch_rpa.scheduling.scheduler import pages_for
-from torch_rpa.transformers.guards import ATTENTION_NAME, check_attention
+from torch_rpa.transformers.guards import (
+    ATTENTION_NAME,
+    cache_among,
+    check_attention,
+)
 from torch_rpa.transformers.model_runner import ModelRunner
 from torch_rpa.transformers.step_inputs import StepShapes, build_step_inputs
 
@@ -60,8 +64,6 @@ _EXACT_CACHES = (
     "static",
 )
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-# The model's argument for a cache, since transformers 5.24 and before.
-_CACHE_NAMES = ("cache", "past_key_values")
 
 
 def generate(
@@ -372,12 +374,6 @@ def _refuse_a_cache(call: dict[str, Any], model_kwargs: dict[str, Any]) -> None:
             "cache is made for each call; pass the whole text as input_ids, or use "
             "paged_generation"
         )
-
-
-def cache_among(model_kwargs: dict[str, Any]) -> Any:
-    """Returns the cache among the arguments of a model, or None."""
-    caches = [model_kwargs.get(name) for name in _CACHE_NAMES]
-    return next((cache for cache in caches if cache is not None), None)
 
 
 def _call_of_transformers() -> dict[str, Any]:

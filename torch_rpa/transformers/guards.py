@@ -9,6 +9,8 @@ from torch import nn
 
 # transformers gives names with "flash", "sdpa", "paged|" or "/" meanings of their own.
 ATTENTION_NAME = "rpa"
+# The model's argument for a cache, since transformers 5.24 and before.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 def check_attention(model: Any) -> None:
@@ -45,6 +47,18 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
             f"{type(mask).__name__}; leave padding out of input_ids, or use "
             "torch_rpa.transformers.generate"
         )
+    cache = cache_among(kwargs)
+    if cache is not None:
+        raise ValueError(
+            "past_key_values must be None: the paged caches of rpa= replace it, got "
+            f"{type(cache).__name__}"
+        )
+
+
+def cache_among(model_kwargs: dict[str, Any]) -> Any:
+    """Returns the cache among the arguments of a model, or None."""
+    caches = [model_kwargs.get(name) for name in _CACHE_NAMES]
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def attention_of(model: Any) -> str:

@@ -26,11 +26,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from torch_rpa.transformers.generation import (
     LockstepBatch,
-    cache_among,
     refuse_other_modes,
     refuse_unknown_arguments,
 )
-from torch_rpa.transformers.guards import check_attention
+from torch_rpa.transformers.guards import cache_among, check_attention
 
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 # transformers 5.24 renamed it.
