@@ -68,6 +68,7 @@ PROVEN = (
         "dots.llm1",
         "QK-norm, mixture of experts",
         {**EXPERTS, **GROUPED, "n_shared_experts": 1},
+        (5, 0),  # before, their experts mix dtypes
     ),
     Family("ernie4_5", "Ernie 4.5", ""),
     Family(
@@ -75,6 +76,7 @@ PROVEN = (
         "Ernie 4.5 MoE",
         "mixture of experts",
         {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+        (5, 0),
     ),
     Family("exaone4", "Exaone 4", "QK-norm, window", ALTERNATING),
     Family("gemma", "Gemma", "head_dim 256", {"head_dim": 256}),
@@ -97,6 +99,7 @@ PROVEN = (
         "GLM 4.5",
         "half rotary, mixture of experts",
         {**EXPERTS, **GROUPED, "n_shared_experts": 1},
+        (5, 0),  # before, their experts mix dtypes
     ),
     Family(
         "gpt_oss",
