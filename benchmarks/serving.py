@@ -82,7 +82,14 @@ class UnavailableError(RuntimeError):
     """A system cannot run here; the message says why."""
 
 
-def make_jobs(scenario: str, count: int, text: bytes, seed: int = 0) -> list[Job]:
+def make_jobs(
+    scenario: str,
+    count: int,
+    text: bytes,
+    *,
+    longest_text: int = LONGEST_TEXT,
+    seed: int = 0,
+) -> list[Job]:
     """Returns the requests of a scenario, in order of arrival.
 
     Lengths are spread evenly over their logarithms, so that most are short.
@@ -91,6 +98,7 @@ def make_jobs(scenario: str, count: int, text: bytes, seed: int = 0) -> list[Job
         scenario: One of ``SCENARIOS``.
         count: How many.
         text: Prompts are pieces of it.
+        longest_text: Most tokens to generate.
         seed: Of lengths, pieces and arrivals.
     """
     generator = random.Random(seed)
@@ -109,7 +117,7 @@ def make_jobs(scenario: str, count: int, text: bytes, seed: int = 0) -> list[Job
     jobs, arrival = [], 0.0
     for _ in range(count):
         prompt = prefix + piece(length(longest))
-        jobs.append(Job(prompt, length(LONGEST_TEXT), arrival))
+        jobs.append(Job(prompt, length(longest_text), arrival))
         if scenario == "arrivals":
             arrival += generator.expovariate(1 / MEAN_INTERVAL)
     return jobs
@@ -395,9 +403,18 @@ def _prompt_text() -> bytes:
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    for name in ("requests", "rounds", "xla_requests", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1")
+    for name, low, high in (
+        ("requests", 1, math.inf),
+        ("xla_requests", 1, math.inf),
+        ("max_new_tokens", SHORTEST, LONGEST_TEXT),
+        ("xla_max_new_tokens", SHORTEST, LONGEST_TEXT),
+        ("rounds", 1, math.inf),
+        ("threads", 1, math.inf),
+    ):
+        value = getattr(options, name)
+        if not low <= value <= high:
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: expected {low} to {high}, got {value}")
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import torch
@@ -412,8 +429,10 @@ def main(arguments: list[str] | None = None) -> int:
     text, rows = _prompt_text(), []
     for device in options.device or DEVICES:
         for scenario in options.scenario or SCENARIOS:
-            count = options.requests if device == "cpu" else options.xla_requests
-            jobs = make_jobs(scenario, count, text)
+            count, longest = options.requests, options.max_new_tokens
+            if device == "xla":
+                count, longest = options.xla_requests, options.xla_max_new_tokens
+            jobs = make_jobs(scenario, count, text, longest_text=longest)
             results, reasons = run_scenario(jobs, device, options.rounds)
             for result in results:
                 rows.append({"device": device, "scenario": scenario, **result})
@@ -435,15 +454,18 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, help="default: all")
+    described = "; ".join(f"{name}: {text}" for name, text in SCENARIOS.items())
+    parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, help=described)
     parser.add_argument("--device", nargs="+", choices=DEVICES, help="default: both")
     parser.add_argument("--requests", type=int, default=32, help="on CPU tensors")
+    parser.add_argument("--max-new-tokens", type=int, default=LONGEST_TEXT)
     parser.add_argument(
         "--xla-requests",
         type=int,
         default=6,
         help="on the XLA device, where model.generate compiles every step",
     )
+    parser.add_argument("--xla-max-new-tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3, help="timed, after one more")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")

@@ -148,3 +148,10 @@ def test_a_system_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
     assert "transformers did not run: no memory\n" in capsys.readouterr().err
     rows = json.loads(path.read_text())["rows"]
     assert [row.get("did_not_run") for row in rows] == [None, None, "no memory"]
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--requests", "--max-new-tokens"])
+def test_impossible_sizes_are_refused(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        serving.main([option, "0"])
+    assert f"{option}: expected " in capsys.readouterr().err
