@@ -43,6 +43,7 @@ MAX_SEQUENCES, MAX_STEP_TOKENS, PAGE_SIZE = 16, 256, 16
 SHORTEST, LONGEST_PROMPT, LONGEST_TEXT, SHARED_PREFIX = 8, 200, 96, 160
 MEAN_INTERVAL = 0.1  # seconds between arrivals
 PAD = 257
+MARK = "<!-- measured serving -->"
 LABEL = "CPU scheduling figures, MEASURED; nothing of the kernel"
 
 
@@ -273,11 +274,12 @@ def run_transformers(
         max_batch_tokens=MAX_STEP_TOKENS,
         max_requests_per_batch=MAX_SEQUENCES,
     )
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+    serving: Callable[..., Any] = model.continuous_batching_context_manager  # pyright: ignore
 
     def run(start: float, tokens: list[list[int]], ends: list[float]) -> None:
         left, added = len(jobs), 0
-        with model.continuous_batching_context_manager(
+        with serving(
             GenerationConfig(do_sample=False, pad_token_id=PAD),
             continuous_batching_config=options,
         ) as manager:
@@ -426,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not quiet:
         environment.print_header(f"continuous batching, {LABEL}", described)
         print("\n".join(_HEADER))
-    text, rows = _prompt_text(), []
+    text, rows, lines = _prompt_text(), [], []
     for device in options.device or DEVICES:
         for scenario in options.scenario or SCENARIOS:
             count, longest = options.requests, options.max_new_tokens
@@ -436,15 +438,22 @@ def main(arguments: list[str] | None = None) -> int:
             results, reasons = run_scenario(jobs, device, options.rounds)
             for result in results:
                 rows.append({"device": device, "scenario": scenario, **result})
+                lines.append(_line(rows[-1]))
                 if not quiet:
-                    print(_line(rows[-1]), flush=True)
+                    print(lines[-1], flush=True)
             for system, reason in reasons.items():
                 row = {"device": device, "scenario": scenario, "system": system}
                 rows.append({**row, "did_not_run": reason})
-                print(f"{system} did not run: {reason}", file=sys.stderr)
+                lines.append(f"{system} did not run: {reason}")
+                print(lines[-1], file=sys.stderr)
     if options.json:
         content = {"kind": LABEL, "environment": described, "rows": rows}
         environment.write_json(options.json, content)
+    if options.update:
+        names = ("commit", "torch", "torch_xla", "transformers")
+        versions = ", ".join(f"{name} {described[name]}" for name in names)
+        lines = [f"{versions}. {LABEL}.", "", *_HEADER, *lines]
+        environment.update_markdown(options.update, MARK, lines)
     return 0
 
 
@@ -469,6 +478,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="timed, after one more")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
+    parser.add_argument(
+        "--update", metavar="FILE", help=f"write the table between two lines {MARK}"
+    )
     return parser
 
 

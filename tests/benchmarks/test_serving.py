@@ -138,13 +138,18 @@ def test_a_system_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
 
     systems = {"engine": fixed, "padded": fixed, "transformers": unavailable}
     monkeypatch.setattr(serving, "SYSTEMS", systems)
-    path = tmp_path / "serving.json"
+    path, page = tmp_path / "serving.json", tmp_path / "page.md"
+    page.write_text(f"before\n{serving.MARK}\nold\n{serving.MARK}\nafter\n")
     arguments = "--device cpu --scenario burst --requests 2 --rounds 1 --threads 2"
     threads = torch.get_num_threads()
     try:
-        assert serving.main([*arguments.split(), "--json", str(path)]) == 0
+        files = ["--json", str(path), "--update", str(page)]
+        assert serving.main([*arguments.split(), *files]) == 0
     finally:
         torch.set_num_threads(threads)
+    updated = page.read_text()
+    assert "| cpu | burst | padded | " in updated and "old" not in updated
+    assert "\ntransformers did not run: no memory\n" in updated
     assert "transformers did not run: no memory\n" in capsys.readouterr().err
     rows = json.loads(path.read_text())["rows"]
     assert [row.get("did_not_run") for row in rows] == [None, None, "no memory"]
