@@ -7,7 +7,7 @@ The same requests of the built-in model, greedily and in float32, go through
 
 - ``engine``: ``torch_rpa.serving``;
 - ``padded``: ``model.generate``, sixteen requests at a time in the order of arrival, to
-  the longest of them;
+  the longest of them, on the XLA device with a sync in each step;
 - ``transformers``: continuous batching of transformers, which runs on plain CPU tensors
   only, so that it is compared there.
 
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import environment
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 DEVICES = ("cpu", "xla")
@@ -218,6 +219,15 @@ def run_engine(model: PreTrainedModel, jobs: Sequence[Job], device: str) -> Outc
     return _measured(model, jobs, run)
 
 
+def _never_stop(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Ends no text, and makes each step a program: else all steps would be one."""
+    import torch
+    import torch_xla
+
+    torch_xla.sync()
+    return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def run_padded(model: PreTrainedModel, jobs: Sequence[Job], device: str) -> Outcome:
     """Runs batches of what has arrived, each padded and as long as its longest text."""
     import torch
@@ -240,6 +250,7 @@ def run_padded(model: PreTrainedModel, jobs: Sequence[Job], device: str) -> Outc
                     max_new_tokens=max(job.max_new_tokens for job in batch),
                     pad_token_id=PAD,
                 ),
+                stopping_criteria=[_never_stop] if device == "xla" else None,
             )
             texts = generated[:, len(ids[0]) :].cpu().tolist()
             for index, (job, text) in enumerate(zip(batch, texts, strict=True), first):
