@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 MOST_BRANCH_DELAY_SLOTS = 6  # 6 on TPU7x, 4 on v5e and v6e
 
 _COMMENT = re.compile(r"/\* (.*?)\*/")
+# Opcode of what the compiler itself knows to be skipped.
+NEVER = "never"
 _PREDICATE = re.compile(r"\((!?)%p\d+_p(\d+)(?:,\s*([^)]*))?\)")
 _NAMED_OPERAND = re.compile(r"/\*(\w+)=\*/\s*([^,]+)")
 _REGISTER = re.compile(r"^(!?)%([sp])\d+_[sp](\d+)$")
@@ -251,6 +253,8 @@ def _parse(part: str) -> Instruction:
     text = _COMMENT.sub("", part).strip()
     target_text, _, rest = text.partition(" = ")
     opcode, _, args = rest.partition(" ")
+    if args.startswith("(0)"):  # a predicate that the compiler found to be false
+        return Instruction(NEVER, None, comment=comment, text=part)
     instruction = Instruction(opcode, _target(target_text), comment=comment, text=part)
 
     if opcode.startswith("inlined_call_operand"):

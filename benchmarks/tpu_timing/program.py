@@ -510,7 +510,7 @@ class _Emitter:
         first, second = ([self.operand(a) for a in ins.operands] + ["", ""])[:2]
         if op == "sst":
             return f"store({self.address(_memory_address(ins))}, {second})"
-        if op == "sfence":
+        if op in ("sfence", isa.NEVER):
             return "pass"
         if op == "dma.done.wait":
             return f"t = wait(t, {first}, {second})"

@@ -150,7 +150,7 @@ def ragged_paged_attention(
     if block_sizes is None:
         block_sizes = block_sizes_lib.choose(problem, spec, chip_spec)
     config = block_sizes_lib.make_config(
-        problem, spec, block_sizes, chunk_prefill_size, bool(interpret)
+        problem, spec, block_sizes, chunk_prefill_size, bool(interpret), chip_spec
     )
     block_sizes_lib.check_fits(problem, config, chip_spec, vmem_limit_bytes)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
-from jax_kernels.ragged_paged_attention import layout, refs, tuned
+from jax_kernels.ragged_paged_attention import chips, layout, refs, tuned
 from jax_kernels.ragged_paged_attention.chips import MIB, Chip
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
@@ -32,9 +32,11 @@ MIN_CELL_BYTES, MAX_CELL_BYTES = MIB, 2 * MIB
 STEP_BYTES = 4 * MIB
 MAX_CELLS_PER_STEP = 4
 MIN_BLOCK_KV, MAX_BLOCK_KV = 128, 4096
-PREFILL_BLOCK_KV = 512
+# Long blocks update the softmax state less often; short ones of a wide cache leave
+# room for more queries.
+PREFILL_FETCH_BYTES = 4 * MIB
+MIN_PREFILL_BLOCK_KV, MAX_PREFILL_BLOCK_KV = 512, 1024
 PREFILL_TILE_ROWS = 1024
-SOFTMAX_TILE_ROWS = 1024
 MIN_BLOCK_Q = 32  # rows of an 8-bit register tile
 
 # What to halve until a phase fits, and down to where: first to sizes below which
@@ -127,12 +129,13 @@ def preferred(problem: Problem) -> BlockSizes:
         for size in (MIN_CELL_BYTES, MAX_CELL_BYTES)
     )
     cell = min(max(DECODE_CELL_TOKENS, least), most, MAX_BLOCK_KV)
+    block = _power_of_two_below(PREFILL_FETCH_BYTES // problem.cache.token_bytes)
     return BlockSizes(
         decode_block_kv=max(MIN_BLOCK_KV, cell),
         block_q=_power_of_two_below(
             PREFILL_TILE_ROWS // problem.num_q_heads_per_kv_head
         ),
-        block_kv=PREFILL_BLOCK_KV,
+        block_kv=max(MIN_PREFILL_BLOCK_KV, min(block, MAX_PREFILL_BLOCK_KV)),
     )
 
 
@@ -182,6 +185,7 @@ def make_config(
     blocks: BlockSizes,
     chunk_prefill_size: int | None,
     interpret: bool,
+    chip: Chip = chips.UNKNOWN,
 ) -> KernelConfig:
     """The kernel configuration of a problem at given block sizes."""
     # Two bf16 heads share a 32-bit word. An odd head has no partner, so then the
@@ -201,6 +205,7 @@ def make_config(
         q_dtype=problem.q_dtype,
         io_dtype=io_dtype,
         out_dtype=out_dtype,
+        chip=chip,
         interpret=interpret,
     )
     phases = [_phase(Phase.DECODE, problem, blocks, 1)]
@@ -219,11 +224,9 @@ def _phase(
         slots, lookahead = DECODE_RING
         cell_bytes = blocks.decode_block_kv * problem.cache.token_bytes
         cells = min(max(STEP_BYTES // cell_bytes, 1), MAX_CELLS_PER_STEP)
-        return PhaseConfig(phase, 1, 1, blocks.decode_block_kv, slots, lookahead, cells)
+        return PhaseConfig(phase, 1, blocks.decode_block_kv, slots, lookahead, cells)
     slots, lookahead = PREFILL_RING
-    rows = SOFTMAX_TILE_ROWS // problem.num_q_heads_per_kv_head
-    sub_q = min(block_q, max(_power_of_two_below(rows), MIN_BLOCK_Q))
-    return PhaseConfig(phase, block_q, sub_q, blocks.block_kv, slots, lookahead)
+    return PhaseConfig(phase, block_q, blocks.block_kv, slots, lookahead)
 
 
 def vmem_bytes(config: KernelConfig) -> int:
@@ -242,9 +245,10 @@ def _phase_bytes(config: KernelConfig, phase: PhaseConfig) -> int:
         * jnp.dtype(dtype).itemsize
         for shape, dtype in entries
     )
-    # Scores and probabilities of two softmax tiles pass through VMEM.
-    rows = config.query_rows(phase)
-    return total + 4 * rows * phase.block_kv * phase.cells_per_step * 4
+    # Scores and probabilities of some softmax tiles pass through VMEM.
+    num_tiles = 4 if phase.is_decode else 8
+    scores = config.softmax_rows(phase) * phase.block_kv * phase.cells_per_step
+    return total + num_tiles * scores * 4
 
 
 def smem_bytes(problem: Problem) -> int:

@@ -7,20 +7,22 @@ MIB = 1024 * 1024
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Memories of one TensorCore.
+    """One TensorCore.
 
     Attributes:
       name: Short name, such as ``"v6e"``.
       vmem_bytes: Vector memory.
+      matrix_columns: Width of a matrix unit.
       smem_bytes: Scalar memory.
     """
 
     name: str
     vmem_bytes: int
+    matrix_columns: int = 256
     smem_bytes: int = MIB
 
 
-V5E = Chip("v5e", vmem_bytes=128 * MIB)
+V5E = Chip("v5e", vmem_bytes=128 * MIB, matrix_columns=128)
 V6E = Chip("v6e", vmem_bytes=128 * MIB)
 TPU7X = Chip("tpu7x", vmem_bytes=64 * MIB)
 # Small enough for every chip since v4.

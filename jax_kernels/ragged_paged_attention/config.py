@@ -13,10 +13,15 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from jax_kernels.ragged_paged_attention import chips
+from jax_kernels.ragged_paged_attention.chips import Chip
 from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout, align_to
 
 LOG2_E = math.log2(math.e)
 SUBLANES = 8
+# Rows whose scores are computed while those before them go through the softmax.
+# Fewer push keys and values into the matrix units too often for their use.
+SOFTMAX_TILE_ROWS = 512
 
 
 class Phase(enum.Enum):
@@ -93,7 +98,6 @@ class PhaseConfig:
     Attributes:
       phase: The part of ``distribution``.
       block_q: Query tokens per tile: 1 in decode.
-      sub_q: Query tokens per softmax tile; divides ``block_q``.
       block_kv: Tokens of keys and values per cell.
       num_slots: Buffers in the ring of steps.
       lookahead: Steps whose DMAs run ahead of the one being computed. The
@@ -104,15 +108,12 @@ class PhaseConfig:
 
     phase: Phase
     block_q: int
-    sub_q: int
     block_kv: int
     num_slots: int
     lookahead: int
     cells_per_step: int = 1
 
     def __post_init__(self):
-        if self.block_q % self.sub_q:
-            raise ValueError(f"expected {self.sub_q=} to divide {self.block_q=}")
         if not 0 < self.lookahead < self.num_slots:
             raise ValueError(f"expected 0 < {self.lookahead=} < {self.num_slots=}")
 
@@ -124,9 +125,15 @@ class PhaseConfig:
     def num_tile_slots(self) -> int:
         """Buffers in the rings of queries and outputs.
 
-        In decode every step has its own. Tiles take many steps.
+        In decode every step has its own. The queries of a tile are prepared before
+        those of the next are fetched, and its output has a tile's time to land.
         """
-        return self.num_slots if self.is_decode else self.lookahead + 1
+        return self.num_slots if self.is_decode else 1
+
+    @property
+    def num_new_token_slots(self) -> int:
+        """Buffers of new tokens. Tiles merge theirs before the next are fetched."""
+        return self.num_slots if self.is_decode else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +150,7 @@ class KernelConfig:
       q_dtype: Dtype of queries, keys and values as the caller has them.
       io_dtype: Dtype in which the kernel sees them: wider when heads are odd.
       out_dtype: Dtype of the output as the kernel writes it.
+      chip: What the kernel is compiled for.
       interpret: Run in Pallas TPU interpret mode.
     """
 
@@ -155,6 +163,7 @@ class KernelConfig:
     q_dtype: np.dtype
     io_dtype: np.dtype
     out_dtype: np.dtype
+    chip: Chip = chips.UNKNOWN
     interpret: bool = False
 
     @property
@@ -213,9 +222,22 @@ class KernelConfig:
         return math.gcd(self.num_kv_heads, SUBLANES // self.group)
 
     def query_rows(self, phase: PhaseConfig) -> int:
-        """Rows of one softmax tile, whole registers.
+        """Rows of the key heads that share a tile, whole registers.
 
-        They are the G query heads of each key head, times ``sub_q`` tokens.
+        They are the G query heads of each key head, times ``block_q`` tokens.
         """
         heads = self.group * self.heads_per_tile(phase)
-        return align_to(heads * phase.sub_q, SUBLANES)
+        return align_to(heads * phase.block_q, SUBLANES)
+
+    def softmax_rows(self, phase: PhaseConfig) -> int:
+        """Rows of one softmax tile; divides ``query_rows``."""
+        rows = self.query_rows(phase)
+        most = max(rows // SOFTMAX_TILE_ROWS, 1)
+        count = max(n for n in range(1, most + 1) if rows % (n * SUBLANES) == 0)
+        return rows // count
+
+    @property
+    def sums_in_matrix_unit(self) -> bool:
+        """Whether the matrix units have columns to spare for sums."""
+        is_wider = self.lanes < self.chip.matrix_columns
+        return is_wider and self.value_dtype == jnp.bfloat16

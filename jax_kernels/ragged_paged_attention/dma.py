@@ -16,6 +16,7 @@ from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.decode_steps import Step
 from jax_kernels.ragged_paged_attention.pages import Pages, wait_for
 from jax_kernels.ragged_paged_attention.refs import (
+    ONLY_SLOT,
     ZERO_ROWS,
     Bookkeeping,
     Buffers,
@@ -168,7 +169,7 @@ class Copies(PhaseCopies):
 
     # New keys and values.
 
-    def start_new_tokens(self, cell: Cell, slot: Int) -> None:
+    def start_new_tokens(self, cell: Cell) -> None:
         num_tokens = cell.new_end - cell.new_begin
 
         @pl.when(num_tokens > 0)
@@ -179,35 +180,38 @@ class Copies(PhaseCopies):
                 heads = source.shape[1]
                 pltpu.make_async_copy(
                     source.at[pl.ds(first, num_tokens)],
-                    some_tokens(buffer.at[slot], place, num_tokens, heads),
-                    self.semaphores.new_kv.at[slot],
+                    some_tokens(buffer.at[ONLY_SLOT], place, num_tokens, heads),
+                    self.semaphores.new_kv.at[ONLY_SLOT],
                 ).start()
 
-    def wait_new_tokens(self, cell: Cell, slot: Int) -> None:
+    def wait_new_tokens(self, cell: Cell) -> None:
         num_tokens = cell.new_end - cell.new_begin
 
         @pl.when(num_tokens > 0)
         def _():
             for source, buffer in self.new_kv:
-                tokens = some_tokens(buffer.at[slot], 0, num_tokens, source.shape[1])
-                wait_for(tokens, self.semaphores.new_kv.at[slot])
+                heads = source.shape[1]
+                tokens = some_tokens(buffer.at[ONLY_SLOT], 0, num_tokens, heads)
+                wait_for(tokens, self.semaphores.new_kv.at[ONLY_SLOT])
 
     # Queries and output.
 
-    def start_queries(self, cell: Cell, slot: Int) -> None:
+    def start_queries(self, cell: Cell) -> None:
         source = self.inputs.queries
         pltpu.make_async_copy(
             source.at[pl.ds(cell.query_token, cell.num_queries)],
             some_tokens(
-                self.buffers.queries.at[slot], 0, cell.num_queries, source.shape[1]
+                self.buffers.queries.at[ONLY_SLOT], 0, cell.num_queries, source.shape[1]
             ),
-            self.semaphores.queries.at[slot],
+            self.semaphores.queries.at[ONLY_SLOT],
         ).start()
 
-    def wait_queries(self, cell: Cell, slot: Int) -> None:
+    def wait_queries(self, cell: Cell) -> None:
         heads = self.inputs.queries.shape[1]
-        tokens = some_tokens(self.buffers.queries.at[slot], 0, cell.num_queries, heads)
-        wait_for(tokens, self.semaphores.queries.at[slot])
+        tokens = some_tokens(
+            self.buffers.queries.at[ONLY_SLOT], 0, cell.num_queries, heads
+        )
+        wait_for(tokens, self.semaphores.queries.at[ONLY_SLOT])
 
 
 class StepCopies(PhaseCopies):

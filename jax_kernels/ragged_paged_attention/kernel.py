@@ -27,8 +27,8 @@ from jax_kernels.ragged_paged_attention.dma import (
     OutputClearer,
     StepCopies,
 )
-from jax_kernels.ragged_paged_attention.pipeline import Fetcher
-from jax_kernels.ragged_paged_attention.schedule import Int, Schedule, next_slot
+from jax_kernels.ragged_paged_attention.pipeline import Fetcher, store_cell
+from jax_kernels.ragged_paged_attention.schedule import EMPTY_CELL, Int, Schedule
 
 
 def rpa_kernel(
@@ -90,32 +90,30 @@ def _run_phase(
 
 
 def _run_tiles(copies: Copies, begin: Int, end: Int) -> None:
-    """The loop of prefill and mixed, cell by cell."""
-    phase = copies.schedule.phase
+    """The loop of prefill and mixed: a cell is computed while the next is received.
+
+    It begins one step early, at an empty cell, and so receives the first.
+    """
     copies.reset()
     fetcher = Fetcher(copies, end)
-    progress = lax.fori_loop(
-        0,
-        phase.lookahead,
-        lambda _, progress: fetcher.fetch(progress),
-        fetcher.begin(begin),
-    )
 
     def is_unfinished(carry):
-        num_done, _, _, progress = carry
+        num_done, _, progress = carry
         return num_done < progress.num_cells
 
     def run_step(carry):
-        num_done, slot, tile_slot, progress = carry
-        progress = fetcher.fetch(progress)
-        is_done = tiles.process(copies, slot, tile_slot)
-        return (
-            num_done + 1,
-            next_slot(slot, phase.num_slots),
-            next_slot(tile_slot, phase.num_tile_slots, is_done),
-            progress,
+        num_done, here, progress = carry
+        following, progress = tiles.process(
+            copies,
+            here,
+            has_following=num_done + 1 < progress.num_cells,
+            fetch=functools.partial(fetcher.fetch, progress),
         )
+        return num_done + 1, following, progress
 
-    zero = jnp.int32(0)
-    lax.while_loop(is_unfinished, run_step, (zero, zero, zero, progress))
+    last_slot = jnp.int32(copies.schedule.phase.num_slots - 1)
+    store_cell(copies.bookkeeping.notes, last_slot, EMPTY_CELL)
+    here = tiles.Place(slot=last_slot, query_slot=jnp.int32(0))
+    progress = fetcher.fetch(fetcher.begin(begin))
+    lax.while_loop(is_unfinished, run_step, (jnp.int32(-1), here, progress))
     copies.drain()

@@ -9,6 +9,7 @@ from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.decode_steps import DecodeCell
 from jax_kernels.ragged_paged_attention.dma import Copies, StepCopies
 from jax_kernels.ragged_paged_attention.layout import dtype_packing
+from jax_kernels.ragged_paged_attention.refs import ONLY_SLOT
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
 
 
@@ -21,7 +22,7 @@ def merge(copies: Copies, cell: Cell, slot: Int) -> None:
     shift = log2(chunk_tokens)
     stride = buffers.keys.shape[-3]
     sources = [
-        tile_io.WordRows(ref.at[slot], config.interpret)
+        tile_io.WordRows(ref.at[ONLY_SLOT], config.interpret)
         for ref in (buffers.keys, buffers.values)
     ]
 

@@ -25,7 +25,6 @@ class Progress(NamedTuple):
     cursor: Cursor  # of the next cell to plan
     num_cells: Int  # started
     slot: Int  # of the next cell to start
-    tile_slot: Int  # of the next tile of queries to start
     stored_end: Int  # see Schedule.describe
 
 
@@ -43,7 +42,7 @@ class Fetcher:
     def begin(self, sequence: Int) -> Progress:
         zero = jnp.int32(0)
         cursor = Cursor(jnp.int32(sequence), zero, zero)
-        return Progress(cursor, zero, zero, zero, zero)
+        return Progress(cursor, zero, zero, zero)
 
     def fetch(self, progress: Progress) -> Progress:
         """Starts the DMAs of the cell at the cursor, if there is one."""
@@ -65,12 +64,12 @@ class Fetcher:
         @pl.when(is_live)
         def _():
             if copies.updates:
-                copies.start_new_tokens(cell, slot)
+                copies.start_new_tokens(cell)
             copies.start_block(cell, slot)
 
         @pl.when(is_first)
         def _():
-            copies.start_queries(cell, progress.tile_slot)
+            copies.start_queries(cell)
 
         phase, following = self.schedule.phase, self.schedule.advance(cell)
         return Progress(
@@ -79,7 +78,6 @@ class Fetcher:
             ),
             num_cells=progress.num_cells + is_live.astype(jnp.int32),
             slot=next_slot(slot, phase.num_slots, is_live),
-            tile_slot=next_slot(progress.tile_slot, phase.num_tile_slots, is_first),
             stored_end=jnp.where(following.sequence == sequence, stored_end, 0),
         )
 

@@ -17,6 +17,11 @@ from jax_kernels.ragged_paged_attention.schedule import Cell
 
 # Rows of the zero buffer that clears the padded end of the output.
 ZERO_ROWS = 16
+# In prefill and mixed, prepared queries: of the present cell and of the following one.
+NUM_QUERY_SLOTS = 2
+# There, fetched queries, new tokens and outputs: each is used up before the next is
+# needed.
+ONLY_SLOT = 0
 
 
 class ScalarRefs(NamedTuple):
@@ -54,19 +59,18 @@ class Buffers(NamedTuple):
     """
 
     queries: Any  # [tile slots, tokens, word rows, packing, io_lanes]
-    keys: Any  # [slots, new tokens, word rows, packing, io_lanes], or None
+    keys: Any  # [new-token slots, tokens, word rows, packing, io_lanes], or None
     values: Any  # the same
     kv: Any  # [slots, heads_per_page, cells * block rows, packing, lanes]
     out: Any  # [tile slots, tokens, word rows, packing, io_lanes]
-    scores: Any  # f32[query rows, block_kv]: of the next head; None in decode
+    scores: Any  # f32[softmax rows, block_kv]: of the next tile; None in decode
     seam: Any  # [heads_per_page, 1, packing, lanes]: the row of old and new tokens
-    q: Any  # [sub tiles, Hkv, query rows, lanes]: multiplied and cast; None in decode
+    q: Any  # [2, Hkv, query rows, lanes]: multiplied and cast; None in decode
     sinks: Any  # f32[tiles, query rows, 128], or None: where rows start in decode
-    # Softmax tiles: one for each key head and sub tile; some key heads share one in
-    # decode. There, ``sub tiles`` is 1.
-    m: Any  # f32[sub tiles, tiles, query rows, 128]
-    l: Any  # noqa: E741  f32[sub tiles, tiles, query rows, 128]
-    acc: Any  # f32[sub tiles, tiles, query rows, lanes]
+    # One tile for each key head; some key heads share one in decode.
+    m: Any  # f32[1, tiles, query rows, 128]
+    l: Any  # noqa: E741  f32[1, tiles, query rows, 128]
+    acc: Any  # f32[1, tiles, query rows, lanes]
 
 
 class Bookkeeping(NamedTuple):
@@ -105,7 +109,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     cache, lanes, slots = config.cache, config.lanes, phase.num_slots
     new_kv = (
         (
-            slots,
+            phase.num_new_token_slots,
             new_token_rows(phase),
             tile_io.io_word_rows(config.num_kv_heads, io_packing),
             io_packing,
@@ -115,7 +119,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     )
     updates = config.spec.update_kv_cache
     state = (
-        phase.block_q // phase.sub_q,
+        1,
         config.num_kv_heads // config.heads_per_tile(phase),
         config.query_rows(phase),
     )
@@ -156,14 +160,18 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
         scores=(
             None
             if phase.is_decode
-            else ((config.query_rows(phase), phase.block_kv), jnp.float32)
+            else ((config.softmax_rows(phase), phase.block_kv), jnp.float32)
         ),
         seam=(
             ((cache.heads_per_page, 1, cache.packing, lanes), cache.dtype)
             if updates and not phase.is_decode
             else None
         ),
-        q=None if phase.is_decode else ((*state, lanes), config.multiply_dtype),
+        q=(
+            None
+            if phase.is_decode
+            else ((NUM_QUERY_SLOTS, *state[1:], lanes), config.multiply_dtype)
+        ),
         sinks=(
             ((*state[1:], LANES), jnp.float32)
             if config.spec.has_sinks and phase.is_decode

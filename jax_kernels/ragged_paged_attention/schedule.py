@@ -96,6 +96,10 @@ class Cell(NamedTuple):
     write_row_end: Int
 
 
+# Nothing to fetch, to compute or to write.
+EMPTY_CELL = Cell(*[0] * len(Cell._fields))
+
+
 def log2(power_of_two: int) -> int:
     return power_of_two.bit_length() - 1
 

@@ -1,10 +1,17 @@
 """One cell of prefill or mixed: a tile of queries meets a block of keys and values.
 
-The tile is cut into sub tiles of ``sub_q`` tokens. The rows of a sub tile are the
-G query heads of one key head, each with its ``sub_q`` tokens: row = g * sub_q + t.
+The rows of a tile are the G query heads of one key head, each with its ``block_q``
+tokens: row = g * block_q + t. A *softmax tile* is some rows of one key head.
+
+The softmax tiles of all cells are one pipeline: the scores of the next tile are
+computed before the softmax and the values of the present one. So a cell is received,
+its queries and new tokens put in place, while the one before it is still to be
+computed.
 """
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,137 +31,133 @@ from jax_kernels.ragged_paged_attention.block_loads import (
     load_values,
     value_words_mask,
 )
-from jax_kernels.ragged_paged_attention.config import LOG2_E, KernelConfig
+from jax_kernels.ragged_paged_attention.config import LOG2_E
 from jax_kernels.ragged_paged_attention.dma import Copies
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.pipeline import load_cell
-from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
+from jax_kernels.ragged_paged_attention.refs import ONLY_SLOT
+from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2, next_slot
 
-# Heads whose matmuls and softmaxes are interleaved by the compiler.
-INTERLEAVED_HEADS = 4
+# Key heads in one stretch of code, within which the compiler overlaps softmax tiles.
+MAX_STRETCH_HEADS = 8
+# The same where masks are needed: once or twice for a tile, so code may be shorter.
+MAX_MASKED_STRETCH_HEADS = 4
+# Masked stretches exist in multiples of this size, in tokens, and up to this number.
+MIN_MASKED_STEP = 256
+MAX_MASKED_STRETCHES = 4
 
 
-def process(copies: Copies, slot: Int, tile_slot: Int) -> jax.Array:
-    """Computes the cell in a slot; returns whether it was the last of its tile."""
-    cell = load_cell(copies.bookkeeping.notes, slot)
+class Place(NamedTuple):
+    """Where a received cell is."""
+
+    slot: Int  # of its keys and values
+    query_slot: Int  # of its prepared queries
+
+
+def process(copies: Copies, here: Place, has_following: jax.Array, fetch):
+    """Receives the following cell, then computes the one that is here.
+
+    A cell without queries only starts the pipeline for the following one.
+
+    Args:
+      copies: The copies of the phase.
+      here: The place of a received cell.
+      has_following: Whether there is one more.
+      fetch: Starts the DMAs of the cell after that.
+
+    Returns:
+      The place of the following cell, and the result of ``fetch``.
+    """
+    phase = copies.schedule.phase
+    cell = load_cell(copies.bookkeeping.notes, here.slot)
+    is_last = (cell.num_queries > 0) & (cell.block + 1 >= cell.num_blocks)
+    following = Place(
+        next_slot(here.slot, phase.num_slots),
+        next_slot(here.query_slot, refs.NUM_QUERY_SLOTS, is_last),
+    )
+    pl.when(has_following)(lambda: _receive(copies, following))
+    fetched = fetch()
+
+    stretches = [
+        functools.partial(_attend, copies, cell, here, following, size, is_masked)
+        for size, is_masked in _stretches(copies)
+    ]
+    lax.switch(
+        jnp.where(cell.num_queries > 0, _choose_stretch(copies, cell), len(stretches)),
+        [*stretches, lambda: _score_ahead(copies, following, 0)],
+    )
+
+    @pl.when(is_last)
+    def _():
+        copies.wait_output(ONLY_SLOT)
+        _store_output(copies)
+        copies.start_output(ONLY_SLOT, cell.query_token, cell.num_queries)
+
+    return following, fetched
+
+
+def _receive(copies: Copies, here: Place) -> None:
+    """Waits for a fetched cell and puts its queries and new tokens in place."""
+    cell = load_cell(copies.bookkeeping.notes, here.slot)
 
     @pl.when((cell.block == 0) & (cell.num_queries > 0))
     def _():
-        copies.wait_queries(cell, tile_slot)
-        _prepare_queries(copies, cell, tile_slot)
-        _init_state(copies, cell)
+        copies.wait_queries(cell)
+        _prepare_queries(copies, here.query_slot)
 
-    copies.wait_block(cell, slot)
+    copies.wait_block(cell, here.slot)
     if copies.config.spec.update_kv_cache:
 
         @pl.when(cell.new_end > cell.new_begin)
         def _():
-            copies.wait_new_tokens(cell, slot)
-            new_tokens.merge(copies, cell, slot)
+            copies.wait_new_tokens(cell)
+            new_tokens.merge(copies, cell, here.slot)
 
-        _carry_seam(copies, cell, slot)
+        _carry_seam(copies, cell, here.slot)
 
         @pl.when(cell.write_row_end > cell.write_row_begin)
         def _():
-            copies.start_write_back(cell, slot)
-
-    @pl.when(cell.num_queries > 0)
-    def _():
-        is_masked = masking.needs_mask(
-            cell, copies.schedule.phase.block_kv, copies.config.spec
-        )
-        lax.cond(
-            is_masked,
-            lambda: _attend(copies, cell, slot, is_masked=True),
-            lambda: _attend(copies, cell, slot, is_masked=False),
-        )
-
-    is_last = (cell.num_queries > 0) & (cell.block + 1 >= cell.num_blocks)
-
-    @pl.when(is_last)
-    def _():
-        copies.wait_output(tile_slot)
-        _store_output(copies, cell, tile_slot)
-        copies.start_output(tile_slot, cell.query_token, cell.num_queries)
-
-    return is_last
+            copies.start_write_back(cell, here.slot)
 
 
-def _live_sub_tiles(copies: Copies, cell: Cell) -> Int:
-    sub_q = copies.schedule.phase.sub_q
-    return (cell.num_queries + (sub_q - 1)) >> log2(sub_q)
-
-
-def _prepare_queries(copies: Copies, cell: Cell, slot: Int) -> None:
+def _prepare_queries(copies: Copies, query_slot: Int) -> None:
     """Splits a tile by key head, applies the multiplier and casts, once per tile."""
-    config, sub_q = copies.config, copies.schedule.phase.sub_q
+    config, block_q = copies.config, copies.schedule.phase.block_q
     packing = dtype_packing(config.io_dtype)
-    source = copies.buffers.queries.at[slot]
+    source = copies.buffers.queries.at[ONLY_SLOT]
     rows = tile_io.WordRows(source, config.interpret)
     stride = source.shape[-3]
-
-    def sub_tile(sub: Int, _) -> None:
-        for pair in range(config.num_q_heads // packing):
-            words = rows.load(sub * (sub_q * stride) + pair, sub_q, stride)
-            for offset, x in enumerate(tile_io.unpack_heads(words, packing)):
-                head, member = divmod(pair * packing + offset, config.group)
-                place = pl.ds(member * sub_q, sub_q)
-                x = tile_io.widen(x, config.lanes)
-                copies.buffers.q[sub, head, place, :] = tile_io.prepare_queries(
-                    x, config
-                )
-
-    lax.fori_loop(0, _live_sub_tiles(copies, cell), sub_tile, None)
+    for pair in range(config.num_q_heads // packing):
+        words = rows.load(pair, block_q, stride)
+        for offset, x in enumerate(tile_io.unpack_heads(words, packing)):
+            head, member = divmod(pair * packing + offset, config.group)
+            place = pl.ds(member * block_q, block_q)
+            x = tile_io.prepare_queries(tile_io.widen(x, config.lanes), config)
+            copies.buffers.q[query_slot, head, place, :] = x
 
 
-def _init_state(copies: Copies, cell: Cell) -> None:
-    """No key seen yet; a sink counts as one key with its logit and a zero value."""
-    config, buffers = copies.config, copies.buffers
-    sub_q = copies.schedule.phase.sub_q
-
-    def sub_tile(sub: Int, _) -> None:
-        shape = buffers.m.shape[1:]
-        total = 1.0 if config.spec.has_sinks else 0.0
-        buffers.m[sub] = jnp.full(shape, online_softmax.NO_KEY_MAX, jnp.float32)
-        buffers.l[sub] = jnp.full(shape, total, jnp.float32)
-        buffers.acc[sub] = jnp.zeros(buffers.acc.shape[1:], jnp.float32)
-        if not config.spec.has_sinks:
-            return
-        for query_head in range(config.num_q_heads):
-            head, member = divmod(query_head, config.group)
-            logit = copies.inputs.sinks[query_head] * LOG2_E
-            place = pl.ds(member * sub_q, sub_q)
-            buffers.m[sub, head, place, :] = jnp.full(
-                (sub_q, shape[-1]), logit, jnp.float32
-            )
-
-    lax.fori_loop(0, _live_sub_tiles(copies, cell), sub_tile, None)
-
-
-def _store_output(copies: Copies, cell: Cell, slot: Int) -> None:
+def _store_output(copies: Copies) -> None:
     """Normalises a tile and lays it out as ``[tokens, heads, head_dim]``."""
     config, buffers = copies.config, copies.buffers
-    sub_q = copies.schedule.phase.sub_q
+    block_q = copies.schedule.phase.block_q
     packing = dtype_packing(config.out_dtype)
-    target = buffers.out.at[slot]
+    target = buffers.out.at[ONLY_SLOT]
     rows = tile_io.WordRows(target, config.interpret)
     stride = target.shape[-3]
-
-    def sub_tile(sub: Int, _) -> None:
-        for head in range(config.num_kv_heads):
-            state = _load_state(buffers, sub, head)
-            out = online_softmax.normalise(state, config.spec.v_scale)
-            buffers.acc[sub, head] = tile_io.value_lanes_first(out, config.cache)
-        for pair in range(config.num_q_heads // packing):
-            heads = []
-            for offset in range(packing):
-                head, member = divmod(pair * packing + offset, config.group)
-                heads.append(buffers.acc[sub, head, pl.ds(member * sub_q, sub_q), :])
-            words = tile_io.pack_heads(heads)[:, : config.io_lanes]
-            rows.store(words, sub * (sub_q * stride) + pair, stride)
-
-    lax.fori_loop(0, _live_sub_tiles(copies, cell), sub_tile, None)
+    for head in range(config.num_kv_heads):
+        state = SoftmaxState(
+            buffers.m[0, head], buffers.l[0, head], buffers.acc[0, head]
+        )
+        out = online_softmax.normalise(state, config.spec.v_scale)
+        buffers.acc[0, head] = tile_io.value_lanes_first(out, config.cache)
+    for pair in range(config.num_q_heads // packing):
+        heads = []
+        for offset in range(packing):
+            head, member = divmod(pair * packing + offset, config.group)
+            heads.append(buffers.acc[0, head, pl.ds(member * block_q, block_q), :])
+        words = tile_io.pack_heads(heads)[:, : config.io_lanes]
+        rows.store(words, pair, stride)
 
 
 def _carry_seam(copies: Copies, cell: Cell, slot: Int) -> None:
@@ -180,111 +183,177 @@ def _carry_seam(copies: Copies, cell: Cell, slot: Int) -> None:
             row_ref[...] = seam[...]
 
 
-def _load_state(buffers: refs.Buffers, sub: Int, head: Int) -> SoftmaxState:
-    return SoftmaxState(
-        buffers.m[sub, head], buffers.l[sub, head], buffers.acc[sub, head]
+def _stretches(copies: Copies) -> list[tuple[int, bool]]:
+    """(tokens, whether masked) of each stretch; the last is the unmasked one."""
+    block_kv = copies.schedule.phase.block_kv
+    step = min(max(MIN_MASKED_STEP, block_kv // MAX_MASKED_STRETCHES), block_kv)
+    sizes = range(step, block_kv + 1, step)
+    return [(size, True) for size in sizes] + [(block_kv, False)]
+
+
+def _choose_stretch(copies: Copies, cell: Cell) -> jax.Array:
+    """Index of the stretch for a cell."""
+    stretches = _stretches(copies)
+    extent = cell.visible_end - cell.block_start
+    smallest = jnp.int32(0)
+    for size, _ in stretches[:-2]:
+        smallest += (extent > size).astype(jnp.int32)
+    is_masked = masking.needs_mask(
+        cell, copies.schedule.phase.block_kv, copies.config.spec
     )
+    return jnp.where(is_masked, smallest, len(stretches) - 1)
 
 
-def _attend(copies: Copies, cell: Cell, slot: Int, *, is_masked: bool) -> None:
-    """Scores, softmax and values of one cell, for all heads and live sub tiles."""
-    config, phase = copies.config, copies.schedule.phase
-    interleaved = largest_divisor(config.num_kv_heads, INTERLEAVED_HEADS)
+def _attend(
+    copies: Copies,
+    cell: Cell,
+    here: Place,
+    following: Place,
+    size: int,
+    is_masked: bool,
+) -> None:
+    """Scores, softmax and values of the first ``size`` tokens, for all heads.
+
+    The source order is the pipeline: the scores of the next softmax tile are
+    computed before the softmax and the values of the present one, so that the
+    matrix units and the vector units have work at the same time. After the last
+    tile of a group of heads comes the first of the next group, or of the following
+    cell; its scores wait in a buffer.
+    """
+    config, buffers = copies.config, copies.buffers
+    group_heads = largest_divisor(
+        config.num_kv_heads,
+        MAX_MASKED_STRETCH_HEADS if is_masked else MAX_STRETCH_HEADS,
+    )
+    num_tiles = config.query_rows(copies.schedule.phase) // buffers.scores.shape[0]
+    is_first = cell.block == 0
     words_mask = None
     if is_masked:
         words_mask = value_words_mask(
             cell.visible_begin - cell.block_start,
             cell.visible_end - cell.block_start,
-            phase.block_kv,
+            size,
             config,
         )
 
-    def sub_tile(sub: Int, _) -> None:
-        mask = _tile_mask(copies, cell, sub) if is_masked else None
+    def group(index: Int, _) -> None:
+        first = index * group_heads
+        tiles = [
+            (first + offset, tile)
+            for offset in range(group_heads)
+            for tile in range(num_tiles)
+        ]
+        next_scores = buffers.scores[:, :size]
+        for tile, next_tile in zip(tiles, [*tiles[1:], None], strict=True):
+            scores = next_scores
+            if next_tile is not None:
+                next_scores = _scores(copies, here, *next_tile, size)
+            else:
+                next_head = first + group_heads
+                is_done = next_head == config.num_kv_heads
+                slot, query_slot = (
+                    jnp.where(is_done, after, before)
+                    for before, after in zip(here, following, strict=True)
+                )
+                next_head = jnp.where(is_done, 0, next_head)
+                _score_ahead(copies, Place(slot, query_slot), next_head)
+            if is_masked:
+                mask = _tile_mask(copies, cell, tile[1], size)
+                scores = jnp.where(mask, scores, online_softmax.MASKED_SCORE)
+            kv = buffers.kv.at[here.slot]
+            v = load_values(kv, tile[0], size, words_mask, config)
+            _update_state(copies, tile, is_first, scores, v)
 
-        run = functools.partial(_attend_heads, copies, slot, sub, mask, words_mask)
-        num_groups = config.num_kv_heads // interleaved
-        copies.buffers.scores[...] = _scores(copies, slot, sub, 0, mask)
-        lax.fori_loop(
-            0, num_groups - 1, lambda i, _: run(i * interleaved, is_last=False), None
-        )
-        run((num_groups - 1) * interleaved, is_last=True)
-
-    first = jnp.int32(0)
-    if config.spec.causal:
-        # Sub tiles that end before the block starts see nothing of it.
-        ahead = cell.block_start - cell.query_position
-        first = jnp.maximum(ahead >> log2(phase.sub_q), 0)
-    lax.fori_loop(first, _live_sub_tiles(copies, cell), sub_tile, None)
+    lax.fori_loop(0, config.num_kv_heads // group_heads, group, None)
 
 
-def _attend_heads(
+def _update_state(
     copies: Copies,
-    slot: Int,
-    sub: Int,
-    mask: jax.Array | None,
-    words_mask: jax.Array | None,
-    first: Int,
-    *,
-    is_last: bool,
+    tile: tuple[Int, int],
+    is_first: jax.Array,
+    scores: jax.Array,
+    v: jax.Array,
 ) -> None:
-    """One softmax tile for each head of a group.
-
-    The source order is the pipeline: the scores of the next head are computed
-    before the softmax and the values of the present one, so that the matrix units
-    and the vector units have work at the same time. Between groups the scores wait
-    in a buffer.
-    """
+    """Softmax and values of one softmax tile, given as (key head, number)."""
     config, buffers = copies.config, copies.buffers
-    num_heads = largest_divisor(config.num_kv_heads, INTERLEAVED_HEADS)
-    block_kv = copies.schedule.phase.block_kv
-    following = buffers.scores[...]
-    for index in range(num_heads):
-        head, scores = first + index, following
-        if index + 1 < num_heads:
-            following = _scores(copies, slot, sub, head + 1, mask)
-        elif not is_last:
-            buffers.scores[...] = _scores(copies, slot, sub, head + 1, mask)
-        state = _load_state(buffers, sub, head)
-        p, m, correction = online_softmax.probabilities(scores, state.m)
-        v = load_values(buffers.kv.at[slot], head, block_kv, words_mask, config)
-        if _sums_in_matrix_unit(config):
-            v = online_softmax.with_ones(v)
-        buffers.m[sub, head] = m
-        buffers.l[sub, head], buffers.acc[sub, head] = online_softmax.accumulate(
-            p, v, correction, state.l, state.acc, config.value_dtype
-        )
+    state = _load_state(copies, tile, is_first)
+    p, m, correction = online_softmax.probabilities(scores, state.m)
+    if config.sums_in_matrix_unit:
+        v = online_softmax.with_ones(v)
+    l, acc = online_softmax.accumulate(  # noqa: E741
+        p, v, correction, state.l, state.acc, config.value_dtype
+    )
+    rows = _tile_rows(copies, tile)
+    buffers.m[rows], buffers.l[rows], buffers.acc[rows] = m, l, acc
 
 
-def _sums_in_matrix_unit(config: KernelConfig) -> bool:
-    """Whether the matrix units have columns to spare for sums."""
-    return config.lanes == LANES and config.value_dtype == jnp.bfloat16
+def _load_state(
+    copies: Copies, tile: tuple[Int, int], is_first: jax.Array
+) -> SoftmaxState:
+    """The state of a softmax tile, or the one to start from."""
+    config, buffers = copies.config, copies.buffers
+    rows = _tile_rows(copies, tile)
+    start_m, start_l = online_softmax.NO_KEY_MAX, 0.0
+    if config.spec.has_sinks:
+        start_m, start_l = _sink_logits(copies, tile), 1.0
+    return SoftmaxState(
+        m=jnp.where(is_first, start_m, buffers.m[rows]),
+        l=jnp.where(is_first, start_l, buffers.l[rows]),
+        acc=jnp.where(is_first, 0.0, buffers.acc[rows]),
+    )
+
+
+def _sink_logits(copies: Copies, tile: tuple[Int, int]) -> jax.Array:
+    """f32[rows, 128]: a sink counts as one key with its logit and a zero value."""
+    config, block_q = copies.config, copies.schedule.phase.block_q
+    num_rows = copies.buffers.scores.shape[0]
+    head, number = tile
+    # The piece of a query head's rows that one softmax tile has.
+    piece = math.gcd(block_q, num_rows)
+    members = range(number * num_rows, (number + 1) * num_rows, piece)
+    logits = [
+        copies.inputs.sinks[head * config.group + row // block_q] * LOG2_E
+        for row in members
+    ]
+    return jnp.concatenate(
+        [jnp.full((piece, LANES), logit, jnp.float32) for logit in logits]
+    )
+
+
+def _tile_rows(copies: Copies, tile: tuple[Int, int]):
+    """Index of a softmax tile in the state."""
+    head, number = tile
+    num_rows = copies.buffers.scores.shape[0]
+    return 0, head, pl.ds(number * num_rows, num_rows)
+
+
+def _score_ahead(copies: Copies, place: Place, head: Int) -> None:
+    """Scores of the first softmax tile of a head, for the stretch that comes next."""
+    size = copies.schedule.phase.block_kv
+    copies.buffers.scores[...] = _scores(copies, place, head, 0, size)
 
 
 def _scores(
-    copies: Copies, slot: Int, sub: Int, head: Int, mask: jax.Array | None
+    copies: Copies, place: Place, head: Int, number: int, size: int
 ) -> jax.Array:
-    """f32[query rows, block_kv] of one head."""
-    block_kv = copies.schedule.phase.block_kv
-    k = load_keys(copies.buffers.kv.at[slot], head, block_kv, copies.config)
-    scores = online_softmax.score_tile(
-        copies.buffers.q[sub, head], k, copies.config.spec
+    """f32[rows, size] of one softmax tile."""
+    _, _, rows = _tile_rows(copies, (head, number))
+    return online_softmax.score_tile(
+        copies.buffers.q[place.query_slot, head, rows],
+        load_keys(copies.buffers.kv.at[place.slot], head, size, copies.config),
+        copies.config.spec,
     )
-    if mask is None:
-        return scores
-    return jnp.where(mask, scores, online_softmax.MASKED_SCORE)
 
 
-def _tile_mask(copies: Copies, cell: Cell, sub: Int) -> jax.Array:
-    """Visible pairs of one softmax tile; its rows are heads times tokens."""
-    config, phase = copies.config, copies.schedule.phase
-    num_rows = config.query_rows(phase)
-    row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
-    token = row & (phase.sub_q - 1)
-    key = lax.broadcasted_iota(jnp.int32, (1, phase.block_kv), 1)
+def _tile_mask(copies: Copies, cell: Cell, number: int, size: int) -> jax.Array:
+    """bool[rows, size]: the pairs of one softmax tile that are visible."""
+    num_rows = copies.buffers.scores.shape[0]
+    row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0) + number * num_rows
+    token = row & (copies.schedule.phase.block_q - 1)
+    key = lax.broadcasted_iota(jnp.int32, (1, size), 1)
     return masking.attention_mask(
-        cell.query_position + sub * phase.sub_q + token,
+        cell.query_position + token,
         cell.block_start + key,
         cell.visible_end,
-        config.spec,
+        copies.config.spec,
     )

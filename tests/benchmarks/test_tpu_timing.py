@@ -33,6 +33,13 @@ def test_predicated_move_keeps_old_value():
     assert move.operands == [isa.Immediate(128)]
 
 
+def test_what_the_compiler_knows_to_be_skipped_has_no_effect():
+    wait = isa.parse_instruction("%9 = dma.done.wait (0), [#allocation62], 0")
+    assert wait.opcode == isa.NEVER
+    assert not wait.undecoded
+    assert wait.target is None
+
+
 def test_immediates_are_signed():
     add = isa.parse_instruction("%s1_s2 = sadd.s32 4294967168, %s3_s4")
     assert add.operands[0] == isa.Immediate(-128)

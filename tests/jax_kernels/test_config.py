@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from jax_kernels.ragged_paged_attention import BlockSizes
+from jax_kernels.ragged_paged_attention import BlockSizes, chips
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
     KernelConfig,
@@ -33,18 +33,11 @@ def make_phase(**changes) -> PhaseConfig:
     fields = {
         "phase": Phase.MIXED,
         "block_q": 64,
-        "sub_q": 32,
         "block_kv": 128,
         "num_slots": 4,
         "lookahead": 2,
     }
     return PhaseConfig(**fields | changes)
-
-
-def test_softmax_tiles_divide_a_tile():
-    assert make_phase().block_q == 64
-    with pytest.raises(ValueError, match="sub_q=48"):
-        make_phase(sub_q=48)
 
 
 @pytest.mark.parametrize("lookahead", [0, 4, 5])
@@ -97,17 +90,52 @@ def make_config(
 
 
 @pytest.mark.parametrize(
-    "heads, rows", [((8, 2), 128), ((6, 2), 96), ((5, 5), 32), ((7, 1), 224)]
+    "heads, rows", [((8, 2), 256), ((6, 2), 192), ((5, 5), 64), ((7, 1), 448)]
 )
-def test_rows_of_a_softmax_tile_are_heads_times_tokens(heads, rows):
+def test_rows_of_a_key_head_are_heads_times_tokens(heads, rows):
     config = make_config(heads=heads)
     assert config.group == heads[0] // heads[1]
     assert config.query_rows(make_phase()) == rows
 
 
+@pytest.mark.parametrize(
+    "heads, block_q, rows",
+    [
+        ((8, 2), 64, 256),
+        ((8, 2), 128, 512),
+        ((8, 2), 256, 512),
+        ((6, 2), 256, 768),
+        ((5, 1), 256, 640),
+        ((64, 1), 32, 512),
+    ],
+)
+def test_softmax_tiles_divide_the_rows_of_a_key_head(heads, block_q, rows):
+    config, phase = make_config(heads=heads), make_phase(block_q=block_q)
+    assert config.softmax_rows(phase) == rows
+    assert config.query_rows(phase) % rows == 0
+
+
+@pytest.mark.parametrize(
+    "chip, head_dim, dtype, expected",
+    [
+        (chips.TPU7X, 128, "bfloat16", True),
+        (chips.V6E, 64, "bfloat16", True),
+        (chips.TPU7X, 256, "bfloat16", False),
+        (chips.V5E, 128, "bfloat16", False),
+        (chips.TPU7X, 128, "float32", False),
+    ],
+)
+def test_matrix_units_sum_where_they_are_wider_than_values(
+    chip, head_dim, dtype, expected
+):
+    config = make_config(head_dim=head_dim, q_dtype=dtype)
+    config = dataclasses.replace(config, chip=chip)
+    assert config.sums_in_matrix_unit == expected
+
+
 @pytest.mark.parametrize("heads, rows", [((3, 1), 8), ((8, 1), 8), ((9, 1), 16)])
 def test_rows_of_decode_fill_registers(heads, rows):
-    phase = make_phase(phase=Phase.DECODE, block_q=1, sub_q=1)
+    phase = make_phase(phase=Phase.DECODE, block_q=1)
     assert phase.is_decode
     assert make_config(heads=heads).query_rows(phase) == rows
 

@@ -50,7 +50,7 @@ def make_schedule(
         out_dtype=bfloat16,
     )
     return Schedule(
-        config, PhaseConfig(Phase.DECODE, 1, 1, BLOCK_KV, 4, 2, cells_per_step)
+        config, PhaseConfig(Phase.DECODE, 1, BLOCK_KV, 4, 2, cells_per_step)
     )
 
 

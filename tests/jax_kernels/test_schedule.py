@@ -61,9 +61,7 @@ def make_schedule(
         io_dtype=jnp.dtype(jnp.bfloat16),
         out_dtype=jnp.dtype(jnp.bfloat16),
     )
-    return Schedule(
-        config, PhaseConfig(phase, block_q, block_q, block_kv, NUM_SLOTS, 2)
-    )
+    return Schedule(config, PhaseConfig(phase, block_q, block_kv, NUM_SLOTS, 2))
 
 
 @functools.cache
