@@ -169,6 +169,28 @@ def test_decode_over_long_blocks(case):
     case.check()
 
 
+# A masked block is computed in part: one length for each part, and one past a block.
+PARTS_OF_1024 = ((20, 200), (3, 500), (40, 700), (33, 1000), (5, 1300))
+
+
+@cases(
+    parts=Case(lengths=PARTS_OF_1024, blocks=BlockSizes(128, 32, 1024), page_size=64),
+    two_softmax_tiles=Case(
+        lengths=((90, 300), (1, 70), (65, 65)),
+        heads=(32, 2),
+        head_dim=64,
+        cache_dtype=E4M3,
+        with_sinks=True,
+        blocks=BlockSizes(128, 64, 512),
+        page_size=64,
+        options={"sliding_window": 100},
+    ),
+    groups_of_heads=Case(lengths=((40, 90), (7, 40)), heads=(12, 12), page_size=64),
+)
+def test_tiles_of_every_shape(case):
+    case.check()
+
+
 @cases(
     split=Case(options={"update_kv_cache": False}),
     fused_e4m3=Case(
