@@ -104,10 +104,10 @@ def test_a_default_that_does_not_work_is_an_error():
         run(fails)
 
 
-def test_the_default_stays_unless_it_is_beaten_by_a_percent():
+def test_the_default_stays_unless_it_is_beaten_by_two_percent():
     def close(blocks):
         return {
-            phase: {step: cost * (0.995 if blocks != DEFAULT else 1) for step in ("a",)}
+            phase: {step: cost * (0.985 if blocks != DEFAULT else 1) for step in ("a",)}
             for phase, cost in (("decode", 1000), ("prefill", 1000))
         }
 
