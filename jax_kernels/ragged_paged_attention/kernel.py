@@ -79,14 +79,19 @@ def _run_phase(
     begin, end, scalars, inputs, outputs, schedule, buffers, bookkeeping, semaphores
 ):
     """The pipelined loop over the cells of sequences begin .. end."""
-    is_decode = schedule.phase.is_decode
-    make_copies, run = (
-        (StepCopies, decode_pipeline.run) if is_decode else (Copies, _run_tiles)
+    operands = (
+        schedule,
+        scalars,
+        inputs,
+        outputs,
+        buffers,
+        bookkeeping,
+        semaphores,
     )
-    copies = make_copies(
-        schedule, scalars, inputs, outputs, buffers, bookkeeping, semaphores
-    )
-    run(copies, begin, end)
+    if schedule.phase.is_decode:
+        decode_pipeline.run(StepCopies(*operands), begin, end)
+    else:
+        _run_tiles(Copies(*operands), begin, end)
 
 
 def _run_tiles(copies: Copies, begin: Int, end: Int) -> None:
