@@ -7,6 +7,7 @@ somebody waits for it, and follows every access with a happens-before race detec
 
 import contextlib
 import functools
+import gc
 import io
 from unittest import mock
 
@@ -21,6 +22,8 @@ from tests.support import numerics, ragged_batches
 
 # Small, so that short sequences cross many boundaries.
 SMALL_BLOCKS = BlockSizes(decode_block_kv=32, block_q=32, block_kv=32)
+
+MAX_PROGRAMS = 8
 
 INTERPRET_PARAMS = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
@@ -110,6 +113,18 @@ def are_ordered(x: np.ndarray, y: np.ndarray) -> bool:
     is_less = any(a < b for a, b in pairs)
     is_more = any(a > b for a, b in pairs)
     return is_less != is_more
+
+
+def forget_old_programs() -> None:
+    """Frees compiled programs once there are some; for use between tests.
+
+    A program in interpret mode takes about a thousand memory maps. A process may have
+    65,530, and then the compiler crashes.
+    """
+    if _jitted.cache_info().currsize >= MAX_PROGRAMS:
+        _jitted.cache_clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @functools.cache
