@@ -1,6 +1,7 @@
 """Keys and values of one head of a block, as the matrix units take them."""
 
 import jax
+import jax.numpy as jnp
 
 from jax_kernels.ragged_paged_attention import masking, tile_io
 from jax_kernels.ragged_paged_attention.config import KernelConfig
@@ -27,29 +28,44 @@ def load_values(
     kv,
     head: Int,
     size: int,
-    words_mask: jax.Array | None,  # u32[size // packing, 1], or None: all live
+    words_mask: jax.Array | None,  # u32[up to size // packing, 1], or None: all live
     config: KernelConfig,
     *,
     first_row: int = 0,
 ) -> jax.Array:
-    """[size, lanes], with zeros in dead slots. Arguments as in ``load_keys``."""
+    """[size, lanes], with zeros in dead slots. Arguments as in ``load_keys``.
+
+    ``words_mask`` is of the last words; those before it are live.
+    """
     first = 0 if config.cache.is_fused_kv else config.num_kv_heads
     words = _load_words(kv, first + head, size, config, first_row)
     if words_mask is not None:
-        words = words & words_mask
+        num_live = words.shape[0] - words_mask.shape[0]
+        masked = words[num_live:] & words_mask
+        words = jnp.concatenate([words[:num_live], masked]) if num_live else masked
     return _to_tokens(words, config.value_dtype, config)
 
 
 def _to_tokens(words: jax.Array, dtype, config: KernelConfig) -> jax.Array:
-    return tile_io.words_to_tokens(
-        words, config.cache.dtype, dtype, keep_float8=not config.interpret
-    )
+    stored_dtype = config.cache.dtype
+    if config.reads_e4m3_shifted and dtype == jnp.bfloat16:
+        words = tile_io.without_negative_zeros(words)
+        stored_dtype = jnp.dtype(jnp.float8_e4m3b11fnuz)
+    keep_float8 = config.chip.multiplies_float8 and not config.interpret
+    return tile_io.words_to_tokens(words, stored_dtype, dtype, keep_float8=keep_float8)
 
 
 def value_words_mask(
-    visible_begin: Int, visible_end: Int, size: int, config: KernelConfig
+    visible_begin: Int,
+    visible_end: Int,
+    size: int,
+    config: KernelConfig,
+    *,
+    first: int = 0,
 ) -> jax.Array:
-    """The bits of a block that may meet probabilities, u32[size // packing, 1].
+    """The bits of tokens ``first`` to ``size`` of a block that may meet probabilities.
+
+    u32[(size - first) // packing, 1].
 
     Dead slots of V may hold NaN or infinity, which a zero probability does not
     cancel. Rows before the window were not fetched at all.
@@ -59,11 +75,13 @@ def value_words_mask(
       visible_end: The one after the last.
       size: Tokens of the block.
       config: Gives packing and window.
+      first: First token of the mask, a multiple of the packing.
     """
     packing = config.cache.packing
     no_window = config.spec.sliding_window is None
     begin = None if no_window else visible_begin & -packing
-    return masking.live_word_mask(0, size // packing, packing, begin, visible_end)
+    num_words = (size - first) // packing
+    return masking.live_word_mask(first, num_words, packing, begin, visible_end)
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 
 MIB = 1024 * 1024
+E4M3FN_BIAS = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,17 +15,21 @@ class Chip:
       vmem_bytes: Vector memory.
       matrix_columns: Width of a matrix unit.
       smem_bytes: Scalar memory.
+      multiplies_float8: Whether matrix units take float8 beside bfloat16 as it is.
+      e4m3_bias: Exponent bias of the e4m3 that they take.
     """
 
     name: str
     vmem_bytes: int
     matrix_columns: int = 256
     smem_bytes: int = MIB
+    multiplies_float8: bool = False
+    e4m3_bias: int = E4M3FN_BIAS
 
 
 V5E = Chip("v5e", vmem_bytes=128 * MIB, matrix_columns=128)
-V6E = Chip("v6e", vmem_bytes=128 * MIB)
-TPU7X = Chip("tpu7x", vmem_bytes=64 * MIB)
+V6E = Chip("v6e", vmem_bytes=128 * MIB, multiplies_float8=True, e4m3_bias=11)
+TPU7X = Chip("tpu7x", vmem_bytes=64 * MIB, multiplies_float8=True)
 # Small enough for every chip since v4.
 UNKNOWN = Chip("unknown", vmem_bytes=32 * MIB)
 

@@ -204,6 +204,36 @@ class KernelConfig:
         return jnp.dtype(jnp.float32 if is_wide else jnp.bfloat16)
 
     @property
+    def reads_e4m3_shifted(self) -> bool:
+        """Whether e4m3fn is multiplied as e4m3b11fnuz, the e4m3 of the chip.
+
+        The same bits are a power of two less there. Other factors make up for it, which
+        the compiler would apply to every score and every product instead.
+        """
+        return (
+            self.chip.e4m3_bias != chips.E4M3FN_BIAS
+            and self.cache.dtype == jnp.float8_e4m3fn
+            and self.value_dtype == jnp.bfloat16
+        )
+
+    @property
+    def query_multiplier(self) -> float:
+        """Factor folded into the queries."""
+        # Quantised queries meet keys in the dtype of the cache.
+        shifts = self.reads_e4m3_shifted and not self.spec.q_scale
+        return self.spec.query_multiplier * (self._e4m3_shift if shifts else 1.0)
+
+    @property
+    def output_scale(self) -> float:
+        """Factor of the weighted values."""
+        shift = self._e4m3_shift if self.reads_e4m3_shifted else 1.0
+        return (self.spec.v_scale or 1.0) * shift
+
+    @property
+    def _e4m3_shift(self) -> float:
+        return 2.0 ** (self.chip.e4m3_bias - chips.E4M3FN_BIAS)
+
+    @property
     def rows_per_chunk(self) -> int:
         """Packed rows that new tokens are merged by: one register."""
         return SUBLANES

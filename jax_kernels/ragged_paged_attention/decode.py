@@ -293,7 +293,7 @@ class _CellWork:
         )
         outs = [
             tile_io.value_lanes_first(
-                online_softmax.normalise(state, config.spec.v_scale), config.cache
+                online_softmax.normalise(state, config.output_scale), config.cache
             )[:, : config.io_lanes]
             for state in states
         ]
@@ -309,7 +309,7 @@ class _CellWork:
         first = (tiles[0] * rows_per_tile) >> log2(packing)
         for index in range(len(members) // packing):
             pair = members[index * packing : (index + 1) * packing]
-            rows.store(tile_io.pack_heads(pair), first + index)
+            rows.store(tile_io.pack_heads(pair, config.interpret), first + index)
 
     def _head_offsets(self, tile_offset: int) -> range:
         """The key heads of a tile, counted from the first one of the stretch."""

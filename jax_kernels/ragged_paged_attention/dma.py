@@ -5,7 +5,7 @@ copies: it asks for as many bytes as were started.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,13 @@ from jax_kernels.ragged_paged_attention.refs import (
     ScalarRefs,
     Semaphores,
 )
-from jax_kernels.ragged_paged_attention.schedule import Cell, Int, Schedule, log2
+from jax_kernels.ragged_paged_attention.schedule import (
+    Cell,
+    Int,
+    Schedule,
+    floor_to,
+    log2,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +137,14 @@ def some_tokens(buffer, first: Int, num_tokens: Int, heads: int):
     return buffer.at[pl.ds(first, num_tokens), pl.ds(0, heads)]
 
 
+class NewTokensPiece(NamedTuple):
+    """New tokens that are in the buffers at once, as positions."""
+
+    origin: Int  # of the start of the buffers, a multiple of a chunk into the block
+    begin: Int
+    end: Int
+
+
 class Copies(PhaseCopies):
     """The copies of a phase of tiles, prefill or mixed; a slot holds one cell."""
 
@@ -169,30 +183,43 @@ class Copies(PhaseCopies):
 
     # New keys and values.
 
-    def start_new_tokens(self, cell: Cell) -> None:
-        num_tokens = cell.new_end - cell.new_begin
+    def new_tokens_piece(self, cell: Cell, piece: Int) -> NewTokensPiece:
+        """Some of the new tokens of a cell: as many as the buffers hold."""
+        size = self.buffers.keys.shape[1]
+        first = floor_to(
+            cell.new_begin - cell.block_start, self.config.tokens_per_chunk
+        )
+        origin = cell.block_start + first + piece * size
+        return NewTokensPiece(
+            origin,
+            begin=jnp.maximum(cell.new_begin, origin),
+            end=jnp.minimum(cell.new_end, origin + size),
+        )
 
-        @pl.when(num_tokens > 0)
+    def start_new_tokens(self, cell: Cell, piece: Int = 0) -> None:
+        """Fetches a piece of the new tokens of a cell, if there is one."""
+        origin, begin, end = self.new_tokens_piece(cell, piece)
+
+        @pl.when(end > begin)
         def _():
-            first = cell.query_token + (cell.new_begin - cell.query_position)
-            place = cell.new_begin - cell.block_start
+            first = cell.query_token + (begin - cell.query_position)
             for source, buffer in self.new_kv:
                 heads = source.shape[1]
                 pltpu.make_async_copy(
-                    source.at[pl.ds(first, num_tokens)],
-                    some_tokens(buffer.at[ONLY_SLOT], place, num_tokens, heads),
+                    source.at[pl.ds(first, end - begin)],
+                    some_tokens(
+                        buffer.at[ONLY_SLOT], begin - origin, end - begin, heads
+                    ),
                     self.semaphores.new_kv.at[ONLY_SLOT],
                 ).start()
 
-    def wait_new_tokens(self, cell: Cell) -> None:
-        num_tokens = cell.new_end - cell.new_begin
-
-        @pl.when(num_tokens > 0)
-        def _():
-            for source, buffer in self.new_kv:
-                heads = source.shape[1]
-                tokens = some_tokens(buffer.at[ONLY_SLOT], 0, num_tokens, heads)
-                wait_for(tokens, self.semaphores.new_kv.at[ONLY_SLOT])
+    def wait_new_tokens(self, piece: NewTokensPiece) -> None:
+        for source, buffer in self.new_kv:
+            heads = source.shape[1]
+            tokens = some_tokens(
+                buffer.at[ONLY_SLOT], 0, piece.end - piece.begin, heads
+            )
+            wait_for(tokens, self.semaphores.new_kv.at[ONLY_SLOT])
 
     # Queries and output.
 

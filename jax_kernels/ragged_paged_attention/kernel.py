@@ -112,13 +112,16 @@ def _run_tiles(copies: Copies, begin: Int, end: Int) -> None:
             copies,
             here,
             has_following=num_done + 1 < progress.num_cells,
-            fetch=functools.partial(fetcher.fetch, progress),
+            start=functools.partial(fetcher.start, progress),
+            plan=functools.partial(fetcher.plan, progress),
         )
         return num_done + 1, following, progress
 
     last_slot = jnp.int32(copies.schedule.phase.num_slots - 1)
     store_cell(copies.bookkeeping.notes, last_slot, EMPTY_CELL)
     here = tiles.Place(slot=last_slot, query_slot=jnp.int32(0))
-    progress = fetcher.fetch(fetcher.begin(begin))
+    progress = fetcher.begin(begin)
+    fetcher.start(progress)
+    progress = fetcher.plan(progress)
     lax.while_loop(is_unfinished, run_step, (jnp.int32(-1), here, progress))
     copies.drain()

@@ -3,37 +3,71 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from jax_kernels.ragged_paged_attention import masking, tile_io
 from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.decode_steps import DecodeCell
-from jax_kernels.ragged_paged_attention.dma import Copies, StepCopies
+from jax_kernels.ragged_paged_attention.dma import (
+    Copies,
+    NewTokensPiece,
+    StepCopies,
+)
 from jax_kernels.ragged_paged_attention.layout import dtype_packing
 from jax_kernels.ragged_paged_attention.refs import ONLY_SLOT
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
 
 
 def merge(copies: Copies, cell: Cell, slot: Int) -> None:
-    """Merges all new tokens of a cell, one chunk of the block after the other."""
+    """Waits for the new tokens of a cell, of which there are some, and merges them.
+
+    The first piece was fetched with the cell. The others, which are rare, are fetched
+    here, one after the other.
+    """
+
+    def piece(index: Int) -> Int:
+        part = copies.new_tokens_piece(cell, index)
+        copies.wait_new_tokens(part)
+        _merge_piece(copies, cell, slot, part)
+        copies.start_new_tokens(cell, index + 1)
+        return index + 1
+
+    def is_left(index: Int) -> jax.Array:
+        return copies.new_tokens_piece(cell, index).origin < cell.new_end
+
+    lax.while_loop(is_left, piece, jnp.int32(0))
+
+
+def _merge_piece(copies: Copies, cell: Cell, slot: Int, part: NewTokensPiece) -> None:
+    """Merges new tokens, one chunk of the block after the other.
+
+    Only the chunks at the two ends may hold older tokens as well.
+    """
     config, buffers = copies.config, copies.buffers
-    begin = cell.new_begin - cell.block_start
-    end = cell.new_end - cell.block_start
+    origin, begin, end = (position - cell.block_start for position in part)
     chunk_tokens = config.tokens_per_chunk
     shift = log2(chunk_tokens)
+    first_chunk = origin >> shift
     stride = buffers.keys.shape[-3]
     sources = [
         tile_io.WordRows(ref.at[ONLY_SLOT], config.interpret)
         for ref in (buffers.keys, buffers.values)
     ]
 
-    def chunk(index: Int, _) -> None:
-        is_new = _new_bits(cell, index, config)
+    def chunk(index: Int, is_new: jax.Array | None) -> None:
         for pair in range(config.num_kv_heads // dtype_packing(config.io_dtype)):
-            start = index * (chunk_tokens * stride) + pair
+            start = (index - first_chunk) * (chunk_tokens * stride) + pair
             words = [source.load(start, chunk_tokens, stride) for source in sources]
             _merge_pair(buffers.kv.at[slot], index, pair, words, is_new, config)
 
-    lax.fori_loop(begin >> shift, (end + chunk_tokens - 1) >> shift, chunk, None)
+    for edge in (begin, end):
+
+        @pl.when((edge & (chunk_tokens - 1)) != 0)
+        def _(index=edge >> shift):
+            chunk(index, _new_bits(cell, index, config))
+
+    first_whole = (begin + chunk_tokens - 1) >> shift
+    lax.fori_loop(first_whole, end >> shift, lambda index, _: chunk(index, None), None)
 
 
 def merge_one(
@@ -80,7 +114,7 @@ def _merge_pair(kv, chunk: Int, pair: Int, words, is_new, config: KernelConfig) 
       chunk: Number of the chunk: eight packed rows, a register per head.
       pair: Number of the word row.
       words: Keys and values, u32[tokens_per_chunk, io_lanes] each.
-      is_new: u32[rows_per_chunk, 1], the bits to take.
+      is_new: u32[rows_per_chunk, 1], the bits to take; None for all.
       config: Gives dtypes and geometry.
     """
     packing = dtype_packing(config.io_dtype)
@@ -92,8 +126,10 @@ def _merge_pair(kv, chunk: Int, pair: Int, words, is_new, config: KernelConfig) 
             rows = tile_io.WordRows(
                 kv.at[part * config.num_kv_heads + head], config.interpret
             )
-            old = rows.load(first_row, config.rows_per_chunk)
-            rows.store(_select_bits(is_new, new, old), first_row)
+            if is_new is not None:
+                old = rows.load(first_row, config.rows_per_chunk)
+                new = _select_bits(is_new, new, old)
+            rows.store(new, first_row)
 
 
 def _new_bits(cell: Cell, chunk: Int, config: KernelConfig) -> jax.Array:

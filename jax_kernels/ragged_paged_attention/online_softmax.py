@@ -115,11 +115,14 @@ def with_ones(v: jax.Array) -> jax.Array:  # [block_kv, 128] to [block_kv, 256]
     return jnp.concatenate([v, jnp.ones_like(v)], axis=1)
 
 
-def normalise(state: SoftmaxState, v_scale: float | None) -> jax.Array:
-    """The attention output, f32[rows, lanes]; zeros for rows that saw no key."""
+def normalise(state: SoftmaxState, scale: float) -> jax.Array:
+    """The attention output, f32[rows, lanes]; zeros for rows that saw no key.
+
+    ``scale`` is a factor of the values.
+    """
     inverse = jnp.where(state.l > 0.0, 1.0 / state.l, 0.0)
-    if v_scale is not None:
-        inverse = inverse * v_scale
+    if scale != 1.0:
+        inverse = inverse * scale
     # Rows without a key hold acc = 0 unless a sink alone made l positive.
     return state.acc * _across(inverse, state.acc.shape[1])
 

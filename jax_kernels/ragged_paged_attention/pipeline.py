@@ -23,14 +23,19 @@ class Progress(NamedTuple):
     """How far the fetching side is."""
 
     cursor: Cursor  # of the next cell to plan
-    num_cells: Int  # started
-    slot: Int  # of the next cell to start
+    num_cells: Int  # planned
+    num_live: Int  # 1 if the cell that was planned last exists, else 0
+    slot: Int  # of that cell
     stored_end: Int  # see Schedule.describe
 
 
 @dataclasses.dataclass(frozen=True)
 class Fetcher:
-    """Starts the DMAs of one cell after the other, of sequences up to ``end``."""
+    """Plans and starts one cell after the other, of sequences up to ``end``.
+
+    A plan is scalar work and hides in the stretch of an earlier cell. DMAs do not: they
+    keep their order with every access to the ring.
+    """
 
     copies: Copies
     end: Int
@@ -42,15 +47,17 @@ class Fetcher:
     def begin(self, sequence: Int) -> Progress:
         zero = jnp.int32(0)
         cursor = Cursor(jnp.int32(sequence), zero, zero)
-        return Progress(cursor, zero, zero, zero)
+        return self.plan(Progress(cursor, zero, zero, zero, zero))
 
-    def fetch(self, progress: Progress) -> Progress:
-        """Starts the DMAs of the cell at the cursor, if there is one."""
-        copies, cursor, slot = self.copies, progress.cursor, progress.slot
+    def plan(self, progress: Progress) -> Progress:
+        """Notes the cell at the cursor as the next one to start, if there is one."""
+        copies, cursor = self.copies, progress.cursor
+        slot = next_slot(
+            progress.slot, copies.schedule.phase.num_slots, progress.num_live > 0
+        )
         stored_end = progress.stored_end
         if copies.updates:
-            stored_end = self._stored_end(progress)
-            copies.wait_write_back(slot)
+            stored_end = self._stored_end(progress._replace(slot=slot))
         is_live = cursor.sequence < self.end
         # Past the end, the last sequence stands in and its cell is not started.
         sequence = jnp.minimum(cursor.sequence, self.end - 1)
@@ -58,8 +65,27 @@ class Fetcher:
         cell = self.schedule.describe(
             cursor._replace(sequence=sequence), lengths, stored_end
         )
+        store_cell(copies.bookkeeping.notes, self._planned, cell)
+        following = self.schedule.advance(cell)
+        return Progress(
+            cursor=jax.tree.map(
+                lambda new, old: jnp.where(is_live, new, old), following, cursor
+            ),
+            num_cells=progress.num_cells + is_live.astype(jnp.int32),
+            num_live=is_live.astype(jnp.int32),
+            slot=slot,
+            stored_end=jnp.where(following.sequence == sequence, stored_end, 0),
+        )
+
+    def start(self, progress: Progress) -> None:
+        """Starts the DMAs of the cell that was planned last, if there is one."""
+        copies, slot = self.copies, progress.slot
+        if copies.updates:
+            copies.wait_write_back(slot)
+        cell = load_cell(copies.bookkeeping.notes, self._planned)
         store_cell(copies.bookkeeping.notes, slot, cell)
-        is_first = is_live & (cell.block == 0) & (cell.num_queries > 0)
+
+        is_live = progress.num_live > 0
 
         @pl.when(is_live)
         def _():
@@ -67,22 +93,21 @@ class Fetcher:
                 copies.start_new_tokens(cell)
             copies.start_block(cell, slot)
 
-        @pl.when(is_first)
+        @pl.when(is_live & (cell.block == 0) & (cell.num_queries > 0))
         def _():
             copies.start_queries(cell)
 
-        phase, following = self.schedule.phase, self.schedule.advance(cell)
-        return Progress(
-            cursor=jax.tree.map(
-                lambda new, old: jnp.where(is_live, new, old), following, cursor
-            ),
-            num_cells=progress.num_cells + is_live.astype(jnp.int32),
-            slot=next_slot(slot, phase.num_slots, is_live),
-            stored_end=jnp.where(following.sequence == sequence, stored_end, 0),
-        )
+    @property
+    def _planned(self) -> int:
+        """Where the notes have the planned cell: after the slots."""
+        return self.schedule.phase.num_slots
 
     def _stored_end(self, progress: Progress) -> Int:
-        """How far the sequence is stored once the write-back of the slot has ended."""
+        """How far the sequence is stored once the write-back of the slot has ended.
+
+        It has when the planned cell is started. Until then the notes of the slot are
+        those of the cell that wrote it.
+        """
         slot = progress.slot
         earlier = load_cell(self.copies.bookkeeping.notes, slot)
         has_written = self.copies.bookkeeping.written_rows[slot] > 0

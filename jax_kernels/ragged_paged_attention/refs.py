@@ -76,7 +76,7 @@ class Buffers(NamedTuple):
 class Bookkeeping(NamedTuple):
     """SMEM of one phase."""
 
-    notes: Any  # i32[slots * numbers]: the cells or steps in flight
+    notes: Any  # i32[numbers]: the cells or steps in flight
     written_rows: Any  # i32[slots]: cache rows being written back from a slot
     out_tokens: Any  # i32[tile slots]: output rows being written from a slot
 
@@ -91,9 +91,18 @@ class Semaphores(NamedTuple):
     out: Any
 
 
-def new_token_rows(phase: PhaseConfig) -> int:
-    """Tokens that a slot holds of ``keys`` and of ``values``."""
-    return phase.cells_per_step if phase.is_decode else phase.block_kv
+def new_token_rows(config: KernelConfig, phase: PhaseConfig) -> int:
+    """Tokens that a slot holds of ``keys`` and of ``values``.
+
+    A tile brings block_q new tokens to a block, and up to twice as many of earlier
+    tiles whose writes have not been seen to end. More of them come in pieces, as they
+    do in wide rows, which are dear to keep.
+    """
+    if phase.is_decode:
+        return phase.cells_per_step
+    if config.lanes <= LANES:
+        return phase.block_kv
+    return min(phase.block_kv, 2 * phase.block_q)
 
 
 def _query_word_rows(config: KernelConfig, phase: PhaseConfig) -> int:
@@ -110,7 +119,7 @@ def buffer_shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     new_kv = (
         (
             phase.num_new_token_slots,
-            new_token_rows(phase),
+            new_token_rows(config, phase),
             tile_io.io_word_rows(config.num_kv_heads, io_packing),
             io_packing,
             config.io_lanes,
@@ -192,11 +201,12 @@ def allocate_phase(config: KernelConfig, phase: PhaseConfig):
         )
     )
     slots = phase.num_slots
-    note_size = len(Cell._fields)
     if phase.is_decode:
-        note_size = step_structure(phase.cells_per_step).num_leaves
+        note_size = slots * step_structure(phase.cells_per_step).num_leaves
+    else:
+        note_size = (slots + 1) * len(Cell._fields)  # and the planned one
     bookkeeping = Bookkeeping(
-        notes=pltpu.SMEM((slots * note_size,), jnp.int32),
+        notes=pltpu.SMEM((note_size,), jnp.int32),
         written_rows=pltpu.SMEM((slots,), jnp.int32),
         out_tokens=pltpu.SMEM((phase.num_tile_slots,), jnp.int32),
     )

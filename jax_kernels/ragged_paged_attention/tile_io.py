@@ -95,10 +95,13 @@ def unpack_heads(words: jax.Array, packing: int) -> list[jax.Array]:
     return [low, high]
 
 
-def pack_heads(heads: list[jax.Array]) -> jax.Array:
+def pack_heads(heads: list[jax.Array], interpret: bool) -> jax.Array:
     """Inverse of ``unpack_heads``, rounding to bf16 when there are two heads."""
     if len(heads) == 1:
         return pltpu.bitcast(heads[0], jnp.uint32)
+    if not interpret:
+        # One instruction on the newer chips.
+        return pltpu.pack_elementwise(heads, packed_dtype=jnp.bfloat16)
     low, high = (
         pltpu.bitcast(head.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32)
         for head in heads
@@ -132,7 +135,7 @@ def widen(x: jax.Array, lanes: int) -> jax.Array:
 
 def prepare_queries(x: jax.Array, config: KernelConfig) -> jax.Array:
     """f32 queries, multiplied and cast to what meets the keys."""
-    x = x * config.spec.query_multiplier
+    x = x * config.query_multiplier
     if config.spec.q_scale is not None:
         return quantise(x, config.multiply_dtype)
     return x.astype(config.multiply_dtype)
@@ -184,13 +187,22 @@ def words_to_tokens(
       stored_dtype: That of the cache.
       dtype: That of the other operand.
       keep_float8: Leave float8 as it is beside bf16. The product is the same, and
-        the newer matrix units take both; the interpreter does not.
+        the newer matrix units take both.
     """
     tokens = pltpu.bitcast(words, stored_dtype)
     is_float8 = jnp.issubdtype(tokens.dtype, jnp.floating) and tokens.itemsize == 1
     if keep_float8 and is_float8 and dtype == jnp.bfloat16:
         return tokens
     return tokens.astype(dtype)
+
+
+def without_negative_zeros(words: jax.Array) -> jax.Array:
+    """Bytes 0x80 made 0: a negative zero of e4m3fn, but a NaN of e4m3b11fnuz.
+
+    A byte with any bit but the highest carries into the highest, and keeps it.
+    """
+    others = jnp.uint32(0x7F7F7F7F)
+    return words & (((words & others) + others) | others)
 
 
 def value_lanes_first(x: jax.Array, cache: CacheLayout) -> jax.Array:

@@ -11,6 +11,7 @@ computed.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -35,14 +36,14 @@ from jax_kernels.ragged_paged_attention.config import LOG2_E
 from jax_kernels.ragged_paged_attention.dma import Copies
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
-from jax_kernels.ragged_paged_attention.pipeline import load_cell
+from jax_kernels.ragged_paged_attention.pipeline import Progress, load_cell
 from jax_kernels.ragged_paged_attention.refs import ONLY_SLOT
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2, next_slot
 
-# Key heads in one stretch of code, within which the compiler overlaps softmax tiles.
-MAX_STRETCH_HEADS = 8
-# The same where masks are needed: once or twice for a tile, so code may be shorter.
-MAX_MASKED_STRETCH_HEADS = 4
+# Softmax tiles in one stretch of code, within which the compiler overlaps them.
+MAX_STRETCH_TILES = 16
+# The same where masks are needed, which is rare: less code to compile.
+MAX_MASKED_STRETCH_TILES = 8
 # Masked stretches exist in multiples of this size, in tokens, and up to this number.
 MIN_MASKED_STEP = 256
 MAX_MASKED_STRETCHES = 4
@@ -55,7 +56,13 @@ class Place(NamedTuple):
     query_slot: Int  # of its prepared queries
 
 
-def process(copies: Copies, here: Place, has_following: jax.Array, fetch):
+def process(
+    copies: Copies,
+    here: Place,
+    has_following: jax.Array,
+    start: Callable[[], None],
+    plan: Callable[[], Progress],
+) -> tuple[Place, Progress]:
     """Receives the following cell, then computes the one that is here.
 
     A cell without queries only starts the pipeline for the following one.
@@ -64,10 +71,11 @@ def process(copies: Copies, here: Place, has_following: jax.Array, fetch):
       copies: The copies of the phase.
       here: The place of a received cell.
       has_following: Whether there is one more.
-      fetch: Starts the DMAs of the cell after that.
+      start: Starts the DMAs of the cell after the following one.
+      plan: Plans the one after that; runs in the shadow of the computation.
 
     Returns:
-      The place of the following cell, and the result of ``fetch``.
+      The place of the following cell, and what ``plan`` returns.
     """
     phase = copies.schedule.phase
     cell = load_cell(copies.bookkeeping.notes, here.slot)
@@ -77,15 +85,24 @@ def process(copies: Copies, here: Place, has_following: jax.Array, fetch):
         next_slot(here.query_slot, refs.NUM_QUERY_SLOTS, is_last),
     )
     pl.when(has_following)(lambda: _receive(copies, following))
-    fetched = fetch()
+    start()
 
     stretches = [
         functools.partial(_attend, copies, cell, here, following, size, is_masked)
         for size, is_masked in _stretches(copies)
     ]
-    lax.switch(
-        jnp.where(cell.num_queries > 0, _choose_stretch(copies, cell), len(stretches)),
-        [*stretches, lambda: _score_ahead(copies, following, 0)],
+    stretches.append(functools.partial(_score_ahead, copies, following, 0))
+
+    def with_plan(stretch: Callable[[], None]) -> Progress:
+        stretch()
+        # Before the stretch it would delay the addresses of the first keys.
+        return plan()
+
+    planned = lax.switch(
+        jnp.where(
+            cell.num_queries > 0, _choose_stretch(copies, cell), len(stretches) - 1
+        ),
+        [functools.partial(with_plan, stretch) for stretch in stretches],
     )
 
     @pl.when(is_last)
@@ -94,7 +111,7 @@ def process(copies: Copies, here: Place, has_following: jax.Array, fetch):
         _store_output(copies)
         copies.start_output(ONLY_SLOT, cell.query_token, cell.num_queries)
 
-    return following, fetched
+    return following, planned
 
 
 def _receive(copies: Copies, here: Place) -> None:
@@ -111,7 +128,6 @@ def _receive(copies: Copies, here: Place) -> None:
 
         @pl.when(cell.new_end > cell.new_begin)
         def _():
-            copies.wait_new_tokens(cell)
             new_tokens.merge(copies, cell, here.slot)
 
         _carry_seam(copies, cell, here.slot)
@@ -145,18 +161,15 @@ def _store_output(copies: Copies) -> None:
     target = buffers.out.at[ONLY_SLOT]
     rows = tile_io.WordRows(target, config.interpret)
     stride = target.shape[-3]
-    for head in range(config.num_kv_heads):
-        state = SoftmaxState(
-            buffers.m[0, head], buffers.l[0, head], buffers.acc[0, head]
-        )
-        out = online_softmax.normalise(state, config.spec.v_scale)
-        buffers.acc[0, head] = tile_io.value_lanes_first(out, config.cache)
     for pair in range(config.num_q_heads // packing):
         heads = []
         for offset in range(packing):
             head, member = divmod(pair * packing + offset, config.group)
-            heads.append(buffers.acc[0, head, pl.ds(member * block_q, block_q), :])
-        words = tile_io.pack_heads(heads)[:, : config.io_lanes]
+            place = 0, head, pl.ds(member * block_q, block_q)
+            state = SoftmaxState(buffers.m[place], buffers.l[place], buffers.acc[place])
+            out = online_softmax.normalise(state, config.output_scale)
+            heads.append(tile_io.value_lanes_first(out, config.cache))
+        words = tile_io.pack_heads(heads, config.interpret)[:, : config.io_lanes]
         rows.store(words, pair, stride)
 
 
@@ -184,24 +197,28 @@ def _carry_seam(copies: Copies, cell: Cell, slot: Int) -> None:
 
 
 def _stretches(copies: Copies) -> list[tuple[int, bool]]:
-    """(tokens, whether masked) of each stretch; the last is the unmasked one."""
-    block_kv = copies.schedule.phase.block_kv
-    step = min(max(MIN_MASKED_STEP, block_kv // MAX_MASKED_STRETCHES), block_kv)
+    """(tokens, whether masked) of each stretch; first the most frequent one."""
+    block_kv, step = copies.schedule.phase.block_kv, _masked_step(copies)
     sizes = range(step, block_kv + 1, step)
-    return [(size, True) for size in sizes] + [(block_kv, False)]
+    return [(block_kv, False)] + [(size, True) for size in sizes]
+
+
+def _masked_step(copies: Copies) -> int:
+    """Tokens by which the sizes of masked stretches differ."""
+    block_kv = copies.schedule.phase.block_kv
+    return min(max(MIN_MASKED_STEP, block_kv // MAX_MASKED_STRETCHES), block_kv)
 
 
 def _choose_stretch(copies: Copies, cell: Cell) -> jax.Array:
     """Index of the stretch for a cell."""
-    stretches = _stretches(copies)
     extent = cell.visible_end - cell.block_start
-    smallest = jnp.int32(0)
-    for size, _ in stretches[:-2]:
+    smallest = jnp.int32(1)
+    for size, _ in _stretches(copies)[1:-1]:
         smallest += (extent > size).astype(jnp.int32)
     is_masked = masking.needs_mask(
         cell, copies.schedule.phase.block_kv, copies.config.spec
     )
-    return jnp.where(is_masked, smallest, len(stretches) - 1)
+    return jnp.where(is_masked, smallest, 0)
 
 
 def _attend(
@@ -221,19 +238,24 @@ def _attend(
     cell; its scores wait in a buffer.
     """
     config, buffers = copies.config, copies.buffers
-    group_heads = largest_divisor(
-        config.num_kv_heads,
-        MAX_MASKED_STRETCH_HEADS if is_masked else MAX_STRETCH_HEADS,
-    )
     num_tiles = config.query_rows(copies.schedule.phase) // buffers.scores.shape[0]
+    most_tiles = MAX_MASKED_STRETCH_TILES if is_masked else MAX_STRETCH_TILES
+    group_heads = largest_divisor(config.num_kv_heads, max(most_tiles // num_tiles, 1))
     is_first = cell.block == 0
-    words_mask = None
+    words_mask, first_masked = None, size
     if is_masked:
+        first_masked = masking.num_visible_to_all(
+            size,
+            _masked_step(copies),
+            copies.schedule.phase.block_q,
+            config.spec,
+        )
         words_mask = value_words_mask(
             cell.visible_begin - cell.block_start,
             cell.visible_end - cell.block_start,
             size,
             config,
+            first=first_masked,
         )
 
     def group(index: Int, _) -> None:
@@ -258,8 +280,7 @@ def _attend(
                 next_head = jnp.where(is_done, 0, next_head)
                 _score_ahead(copies, Place(slot, query_slot), next_head)
             if is_masked:
-                mask = _tile_mask(copies, cell, tile[1], size)
-                scores = jnp.where(mask, scores, online_softmax.MASKED_SCORE)
+                scores = _masked(copies, cell, tile[1], first_masked, scores)
             kv = buffers.kv.at[here.slot]
             v = load_values(kv, tile[0], size, words_mask, config)
             _update_state(copies, tile, is_first, scores, v)
@@ -345,12 +366,24 @@ def _scores(
     )
 
 
-def _tile_mask(copies: Copies, cell: Cell, number: int, size: int) -> jax.Array:
-    """bool[rows, size]: the pairs of one softmax tile that are visible."""
+def _masked(
+    copies: Copies, cell: Cell, number: int, first: int, scores: jax.Array
+) -> jax.Array:
+    """Scores of one softmax tile, masked from token ``first`` on."""
+    size = scores.shape[1]
+    mask = _tile_mask(copies, cell, number, first, size)
+    masked = jnp.where(mask, scores[:, first:], online_softmax.MASKED_SCORE)
+    return jnp.concatenate([scores[:, :first], masked], axis=1) if first else masked
+
+
+def _tile_mask(
+    copies: Copies, cell: Cell, number: int, first: int, size: int
+) -> jax.Array:
+    """bool[rows, size - first]: the pairs of one softmax tile that are visible."""
     num_rows = copies.buffers.scores.shape[0]
     row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0) + number * num_rows
     token = row & (copies.schedule.phase.block_q - 1)
-    key = lax.broadcasted_iota(jnp.int32, (1, size), 1)
+    key = first + lax.broadcasted_iota(jnp.int32, (1, size - first), 1)
     return masking.attention_mask(
         cell.query_position + token,
         cell.block_start + key,

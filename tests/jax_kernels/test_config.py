@@ -4,6 +4,8 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 
 from jax_kernels.ragged_paged_attention import BlockSizes, chips
@@ -183,3 +185,27 @@ def test_only_rows_longer_than_a_register_are_padded_by_the_caller(
 ):
     config = make_config(head_dim=head_dim)
     assert (config.io_lanes, config.lanes) == (io_lanes, lanes)
+
+
+def test_the_e4m3_of_v6e_is_a_power_of_two_of_the_usual_one():
+    """The factor that the configuration makes up for, over every finite number."""
+    every_byte = np.arange(256, dtype=np.uint8)
+    usual = every_byte.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    shifted = every_byte.view(ml_dtypes.float8_e4m3b11fnuz).astype(np.float32)
+    is_plain = np.isfinite(usual) & (every_byte != 0x80)
+    config = make_config(cache_dtype="float8_e4m3fn")
+    assert config.output_scale == 1.0
+    config = dataclasses.replace(config, chip=chips.V6E)
+    assert config.reads_e4m3_shifted
+    np.testing.assert_array_equal(
+        usual[is_plain], shifted[is_plain] * config.output_scale
+    )
+
+
+@pytest.mark.parametrize("q_scale", [None, 0.5])
+def test_quantised_queries_meet_keys_as_they_are_stored(q_scale):
+    config = make_config(cache_dtype="float8_e4m3fn", q_scale=q_scale)
+    shifted = dataclasses.replace(config, chip=chips.V6E)
+    ratio = shifted.query_multiplier / config.query_multiplier
+    assert ratio == (1.0 if q_scale else 16.0)
+    assert shifted.output_scale == 16.0

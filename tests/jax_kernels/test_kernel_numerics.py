@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jax_kernels.ragged_paged_attention import BlockSizes
+from tests.conftest import HAS_TPU
 from tests.support.interpret import SMALL_BLOCKS, assert_kernel_matches_oracle
 from tests.support.ragged_batches import make_ragged_batch
 
@@ -251,3 +252,45 @@ def test_positions_beyond_int16_are_told_apart():
         options={"sliding_window": 32_500},
     )
     case.check()
+
+
+@cases(
+    full=Case(lengths=((5, 250), (9, 390), (33, 700)), options={"causal": False}),
+    window=Case(lengths=((33, 390), (40, 700)), options={"sliding_window": 300}),
+)
+def test_only_the_end_of_a_block_is_masked(case):
+    """Stretches of 256 and of 512 tokens, the first 256 of which all queries see."""
+    blocks = BlockSizes(decode_block_kv=32, block_q=32, block_kv=512)
+    dataclasses.replace(case, blocks=blocks).check()
+
+
+@cases(
+    causal=Case(head_dim=256, lengths=((3, 7), (150, 201), (1, 100))),
+    full=Case(head_dim=256, lengths=((150, 201), (70, 70)), options={"causal": False}),
+    full_float8=Case(
+        head_dim=136,
+        cache_dtype=E4M3,
+        page_size=64,
+        lengths=((141, 190),),
+        options={"causal": False},
+    ),
+)
+def test_wide_new_tokens_come_in_pieces(case):
+    """Blocks of 128 tokens, of which the buffers hold 64 new ones at once."""
+    blocks = BlockSizes(decode_block_kv=32, block_q=32, block_kv=128)
+    dataclasses.replace(case, blocks=blocks).check()
+
+
+@pytest.mark.skipif(HAS_TPU, reason="compiles for the TPU there is, not for v6e")
+@cases(
+    split=Case(cache_dtype=E4M3, options={"k_scale": 0.5, "v_scale": 2.0}),
+    fused_sinks=Case(
+        cache_dtype=E4M3, head_dim=64, with_sinks=True, options={"soft_cap": 3.0}
+    ),
+    quantised_queries=Case(cache_dtype=E4M3, options={"q_scale": 0.01}),
+    e5m2=Case(cache_dtype=E5M2),
+)
+def test_float8_of_another_bias_gives_the_same(case):
+    """On v6e the bits of e4m3fn are multiplied as those of e4m3b11fnuz."""
+    options = {"chip": "v6e"} | case.options
+    dataclasses.replace(case, options=options).check()

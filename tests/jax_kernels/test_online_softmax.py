@@ -70,7 +70,7 @@ def test_folding_any_partition_equals_the_dense_softmax(
         part = slice(begin, begin + size)
         state = fold(state, scores[:, part], values[part], with_ones=with_ones)
         begin += size
-    out = np.asarray(online_softmax.normalise(state, None))
+    out = np.asarray(online_softmax.normalise(state, 1.0))
     expected, magnitude = dense(scores, values, sink)
     # exp2 of a difference of scores s errs by s * eps: half a bit per unit of score.
     bound = 4 * F32_EPS * (num_keys + 8 + 8 * spread) * magnitude
@@ -86,7 +86,7 @@ def test_two_keys_by_hand(with_ones):
     state = fold(first_state(), scores[:, :1], values[:1], with_ones=with_ones)
     in_turn = fold(state, scores[:, 1:], values[1:], with_ones=with_ones)
     for state in (at_once, in_turn):
-        np.testing.assert_array_equal(online_softmax.normalise(state, None), 5.0)
+        np.testing.assert_array_equal(online_softmax.normalise(state, 1.0), 5.0)
         np.testing.assert_array_equal(state.l, 1.5)
 
 
@@ -96,7 +96,7 @@ def test_a_row_without_a_visible_key_gives_zeros():
     values = np.ones((8, LANES), np.float32)
     for sink in (None, 2.0):
         state = fold(first_state(sink), scores, values)
-        np.testing.assert_array_equal(online_softmax.normalise(state, None), 0.0)
+        np.testing.assert_array_equal(online_softmax.normalise(state, 1.0), 0.0)
 
 
 def test_rows_that_are_masked_first_and_live_later_are_right():
@@ -106,7 +106,7 @@ def test_rows_that_are_masked_first_and_live_later_are_right():
     state = fold(first_state(), masked, 100 * values)
     state = fold(state, scores, values)
     state = fold(state, masked, 100 * values)
-    np.testing.assert_array_equal(online_softmax.normalise(state, None), 7.0)
+    np.testing.assert_array_equal(online_softmax.normalise(state, 1.0), 7.0)
 
 
 def test_a_sink_takes_its_share_of_the_weight():
@@ -114,7 +114,7 @@ def test_a_sink_takes_its_share_of_the_weight():
     scores = np.full((ROWS, 1), 3.0, np.float32)
     values = np.full((1, LANES), 8.0, np.float32)
     state = fold(first_state(sink=3.0), scores, values)
-    np.testing.assert_array_equal(online_softmax.normalise(state, None), 4.0)
+    np.testing.assert_array_equal(online_softmax.normalise(state, 1.0), 4.0)
     np.testing.assert_array_equal(online_softmax.normalise(state, 0.5), 2.0)
 
 
@@ -124,7 +124,7 @@ def test_wide_values_use_the_same_weights(lanes):
     scores = rng.standard_normal((ROWS, 32)).astype(np.float32)
     values = rng.standard_normal((32, lanes)).astype(np.float32)
     state = first_state()._replace(acc=jnp.zeros((ROWS, lanes), jnp.float32))
-    out = online_softmax.normalise(fold(state, scores, values), None)
+    out = online_softmax.normalise(fold(state, scores, values), 1.0)
     weights = np.exp2(scores.astype(np.float64))
     expected = weights @ values / weights.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(out, expected, atol=1e-5)

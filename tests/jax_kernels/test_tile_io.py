@@ -86,14 +86,16 @@ def test_heads_survive_unpacking_and_packing(dtype):
     assert len(heads) == packing
     for index, head in enumerate(heads):
         np.testing.assert_array_equal(head, buffer[:, index].astype(np.float32))
-    np.testing.assert_array_equal(compiled(tile_io.pack_heads, heads), words)
+    np.testing.assert_array_equal(
+        compiled(tile_io.pack_heads, heads, interpret=True), words
+    )
 
 
 def test_packing_heads_rounds_to_nearest_even():
     """bf16 has 8 bits: 1 + 1/256 lies halfway between 1 and 1 + 1/128."""
     low = jnp.full((1, 128), 1 + 1 / 256, jnp.float32)
     high = jnp.full((1, 128), 1 + 3 / 256, jnp.float32)
-    words = np.asarray(compiled(tile_io.pack_heads, [low, high]))
+    words = np.asarray(compiled(tile_io.pack_heads, [low, high], interpret=True))
     got = words.view(ml_dtypes.bfloat16).reshape(1, 128, 2).astype(np.float32)
     np.testing.assert_array_equal(got[0, 0], [1.0, 1 + 4 / 256])
 
@@ -192,6 +194,16 @@ def test_cache_words_unpack_to_tokens_in_order(dtype):
     )
     expected = tokens.reshape(-1, 128).astype(np.float32)
     np.testing.assert_array_equal(unpacked, expected)
+
+
+def test_only_negative_zeros_lose_their_sign():
+    every_byte = np.arange(256, dtype=np.uint8)
+    expected = np.where(every_byte == 0x80, 0, every_byte).astype(np.uint8)
+    # Each byte beside each other one, so that a carry would show.
+    pairs = np.stack(np.broadcast_arrays(every_byte[:, None], every_byte), axis=-1)
+    words = np.repeat(pairs, 2, axis=-1).reshape(-1, 4).view(np.uint32)
+    got = np.asarray(compiled(tile_io.without_negative_zeros, jnp.asarray(words)))
+    np.testing.assert_array_equal(got.view(np.uint8), expected[words.view(np.uint8)])
 
 
 @pytest.mark.parametrize("head_dim, lane", [(40, 64), (64, 64), (96, 0), (256, 0)])
