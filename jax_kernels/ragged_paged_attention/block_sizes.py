@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax_kernels.ragged_paged_attention import chips, layout, refs, tuned
 from jax_kernels.ragged_paged_attention.chips import MIB, Chip
 from jax_kernels.ragged_paged_attention.config import (
+    SOFTMAX_TILE_ROWS,
     AttentionSpec,
     BlockSizes,
     KernelConfig,
@@ -41,16 +42,6 @@ PREFILL_FETCH_BYTES = 8 * MIB
 MIN_PREFILL_BLOCK_KV, MAX_PREFILL_BLOCK_KV = 512, 1024
 PREFILL_TILE_ROWS = 1024
 MIN_BLOCK_Q = 32  # rows of an 8-bit register tile
-
-# What to halve until a phase fits, and down to where: first to sizes below which
-# nothing is gained.
-_SMALLER_DECODE = (("decode_block_kv", 32),)
-_SMALLER_PREFILL = (
-    ("block_q", 2 * MIN_BLOCK_Q),
-    ("block_kv", 2 * MIN_BLOCK_KV),
-    ("block_q", MIN_BLOCK_Q),
-    ("block_kv", 32),
-)
 
 # (slots, steps fetched ahead). The write-back of a decode step must have time to land
 # before its slot is filled again.
@@ -159,7 +150,21 @@ def fit(
         block_kv=clamp_kv(blocks.block_kv),
     )
     budget = int(chip.vmem_bytes * VMEM_LIMIT_SHARE * DEFAULT_BUFFER_SHARE)
-    for is_decode, steps in ((True, _SMALLER_DECODE), (False, _SMALLER_PREFILL)):
+    # What to halve until a phase fits, and down to where. Shorter blocks cost less than
+    # softmax tiles of fewer rows.
+    whole_tile = _power_of_two_below(
+        SOFTMAX_TILE_ROWS // problem.num_q_heads_per_kv_head
+    )
+    smaller_decode = (("decode_block_kv", 32),)
+    smaller_prefill = (
+        ("block_q", max(whole_tile, 2 * MIN_BLOCK_Q)),
+        ("block_kv", MIN_PREFILL_BLOCK_KV),
+        ("block_q", 2 * MIN_BLOCK_Q),
+        ("block_kv", 2 * MIN_BLOCK_KV),
+        ("block_q", MIN_BLOCK_Q),
+        ("block_kv", 32),
+    )
+    for is_decode, steps in ((True, smaller_decode), (False, smaller_prefill)):
 
         def exceeds(blocks: BlockSizes, is_decode=is_decode) -> bool:
             config = make_config(problem, spec, blocks, None, False)

@@ -100,6 +100,15 @@ def test_an_ordinary_model_gets_large_blocks(cache_dtype, chip):
     assert blocks.block_q >= 64
 
 
+def test_wide_heads_get_long_blocks_on_tpu7x():
+    """32/8 heads of 256 nearly fill VMEM, and need 1024 tokens to be fast."""
+    problem = make_problem(head_dim=256, num_tokens=8192)
+    blocks = block_sizes.fit(
+        problem, AttentionSpec(), chips.TPU7X, block_sizes.preferred(problem)
+    )
+    assert (blocks.block_q, blocks.block_kv) == (128, 1024)
+
+
 def test_a_short_context_gets_short_blocks():
     """No block is longer than the longest sequence that the page table can hold."""
     problem = make_problem(page_size=16, pages_per_sequence=8)
