@@ -7,6 +7,7 @@ order with everything around them.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -104,7 +105,9 @@ def _load_step(copies: StepCopies, slot: Int) -> Step:
     )
 
 
-def run(copies: StepCopies, begin: Int, end: Int) -> None:
+def run(
+    copies: StepCopies, begin: Int, end: Int, after_first_fetches: Callable[[], None]
+) -> None:
     """Computes the decode sequences begin .. end; at least one."""
     copies.reset()
     stepper, phase = Stepper(copies, end), copies.schedule.phase
@@ -114,6 +117,7 @@ def run(copies: StepCopies, begin: Int, end: Int) -> None:
         lambda _, progress: stepper.start(stepper.plan(progress)),
         stepper.begin(begin),
     )
+    after_first_fetches()
     decode.prepare(copies)
     progress = stepper.plan(progress)
 

@@ -11,6 +11,7 @@ Every step of a loop does, for one cell (schedule.py):
 """
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
@@ -45,21 +46,34 @@ def rpa_kernel(
     num_live_tokens = jnp.where(num_live > 0, scalars.cu_q_lens[num_live], 0)
     clearer = OutputClearer(config, outputs.out, zeros, clear_semaphore)
 
-    @pl.when(num_live_tokens < config.num_tokens)
-    def _():
-        zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
-        clearer.start(num_live_tokens)
+    def clear() -> None:
+        @pl.when(num_live_tokens < config.num_tokens)
+        def _():
+            zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
+            clearer.start(num_live_tokens)
 
+    is_first = jnp.bool(True)
     for phase in config.phases:
         begin, end = _sequences_of(phase, scalars, config)
+        # The first fetches must not queue behind the zeros of many rows.
         run = functools.partial(
-            _run_phase, begin, end, scalars, inputs, outputs, Schedule(config, phase)
+            _run_phase,
+            begin,
+            end,
+            functools.partial(pl.when(is_first), clear),
+            scalars,
+            inputs,
+            outputs,
+            Schedule(config, phase),
         )
 
         @pl.when(end > begin)
         def _(run=run, phase=phase):
             pl.run_scoped(run, *refs.allocate_phase(config, phase))
 
+        is_first &= end <= begin
+
+    pl.when(is_first)(clear)
     clearer.wait(num_live_tokens)
 
 
@@ -76,7 +90,16 @@ def _sequences_of(phase: PhaseConfig, scalars, config: KernelConfig):
 
 
 def _run_phase(
-    begin, end, scalars, inputs, outputs, schedule, buffers, bookkeeping, semaphores
+    begin,
+    end,
+    after_first_fetches,
+    scalars,
+    inputs,
+    outputs,
+    schedule,
+    buffers,
+    bookkeeping,
+    semaphores,
 ):
     """The pipelined loop over the cells of sequences begin .. end."""
     operands = (
@@ -89,12 +112,14 @@ def _run_phase(
         semaphores,
     )
     if schedule.phase.is_decode:
-        decode_pipeline.run(StepCopies(*operands), begin, end)
+        decode_pipeline.run(StepCopies(*operands), begin, end, after_first_fetches)
     else:
-        _run_tiles(Copies(*operands), begin, end)
+        _run_tiles(Copies(*operands), begin, end, after_first_fetches)
 
 
-def _run_tiles(copies: Copies, begin: Int, end: Int) -> None:
+def _run_tiles(
+    copies: Copies, begin: Int, end: Int, after_first_fetches: Callable[[], None]
+) -> None:
     """The loop of prefill and mixed: a cell is computed while the next is received.
 
     It begins one step early, at an empty cell, and so receives the first.
@@ -114,6 +139,7 @@ def _run_tiles(copies: Copies, begin: Int, end: Int) -> None:
             has_following=num_done + 1 < progress.num_cells,
             start=functools.partial(fetcher.start, progress),
             plan=functools.partial(fetcher.plan, progress),
+            when_empty=functools.partial(pl.when(num_done < 0), after_first_fetches),
         )
         return num_done + 1, following, progress
 

@@ -62,6 +62,7 @@ def process(
     has_following: jax.Array,
     start: Callable[[], None],
     plan: Callable[[], Progress],
+    when_empty: Callable[[], None],
 ) -> tuple[Place, Progress]:
     """Receives the following cell, then computes the one that is here.
 
@@ -73,6 +74,7 @@ def process(
       has_following: Whether there is one more.
       start: Starts the DMAs of the cell after the following one.
       plan: Plans the one after that; runs in the shadow of the computation.
+      when_empty: More to do for a cell without queries.
 
     Returns:
       The place of the following cell, and what ``plan`` returns.
@@ -91,7 +93,11 @@ def process(
         functools.partial(_attend, copies, cell, here, following, size, is_masked)
         for size, is_masked in _stretches(copies)
     ]
-    stretches.append(functools.partial(_score_ahead, copies, following, 0))
+
+    @stretches.append
+    def _():
+        when_empty()
+        _score_ahead(copies, following, 0)
 
     def with_plan(stretch: Callable[[], None]) -> Progress:
         stretch()
