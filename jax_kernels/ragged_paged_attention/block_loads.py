@@ -9,7 +9,13 @@ from jax_kernels.ragged_paged_attention.schedule import Int
 
 
 def load_keys(
-    kv, head: Int, size: int, config: KernelConfig, *, first_row: int = 0
+    kv,
+    head: Int,
+    size: int,
+    config: KernelConfig,
+    *,
+    few_queries: bool,
+    first_row: int = 0,
 ) -> jax.Array:
     """[size, lanes]; in a fused cache the lanes past head_dim hold values.
 
@@ -18,10 +24,12 @@ def load_keys(
       head: Key head.
       size: Tokens to load.
       config: Gives dtypes and geometry.
+      few_queries: Whether only some rows meet them. Where the matrix units do not take
+        float8, the compiler then has the cheaper way to widen it.
       first_row: Row of the first token.
     """
     words = _load_words(kv, head, size, config, first_row)
-    return _to_tokens(words, config.multiply_dtype, config)
+    return _to_tokens(words, config.multiply_dtype, config, few_queries)
 
 
 def load_values(
@@ -31,6 +39,7 @@ def load_values(
     words_mask: jax.Array | None,  # u32[up to size // packing, 1], or None: all live
     config: KernelConfig,
     *,
+    few_queries: bool,
     first_row: int = 0,
 ) -> jax.Array:
     """[size, lanes], with zeros in dead slots. Arguments as in ``load_keys``.
@@ -43,15 +52,18 @@ def load_values(
         num_live = words.shape[0] - words_mask.shape[0]
         masked = words[num_live:] & words_mask
         words = jnp.concatenate([words[:num_live], masked]) if num_live else masked
-    return _to_tokens(words, config.value_dtype, config)
+    return _to_tokens(words, config.value_dtype, config, few_queries)
 
 
-def _to_tokens(words: jax.Array, dtype, config: KernelConfig) -> jax.Array:
+def _to_tokens(
+    words: jax.Array, dtype, config: KernelConfig, few_queries: bool
+) -> jax.Array:
     stored_dtype = config.cache.dtype
     if config.reads_e4m3_shifted and dtype == jnp.bfloat16:
         words = tile_io.without_negative_zeros(words)
         stored_dtype = jnp.dtype(jnp.float8_e4m3b11fnuz)
-    keep_float8 = config.chip.multiplies_float8 and not config.interpret
+    is_left_to_compiler = config.chip.multiplies_float8 or few_queries
+    keep_float8 = is_left_to_compiler and not config.interpret
     return tile_io.words_to_tokens(words, stored_dtype, dtype, keep_float8=keep_float8)
 
 

@@ -237,6 +237,7 @@ class _CellWork:
                     first_head + head_offset,
                     self.size,
                     config,
+                    few_queries=True,
                     first_row=self.first_row,
                 )
                 by_head.append(online_softmax.products(q, k))
@@ -268,6 +269,7 @@ class _CellWork:
                     self.size,
                     self.words_mask,
                     config,
+                    few_queries=True,
                     first_row=self.first_row,
                 )
                 sums = online_softmax.accumulate(

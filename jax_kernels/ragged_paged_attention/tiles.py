@@ -288,7 +288,7 @@ def _attend(
             if is_masked:
                 scores = _masked(copies, cell, tile[1], first_masked, scores)
             kv = buffers.kv.at[here.slot]
-            v = load_values(kv, tile[0], size, words_mask, config)
+            v = load_values(kv, tile[0], size, words_mask, config, few_queries=False)
             _update_state(copies, tile, is_first, scores, v)
 
     lax.fori_loop(0, config.num_kv_heads // group_heads, group, None)
@@ -367,7 +367,13 @@ def _scores(
     _, _, rows = _tile_rows(copies, (head, number))
     return online_softmax.score_tile(
         copies.buffers.q[place.query_slot, head, rows],
-        load_keys(copies.buffers.kv.at[place.slot], head, size, copies.config),
+        load_keys(
+            copies.buffers.kv.at[place.slot],
+            head,
+            size,
+            copies.config,
+            few_queries=False,
+        ),
         copies.config.spec,
     )
 
