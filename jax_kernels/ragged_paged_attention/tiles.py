@@ -89,7 +89,7 @@ def process(
     pl.when(has_following)(lambda: _receive(copies, following))
     start()
 
-    stretches = [
+    stretches: list[Callable[[], None]] = [
         functools.partial(_attend, copies, cell, here, following, size, is_masked)
         for size, is_masked in _stretches(copies)
     ]
