@@ -43,6 +43,9 @@ MIN_PREFILL_BLOCK_KV, MAX_PREFILL_BLOCK_KV = 512, 1024
 PREFILL_TILE_ROWS = 1024
 MIN_BLOCK_Q = 32  # rows of an 8-bit register tile
 
+# What to halve until decode fits, and down to where.
+_SMALLER_DECODE = (("decode_block_kv", 32),)
+
 # (slots, steps fetched ahead). The write-back of a decode step must have time to land
 # before its slot is filled again.
 DECODE_RING = (4, 2)
@@ -150,21 +153,10 @@ def fit(
         block_kv=clamp_kv(blocks.block_kv),
     )
     budget = int(chip.vmem_bytes * VMEM_LIMIT_SHARE * DEFAULT_BUFFER_SHARE)
-    # What to halve until a phase fits, and down to where. Shorter blocks cost less than
-    # softmax tiles of fewer rows.
-    whole_tile = _power_of_two_below(
-        SOFTMAX_TILE_ROWS // problem.num_q_heads_per_kv_head
-    )
-    smaller_decode = (("decode_block_kv", 32),)
-    smaller_prefill = (
-        ("block_q", max(whole_tile, 2 * MIN_BLOCK_Q)),
-        ("block_kv", MIN_PREFILL_BLOCK_KV),
-        ("block_q", 2 * MIN_BLOCK_Q),
-        ("block_kv", 2 * MIN_BLOCK_KV),
-        ("block_q", MIN_BLOCK_Q),
-        ("block_kv", 32),
-    )
-    for is_decode, steps in ((True, smaller_decode), (False, smaller_prefill)):
+    for is_decode, steps in (
+        (True, _SMALLER_DECODE),
+        (False, _smaller_prefill(problem)),
+    ):
 
         def exceeds(blocks: BlockSizes, is_decode=is_decode) -> bool:
             config = make_config(problem, spec, blocks, None, False)
@@ -177,6 +169,23 @@ def fit(
                 break  # ``check_fits`` says what does not fit.
             blocks = smaller
     return blocks
+
+
+def _smaller_prefill(problem: Problem) -> tuple[tuple[str, int], ...]:
+    """What to halve until prefill fits, and down to where.
+
+    Shorter blocks cost less than softmax tiles of fewer rows.
+    """
+    group = problem.num_q_heads_per_kv_head
+    whole_tile = _power_of_two_below(SOFTMAX_TILE_ROWS // group)
+    return (
+        ("block_q", max(whole_tile, 2 * MIN_BLOCK_Q)),
+        ("block_kv", MIN_PREFILL_BLOCK_KV),
+        ("block_q", 2 * MIN_BLOCK_Q),
+        ("block_kv", 2 * MIN_BLOCK_KV),
+        ("block_q", MIN_BLOCK_Q),
+        ("block_kv", 32),
+    )
 
 
 def _next_smaller(blocks: BlockSizes, steps: tuple[tuple[str, int], ...]) -> BlockSizes:
