@@ -309,7 +309,8 @@ class Run:
         """Tunes one shape and writes what was found."""
         problem, spec = block_choice.problem_of(shape)
         memory = chips.find_chip(chip.name)
-        default = block_sizes.fit(problem, spec, memory, block_sizes.preferred(problem))
+        model = block_sizes.preferred(problem, spec)
+        default = block_sizes.fit(problem, spec, memory, model)
         with self._lock:
             written = self._written()
         shipped = block_sizes.explain(problem, spec, memory, written).blocks

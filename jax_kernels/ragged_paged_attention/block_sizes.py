@@ -41,6 +41,8 @@ MIN_BLOCK_KV, MAX_BLOCK_KV = 128, 4096
 PREFILL_FETCH_BYTES = 8 * MIB
 MIN_PREFILL_BLOCK_KV, MAX_PREFILL_BLOCK_KV = 512, 1024
 PREFILL_TILE_ROWS = 1024
+# With fewer key heads a cell is too little work for its start, unless it has more rows.
+MIN_PREFILL_HEADS = 4
 MIN_BLOCK_Q = 32  # rows of an 8-bit register tile
 
 # What to halve until decode fits, and down to where.
@@ -93,7 +95,7 @@ def explain(
     """
     records = tuned.shipped() if records is None else tuple(records)
     shape = tuned_shape(problem, spec)
-    model = dataclasses.asdict(preferred(problem))
+    model = dataclasses.asdict(preferred(problem, spec))
     sizes, sources = dict(model), {}
     for phase in tuned.PHASES:
         found = tuned.find(records, chip.name, phase, shape)
@@ -119,20 +121,28 @@ def tuned_shape(problem: Problem, spec: AttentionSpec) -> tuned.TunedShape:
     )
 
 
-def preferred(problem: Problem) -> BlockSizes:
-    """The sizes that the model gives, before they are cut to what there is."""
+def preferred(problem: Problem, spec: AttentionSpec) -> BlockSizes:
+    """The sizes that the model gives, before they are cut to what there is.
+
+    With a window, a block is no larger than all that a decode query, or a tile of
+    prefill, may see.
+    """
     least, most = (
         _power_of_two_below(size // problem.cache.token_bytes)
         for size in (MIN_CELL_BYTES, MAX_CELL_BYTES)
     )
     cell = min(max(DECODE_CELL_TOKENS, least), most, MAX_BLOCK_KV)
+    tile_rows = PREFILL_TILE_ROWS * max(MIN_PREFILL_HEADS // problem.num_kv_heads, 1)
+    block_q = _power_of_two_below(tile_rows // problem.num_q_heads_per_kv_head)
     block = _power_of_two_below(PREFILL_FETCH_BYTES // problem.cache.token_bytes)
+    block = max(MIN_PREFILL_BLOCK_KV, min(block, MAX_PREFILL_BLOCK_KV))
+    if spec.sliding_window is not None:
+        cell = min(cell, _power_of_two_above(spec.sliding_window))
+        block = min(block, _power_of_two_above(spec.sliding_window + block_q))
     return BlockSizes(
         decode_block_kv=max(MIN_BLOCK_KV, cell),
-        block_q=_power_of_two_below(
-            PREFILL_TILE_ROWS // problem.num_q_heads_per_kv_head
-        ),
-        block_kv=max(MIN_PREFILL_BLOCK_KV, min(block, MAX_PREFILL_BLOCK_KV)),
+        block_q=block_q,
+        block_kv=max(MIN_BLOCK_KV, block),
     )
 
 

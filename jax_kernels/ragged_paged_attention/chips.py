@@ -17,6 +17,8 @@ class Chip:
       smem_bytes: Scalar memory.
       multiplies_float8: Whether matrix units take float8 beside bfloat16 as it is.
       e4m3_bias: Exponent bias of the e4m3 that they take.
+      rounds_to_e4m3fn: Whether an instruction rounds float32 to it.
+      adds_in_16_bits: Whether the vector unit adds bfloat16 and int16.
     """
 
     name: str
@@ -25,11 +27,25 @@ class Chip:
     smem_bytes: int = MIB
     multiplies_float8: bool = False
     e4m3_bias: int = E4M3FN_BIAS
+    rounds_to_e4m3fn: bool = False
+    adds_in_16_bits: bool = False
 
 
 V5E = Chip("v5e", vmem_bytes=128 * MIB, matrix_columns=128)
-V6E = Chip("v6e", vmem_bytes=128 * MIB, multiplies_float8=True, e4m3_bias=11)
-TPU7X = Chip("tpu7x", vmem_bytes=64 * MIB, multiplies_float8=True)
+V6E = Chip(
+    "v6e",
+    vmem_bytes=128 * MIB,
+    multiplies_float8=True,
+    e4m3_bias=11,
+    adds_in_16_bits=True,
+)
+TPU7X = Chip(
+    "tpu7x",
+    vmem_bytes=64 * MIB,
+    multiplies_float8=True,
+    rounds_to_e4m3fn=True,
+    adds_in_16_bits=True,
+)
 # Small enough for every chip since v4.
 UNKNOWN = Chip("unknown", vmem_bytes=32 * MIB)
 

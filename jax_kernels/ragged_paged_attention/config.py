@@ -234,6 +234,23 @@ class KernelConfig:
         return 2.0 ** (self.chip.e4m3_bias - chips.E4M3FN_BIAS)
 
     @property
+    def rounds_in_software(self) -> bool:
+        """Whether the chip has no instruction that packs new tokens for the cache."""
+        return self.cache.dtype == jnp.float8_e4m3fn and not self.chip.rounds_to_e4m3fn
+
+    @property
+    def rounds_in_16_bits(self) -> bool:
+        """Whether ``tile_io.bfloat16_to_e4m3fn`` packs the new tokens."""
+        is_bfloat16 = self.io_dtype == jnp.bfloat16
+        has_scale = self.spec.k_scale is not None or self.spec.v_scale is not None
+        return (
+            self.rounds_in_software
+            and self.chip.adds_in_16_bits
+            and is_bfloat16
+            and not has_scale
+        )
+
+    @property
     def rows_per_chunk(self) -> int:
         """Packed rows that new tokens are merged by: one register."""
         return SUBLANES

@@ -65,6 +65,14 @@ class PhaseCopies:
         return self.config.spec.update_kv_cache
 
     @property
+    def carries(self) -> bool:
+        """Whether packed tokens are copied from slot to slot.
+
+        To pack them again is as cheap where the chip has an instruction for it.
+        """
+        return self.updates and self.config.rounds_in_software
+
+    @property
     def pages(self) -> Pages:
         # The output is the same memory as the input. Reading through the output
         # keeps reads and writes of one array in one name.

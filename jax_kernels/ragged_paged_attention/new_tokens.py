@@ -1,5 +1,7 @@
 """Puts new keys and values into their place in a block, as packed cache rows."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -39,15 +41,10 @@ def merge(copies: Copies, cell: Cell, slot: Int) -> None:
 
 
 def _merge_piece(copies: Copies, cell: Cell, slot: Int, part: NewTokensPiece) -> None:
-    """Merges new tokens, one chunk of the block after the other.
-
-    Only the chunks at the two ends may hold older tokens as well.
-    """
+    """Merges new tokens, one chunk of the block after the other."""
     config, buffers = copies.config, copies.buffers
-    origin, begin, end = (position - cell.block_start for position in part)
     chunk_tokens = config.tokens_per_chunk
-    shift = log2(chunk_tokens)
-    first_chunk = origin >> shift
+    first_chunk = (part.origin - cell.block_start) >> log2(chunk_tokens)
     stride = buffers.keys.shape[-3]
     sources = [
         tile_io.WordRows(ref.at[ONLY_SLOT], config.interpret)
@@ -60,14 +57,77 @@ def _merge_piece(copies: Copies, cell: Cell, slot: Int, part: NewTokensPiece) ->
             words = [source.load(start, chunk_tokens, stride) for source in sources]
             _merge_pair(buffers.kv.at[slot], index, pair, words, is_new, config)
 
-    for edge in (begin, end):
+    _for_each_chunk(cell.block_start, part.begin, part.end, chunk, config)
 
-        @pl.when((edge & (chunk_tokens - 1)) != 0)
+
+def carry(copies: Copies, cell: Cell, slot: Int, source: Int) -> None:
+    """Copies the tokens that an earlier cell has merged into the same block.
+
+    Packing them again would cost more, above all where the chip has no instruction
+    for the dtype of the cache.
+
+    Args:
+      copies: Gives buffers and geometry.
+      cell: The cell.
+      slot: Its slot.
+      source: Slot of the earlier cell.
+    """
+    config, kv = copies.config, copies.buffers.kv
+
+    def rows_of(a_slot: Int, head: int) -> tile_io.WordRows:
+        return tile_io.WordRows(kv.at[a_slot, head], config.interpret)
+
+    def chunk(index: Int, is_carried: jax.Array | None) -> None:
+        first_row = index * config.rows_per_chunk
+        heads = range(config.cache.heads_per_page)
+        # All loads before the first store: the slots might be the same for all that
+        # the compiler knows, and each load would wait for the store before it.
+        words = [
+            rows_of(source, h).load(first_row, config.rows_per_chunk) for h in heads
+        ]
+        for head in heads:
+            _store_bits(rows_of(slot, head), first_row, words[head], is_carried, config)
+
+    _for_each_chunk(cell.block_start, cell.carried_begin, cell.new_begin, chunk, config)
+
+
+def _for_each_chunk(
+    block_start: Int,
+    begin: Int,
+    end: Int,
+    do: Callable[[Int, jax.Array | None], None],
+    config: KernelConfig,
+) -> None:
+    """Calls ``do`` with each chunk of a block that holds positions begin .. end.
+
+    Args:
+      block_start: Position of the first slot of the block.
+      begin: First position.
+      end: Position after the last.
+      do: Takes the number of a chunk, and the bits of the positions within it,
+        u32[rows, 1], or None for all. Only the chunks at the two ends may hold other
+        positions as well; they may be the same chunk, which then comes twice.
+      config: Gives the size of a chunk.
+    """
+    shift = log2(config.tokens_per_chunk)
+    begin_place, end_place = begin - block_start, end - block_start
+    for edge in (begin_place, end_place):
+
+        @pl.when((edge & (config.tokens_per_chunk - 1)) != 0)
         def _(index=edge >> shift):
-            chunk(index, _new_bits(cell, index, config))
+            bits = masking.live_word_mask(
+                block_start + index * config.tokens_per_chunk,
+                config.rows_per_chunk,
+                config.cache.packing,
+                begin,
+                end,
+            )
+            do(index, bits)
 
-    first_whole = (begin + chunk_tokens - 1) >> shift
-    lax.fori_loop(first_whole, end >> shift, lambda index, _: chunk(index, None), None)
+    first_whole = (begin_place + config.tokens_per_chunk - 1) >> shift
+    lax.fori_loop(
+        first_whole, end_place >> shift, lambda index, _: do(index, None), None
+    )
 
 
 def merge_one(
@@ -126,22 +186,18 @@ def _merge_pair(kv, chunk: Int, pair: Int, words, is_new, config: KernelConfig) 
             rows = tile_io.WordRows(
                 kv.at[part * config.num_kv_heads + head], config.interpret
             )
-            if is_new is not None:
-                old = rows.load(first_row, config.rows_per_chunk)
-                new = _select_bits(is_new, new, old)
-            rows.store(new, first_row)
+            _store_bits(rows, first_row, new, is_new, config)
 
 
-def _new_bits(cell: Cell, chunk: Int, config: KernelConfig) -> jax.Array:
-    """The bits of new tokens in a chunk of the cell's block, u32[rows, 1]."""
-    return masking.live_word_mask(
-        cell.block_start + chunk * config.tokens_per_chunk,
-        config.rows_per_chunk,
-        config.cache.packing,
-        cell.new_begin,
-        cell.new_end,
-    )
-
-
-def _select_bits(mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    return (new & mask) | (old & ~mask)
+def _store_bits(
+    rows: tile_io.WordRows,
+    first_row: Int,
+    new: jax.Array,
+    mask: jax.Array | None,
+    config: KernelConfig,
+) -> None:
+    """Stores a chunk of one head; with a mask, only those bits of it."""
+    if mask is not None:
+        old = rows.load(first_row, config.rows_per_chunk)
+        new = (new & mask) | (old & ~mask)
+    rows.store(new, first_row)

@@ -14,8 +14,10 @@ from jax_kernels.ragged_paged_attention.schedule import (
     Cursor,
     Int,
     Lengths,
+    RecentBlock,
     Schedule,
     next_slot,
+    slot_before,
 )
 
 
@@ -63,7 +65,10 @@ class Fetcher:
         sequence = jnp.minimum(cursor.sequence, self.end - 1)
         lengths = read_lengths(copies.scalars, sequence)
         cell = self.schedule.describe(
-            cursor._replace(sequence=sequence), lengths, stored_end
+            cursor._replace(sequence=sequence),
+            lengths,
+            stored_end,
+            self._recent_blocks(progress) if copies.carries else (),
         )
         store_cell(copies.bookkeeping.notes, self._planned, cell)
         following = self.schedule.advance(cell)
@@ -117,6 +122,37 @@ class Fetcher:
             progress.stored_end,
         )
 
+    def _recent_blocks(self, progress: Progress) -> list[RecentBlock]:
+        """What the other slots hold when the planned cell is received."""
+        num_slots = self.schedule.phase.num_slots
+        blocks = []
+        for age in range(num_slots - 1):
+            slot = slot_before(progress.slot, age, num_slots)
+            block = load_block(self.copies.bookkeeping.notes, slot)
+            exists = progress.num_cells > age
+            blocks.append(
+                block._replace(sequence=jnp.where(exists, block.sequence, -1))
+            )
+        return blocks
+
+
+def slot_of_same_block(copies: Copies, cell: Cell, slot: Int) -> Int:
+    """The slot of the last cell before this one that has the same block.
+
+    Args:
+      copies: Gives the notes.
+      cell: A cell that is being received, and for which there is such a slot.
+      slot: Its slot.
+    """
+    num_slots = copies.schedule.phase.num_slots
+    found = slot
+    for distance in reversed(range(1, num_slots)):
+        earlier = slot_before(slot, distance, num_slots)
+        block = load_block(copies.bookkeeping.notes, earlier)
+        is_same = block.is_of(cell.sequence, cell.block_start)
+        found = jnp.where(is_same, earlier, found)
+    return found
+
 
 def store_cell(notes_ref, slot: Int, cell: Cell) -> None:
     for index, value in enumerate(cell):
@@ -126,6 +162,11 @@ def store_cell(notes_ref, slot: Int, cell: Cell) -> None:
 def load_cell(notes_ref, slot: Int) -> Cell:
     size = len(Cell._fields)
     return Cell(*(notes_ref[slot * size + index] for index in range(size)))
+
+
+def load_block(notes_ref, slot: Int) -> RecentBlock:
+    cell = load_cell(notes_ref, slot)
+    return RecentBlock(cell.sequence, cell.block_start, cell.new_end)
 
 
 def read_lengths(scalars: refs.ScalarRefs, sequence: Int) -> Lengths:

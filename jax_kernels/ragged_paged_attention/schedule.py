@@ -30,8 +30,10 @@ Worked example, ``block_q = 4``, ``block_kv = 8``, packing 2, causal, two sequen
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -90,10 +92,23 @@ class Cell(NamedTuple):
     cache_row_begin: Int  # rows fetched from the cache
     cache_row_end: Int
     tail_row: Int  # row fetched for the sake of its dead slots, or -1
+    carried_begin: Int  # from here to new_begin, taken from a slot of an earlier cell
     new_begin: Int  # positions taken from keys and values
     new_end: Int
     write_row_begin: Int  # rows written back
     write_row_end: Int
+
+
+class RecentBlock(NamedTuple):
+    """The block of an earlier cell, whose slot of the ring is still whole."""
+
+    sequence: Int
+    block_start: Int
+    new_end: Int  # the slot holds all visible positions of the block up to this one
+
+    def is_of(self, sequence: Int, block_start: Int) -> jax.Array:
+        """Whether it is the same block of the same sequence."""
+        return (self.sequence == sequence) & (self.block_start == block_start)
 
 
 # Nothing to fetch, to compute or to write.
@@ -119,6 +134,11 @@ def next_slot(slot: Int, num_slots: int, is_used: Int = True) -> Int:
     return jnp.where(is_used, wrapped, slot)
 
 
+def slot_before(slot: Int, distance: int, num_slots: int) -> Int:
+    """The slot that was filled so many cells earlier, less than there are slots."""
+    return jnp.where(slot >= distance, slot - distance, slot - distance + num_slots)
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Cell arithmetic of one phase."""
@@ -141,7 +161,13 @@ class Schedule:
         """Whether every block lies within one page."""
         return self.phase.block_kv <= self.config.cache.page_size
 
-    def describe(self, cursor: Cursor, lengths: Lengths, stored_end: Int = 0) -> Cell:
+    def describe(
+        self,
+        cursor: Cursor,
+        lengths: Lengths,
+        stored_end: Int = 0,
+        recent: Sequence[RecentBlock] = (),
+    ) -> Cell:
         """The cell at a cursor.
 
         Args:
@@ -149,6 +175,7 @@ class Schedule:
           lengths: The sequence at that place.
           stored_end: New tokens of the sequence before this position are known to be
             in the cache. 0: nothing is known. A multiple of the packing.
+          recent: What the slots of earlier cells hold when this one is received.
         """
         spec, packing = self.config.spec, self.config.cache.packing
         block_kv = self.phase.block_kv
@@ -208,7 +235,12 @@ class Schedule:
         if spec.update_kv_cache:
             # The first tile meets each block once, so nothing of it is stored yet.
             known_end = jnp.where(cursor.tile == 0, 0, stored_end)
-            new_begin = jnp.maximum(jnp.maximum(new_start, block_start), known_end)
+            carried_begin = jnp.maximum(jnp.maximum(new_start, block_start), known_end)
+            new_begin = carried_begin
+            for earlier in recent:
+                is_same = earlier.is_of(cursor.sequence, block_start)
+                carried_end = jnp.where(is_same, earlier.new_end, 0)
+                new_begin = jnp.maximum(new_begin, carried_end)
             new_end = jnp.maximum(block_end, new_begin)
             # A causal tile owns its own positions. Otherwise the first tile meets
             # every key, so it owns them all.
@@ -228,7 +260,8 @@ class Schedule:
             write_row_begin = jnp.where(writes, to_row(write_begin), 0)
             write_row_end = jnp.where(writes, to_row(ceil_to(write_end, packing)), 0)
         else:
-            new_begin = new_end = write_row_begin = write_row_end = jnp.int32(0)
+            carried_begin = new_begin = new_end = jnp.int32(0)
+            write_row_begin = write_row_end = jnp.int32(0)
 
         return Cell(
             sequence=cursor.sequence,
@@ -246,6 +279,7 @@ class Schedule:
             cache_row_begin=to_row(cache_begin),
             cache_row_end=to_row(cache_end),
             tail_row=tail_row,
+            carried_begin=carried_begin,
             new_begin=new_begin,
             new_end=new_end,
             write_row_begin=write_row_begin,

@@ -174,7 +174,54 @@ def pack_tokens(
         values = pltpu.roll(values, cache.value_lane, 1)
         lane = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1)
         rows = [jnp.where(lane < cache.value_lane, keys, values)]
+    if config.rounds_in_16_bits:
+        return [bfloat16_to_e4m3fn(x.astype(jnp.bfloat16)) for x in rows]
     return [pltpu.bitcast(quantise(x, cache.dtype), jnp.uint32) for x in rows]
+
+
+def bfloat16_to_e4m3fn(x: jax.Array) -> jax.Array:
+    """Rounds like ``quantise``, two elements per 32-bit lane.
+
+    With e the power of two at or below a magnitude a, ``a + 16 * e`` rounds a to three
+    bits after the leading one: bfloat16 has seven, and the sum leads by four. The
+    smallest normal of e4m3fn in the place of e gives its subnormal numbers as well. So
+    the code of a, ``8 * (exponent of e) + (a / e, in eighths)`` and a constant, is the
+    sum's bits without those of e, plus those of e four places lower.
+
+    Args:
+      x: bf16[rows, lanes], four rows to a word.
+
+    Returns:
+      u32[rows // 4, lanes]
+    """
+
+    def pairs(value: jax.Array) -> jax.Array:
+        return pltpu.bitcast(value, jnp.uint32)
+
+    def int16(value: jax.Array) -> jax.Array:
+        return pltpu.bitcast(value, jnp.int16)
+
+    def bfloat16(value: jax.Array) -> jax.Array:
+        return pltpu.bitcast(value, jnp.bfloat16)
+
+    bits = pairs(x)
+    sign = (bits >> jnp.uint32(8)) & jnp.uint32(0x00800080)
+    magnitude = bits & jnp.uint32(0x7FFF7FFF)
+    # What lies above infinity carries into the sign.
+    is_nan = pairs(int16(magnitude) + jnp.int16(0x7F)) >> jnp.uint32(8)
+    is_nan &= jnp.uint32(0x00800080)
+    nan = is_nan - (is_nan >> jnp.uint32(7))  # 0x7F
+
+    limits = jnp.finfo(jnp.float8_e4m3fn)
+    a = jnp.minimum(bfloat16(magnitude), jnp.bfloat16(limits.max))
+    e = bfloat16(pairs(a) & jnp.uint32(0x7F807F80))
+    e = int16(jnp.maximum(e, jnp.bfloat16(limits.smallest_normal)))
+    # 0x200 multiplies by 16. The rest makes up for the difference of the biases, in
+    # what will be the low byte, and is even, so that ties still go to even.
+    rounded = int16(a + bfloat16(e + jnp.int16(0x200 + 0x38)))
+    code = (rounded - e) + int16(pairs(e) >> jnp.uint32(4))
+    code = int16(pairs(code) | sign | nan)
+    return pltpu.bitcast(code.astype(jnp.int8), jnp.uint32)
 
 
 def words_to_tokens(

@@ -36,7 +36,11 @@ from jax_kernels.ragged_paged_attention.config import LOG2_E
 from jax_kernels.ragged_paged_attention.dma import Copies
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
-from jax_kernels.ragged_paged_attention.pipeline import Progress, load_cell
+from jax_kernels.ragged_paged_attention.pipeline import (
+    Progress,
+    load_cell,
+    slot_of_same_block,
+)
 from jax_kernels.ragged_paged_attention.refs import ONLY_SLOT
 from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2, next_slot
 
@@ -130,7 +134,14 @@ def _receive(copies: Copies, here: Place) -> None:
         _prepare_queries(copies, here.query_slot)
 
     copies.wait_block(cell, here.slot)
-    if copies.config.spec.update_kv_cache:
+    if copies.carries:
+
+        @pl.when(cell.new_begin > cell.carried_begin)
+        def _():
+            source = slot_of_same_block(copies, cell, here.slot)
+            new_tokens.carry(copies, cell, here.slot, source)
+
+    if copies.updates:
 
         @pl.when(cell.new_end > cell.new_begin)
         def _():

@@ -103,10 +103,29 @@ def test_an_ordinary_model_gets_large_blocks(cache_dtype, chip):
 def test_wide_heads_get_long_blocks_on_tpu7x():
     """32/8 heads of 256 nearly fill VMEM, and need 1024 tokens to be fast."""
     problem = make_problem(head_dim=256, num_tokens=8192)
-    blocks = block_sizes.fit(
-        problem, AttentionSpec(), chips.TPU7X, block_sizes.preferred(problem)
-    )
+    spec = AttentionSpec()
+    model = block_sizes.preferred(problem, spec)
+    blocks = block_sizes.fit(problem, spec, chips.TPU7X, model)
     assert (blocks.block_q, blocks.block_kv) == (128, 1024)
+
+
+@pytest.mark.parametrize(
+    "window, decode_block_kv, block_kv",
+    [(1, 128, 512), (128, 128, 512), (200, 256, 512), (900, 512, 1024)],
+)
+def test_a_window_bounds_the_blocks(window, decode_block_kv, block_kv):
+    """A tile has 256 queries, so it sees the window and 255 more."""
+    spec = AttentionSpec(sliding_window=window)
+    blocks = block_sizes.preferred(make_problem(num_tokens=4096), spec)
+    assert blocks == BlockSizes(decode_block_kv, 256, block_kv)
+
+
+def test_few_key_heads_get_long_tiles():
+    def block_q(num_kv_heads: int) -> int:
+        problem = make_problem(num_kv_heads=num_kv_heads, group=8)
+        return block_sizes.preferred(problem, AttentionSpec()).block_q
+
+    assert [block_q(heads) for heads in (8, 4, 2, 1)] == [128, 128, 256, 512]
 
 
 def test_a_short_context_gets_short_blocks():
@@ -118,8 +137,9 @@ def test_a_short_context_gets_short_blocks():
 
 def tuned_record(chip: chips.Chip, phase: str, blocks: dict, **problem):
     tuned_problem = make_problem(**problem)
-    shape = block_sizes.tuned_shape(tuned_problem, AttentionSpec())
-    model = dataclasses.asdict(block_sizes.preferred(tuned_problem))
+    spec = AttentionSpec()
+    shape = block_sizes.tuned_shape(tuned_problem, spec)
+    model = dataclasses.asdict(block_sizes.preferred(tuned_problem, spec))
     cycles = {"step": 1}
     default = {name: model[name] for name in blocks}
     return tuned.TunedBlocks(
@@ -152,7 +172,8 @@ def test_each_phase_is_tuned_or_nearly_or_from_the_model():
 def test_a_near_shape_takes_the_ratio_to_the_model():
     """Twice as many heads in a group: the model's tile has half as many tokens."""
     problem = make_problem(num_tokens=4096, group=8)
-    blocks = dataclasses.asdict(block_sizes.preferred(make_problem()))
+    model = block_sizes.preferred(make_problem(), AttentionSpec())
+    blocks = dataclasses.asdict(model)
     same = {name: blocks[name] for name in tuned.PHASES["prefill"]}
     model = block_sizes.explain(problem, AttentionSpec(), chips.V6E, [])
     near = [tuned_record(chips.V6E, "prefill", same)]

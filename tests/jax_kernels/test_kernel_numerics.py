@@ -294,3 +294,26 @@ def test_float8_of_another_bias_gives_the_same(case):
     """On v6e the bits of e4m3fn are multiplied as those of e4m3b11fnuz."""
     options = {"chip": "v6e"} | case.options
     dataclasses.replace(case, options=options).check()
+
+
+# Several tiles within one block, at its seam and across two blocks.
+TILES_OF_A_BLOCK = ((141, 190), (70, 70), (101, 250), (1, 9))
+
+
+@cases(
+    window=Case(options={"chip": "v6e", "sliding_window": 90}),
+    full=Case(options={"chip": "v6e", "causal": False}),
+    wide=Case(options={"chip": "v6e"}, head_dim=256, heads=(4, 2)),
+    fused_scaled=Case(options={"chip": "v5e", "k_scale": 0.5}, head_dim=64),
+    packed_again=Case(options={"chip": "tpu7x"}),
+)
+@pytest.mark.skipif(HAS_TPU, reason="compiles for the TPU there is, not for others")
+def test_packed_tokens_are_carried_from_tile_to_tile(case):
+    """On chips that round to e4m3fn in software; the others pack them again."""
+    dataclasses.replace(
+        case,
+        cache_dtype=E4M3,
+        lengths=TILES_OF_A_BLOCK,
+        page_size=64,
+        blocks=BlockSizes(decode_block_kv=32, block_q=32, block_kv=128),
+    ).check()

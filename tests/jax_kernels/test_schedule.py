@@ -26,6 +26,7 @@ from jax_kernels.ragged_paged_attention.schedule import (
     Cell,
     Cursor,
     Lengths,
+    RecentBlock,
     Schedule,
     ceil_to,
     floor_to,
@@ -69,8 +70,8 @@ def _compiled_step(schedule: Schedule):
     """describe, advance and needs_mask at once: eager jnp would be slow."""
 
     @jax.jit
-    def step(cursor: Cursor, lengths: Lengths, stored_end):
-        cell = schedule.describe(cursor, lengths, stored_end)
+    def step(cursor: Cursor, lengths: Lengths, stored_end, recent):
+        cell = schedule.describe(cursor, lengths, stored_end, recent)
         is_masked = masking.needs_mask(
             cell, schedule.phase.block_kv, schedule.config.spec
         )
@@ -89,8 +90,16 @@ class Walk:
     is_masked: list[bool]
 
 
-def walk(schedule: Schedule, sequences: list[tuple[int, int]]) -> Walk:
-    """Follows the cursor from the first sequence to the end."""
+def walk(
+    schedule: Schedule, sequences: list[tuple[int, int]], *, carries: bool = False
+) -> Walk:
+    """Follows the cursor from the first sequence to the end.
+
+    Args:
+      schedule: The schedule.
+      sequences: (q_len, kv_len) of each.
+      carries: Whether packed tokens are copied from slot to slot.
+    """
     step = _compiled_step(schedule)
     starts = np.cumsum([0] + [q_len for q_len, _ in sequences])
     found = Walk([], [], [])
@@ -99,7 +108,8 @@ def walk(schedule: Schedule, sequences: list[tuple[int, int]]) -> Walk:
         q_len, kv_len = sequences[cursor.sequence]
         lengths = Lengths(int(starts[cursor.sequence]), q_len, kv_len)
         stored_end = _stored_end(schedule, found.cells, cursor.sequence)
-        numbers = np.asarray(step(cursor, lengths, stored_end)).tolist()
+        recent = _recent_blocks(found.cells) if carries else ()
+        numbers = np.asarray(step(cursor, lengths, stored_end, recent)).tolist()
         num_fields = len(Cell._fields)
         found.cells.append(Cell(*numbers[:num_fields]))
         found.stored_ends.append(stored_end)
@@ -124,6 +134,16 @@ def _stored_end(schedule: Schedule, cells: list[Cell], sequence: int) -> int:
         if c.sequence == sequence and c.write_row_end > c.write_row_begin
     ]
     return max(ends, default=0)
+
+
+def _recent_blocks(cells: list[Cell]) -> list[RecentBlock]:
+    """What the slots hold that are not yet filled again, the last one first."""
+    recent = [
+        RecentBlock(c.sequence, c.block_start, c.new_end)
+        for c in reversed(cells[-(NUM_SLOTS - 1) :])
+    ]
+    none = RecentBlock(-1, 0, 0)
+    return recent + [none] * (NUM_SLOTS - 1 - len(recent))
 
 
 def judge(schedule: Schedule, sequences: list[tuple[int, int]], found: Walk) -> None:
@@ -164,6 +184,7 @@ def judge_sequence(schedule, q_start, q_len, kv_len, indices, found) -> None:
     times_written = np.zeros(num_rows, int)
     written_at = np.full(num_rows, -1)
     next_query = new_start
+    merged_at: dict[int, set[int]] = {}
 
     for i in indices:
         cell = found.cells[i]
@@ -205,7 +226,18 @@ def judge_sequence(schedule, q_start, q_len, kv_len, indices, found) -> None:
                 f"row {row} is read by cell {i} while cell {written_at[row]} writes it"
             )
 
+        carried = range(cell.carried_begin, cell.new_begin)
+        if carried:
+            # From the slot of the last cell with the same block, which is still whole.
+            merged = next(
+                merged_at[earlier]
+                for earlier in range(i - 1, i - NUM_SLOTS, -1)
+                if found.cells[earlier].sequence == cell.sequence
+                and found.cells[earlier].block_start == cell.block_start
+            )
+            assert set(carried) <= merged
         new = range(cell.new_begin, cell.new_end)
+        merged_at[i] = {*carried, *new}
         assert not new or (new_start <= new[0] and new[-1] < block.stop)
         assert not new or new[0] >= cell.block_start
 
@@ -214,12 +246,15 @@ def judge_sequence(schedule, q_start, q_len, kv_len, indices, found) -> None:
             cell=cell,
             fetched=fetched,
             new=new,
+            carried=carried,
             is_stored=written_at >= 0,
         ) -> str:
             """Where the buffer has a position from, after merge and seam."""
             row = position // packing
             if position in new:
                 return "new"
+            if position in carried:
+                return "carried"
             seam_row = new_start // packing
             has_seam = new_start % packing != 0
             if has_seam and row == seam_row and cell.tile > 0:
@@ -231,7 +266,9 @@ def judge_sequence(schedule, q_start, q_len, kv_len, indices, found) -> None:
 
         for position in np.flatnonzero(seen.any(axis=0)) + cell.block_start:
             source = source_of(int(position))
-            assert source in ("new", "cache", "seam"), f"{position} {source}: {cell}"
+            assert source in ("new", "carried", "cache", "seam"), (
+                f"{position} {source}: {cell}"
+            )
 
         write = range(first_row + cell.write_row_begin, first_row + cell.write_row_end)
         assert set(write) <= set(in_block)
@@ -251,8 +288,10 @@ def judge_sequence(schedule, q_start, q_len, kv_len, indices, found) -> None:
     np.testing.assert_array_equal(times_written, expected_writes)
 
 
-def check(schedule: Schedule, sequences: list[tuple[int, int]]) -> Walk:
-    found = walk(schedule, sequences)
+def check(
+    schedule: Schedule, sequences: list[tuple[int, int]], *, carries: bool = False
+) -> Walk:
+    found = walk(schedule, sequences, carries=carries)
     judge(schedule, sequences, found)
     return found
 
@@ -287,9 +326,9 @@ def chunks(draw):
 
 @pytest.mark.parametrize("static", STATIC_CASES.values(), ids=STATIC_CASES)
 @settings(deadline=None, max_examples=80)
-@given(sequences=st.lists(chunks(), min_size=1, max_size=3))
-def test_mixed_cells_cover_every_pair_once_and_never_race(static, sequences):
-    check(make_schedule(Phase.MIXED, **static), sequences)
+@given(sequences=st.lists(chunks(), min_size=1, max_size=3), carries=st.booleans())
+def test_mixed_cells_cover_every_pair_once_and_never_race(static, sequences, carries):
+    check(make_schedule(Phase.MIXED, **static), sequences, carries=carries)
 
 
 @pytest.mark.parametrize("static", STATIC_CASES.values(), ids=STATIC_CASES)
@@ -362,6 +401,19 @@ def test_later_tiles_read_stored_tokens_from_the_cache():
     from_arrays = sum(c.new_end - c.new_begin for c in last)
     from_cache = sum(c.cache_row_end - c.cache_row_begin for c in last) * 2
     assert from_cache >= 40 and from_arrays <= 24
+
+
+@pytest.mark.parametrize("lengths", [(30, 30), (25, 31), (12, 15)], ids=str)
+@pytest.mark.parametrize("packing", [2, 4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_each_new_token_is_packed_once_if_later_cells_carry_it(
+    lengths, packing, causal
+):
+    schedule = make_schedule(Phase.MIXED, packing=packing, block_kv=16, causal=causal)
+    found = check(schedule, [lengths], carries=True)
+    assert sum(c.new_end - c.new_begin for c in found.cells) == lengths[0]
+    again = check(schedule, [lengths])
+    assert sum(c.new_end - c.new_begin for c in again.cells) > lengths[0]
 
 
 def test_positions_beyond_int16_stay_exact():

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from jax_kernels.ragged_paged_attention import layout, tile_io
 from jax_kernels.ragged_paged_attention.config import AttentionSpec, KernelConfig
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
+from tests.conftest import HAS_TPU
 from tests.support import oracle
 
 PACKINGS = {"float32": 1, "bfloat16": 2, "float8_e4m3fn": 4, "int8": 4}
@@ -212,3 +214,22 @@ def test_values_are_moved_to_the_first_lane(head_dim, lane):
     x = jnp.arange(cache.lanes, dtype=jnp.float32)[None]
     moved = np.asarray(compiled(tile_io.value_lanes_first, x, cache=cache))
     np.testing.assert_array_equal(moved[0, :head_dim], np.arange(head_dim) + lane)
+
+
+def test_every_bfloat16_is_rounded_to_e4m3fn_as_numpy_does():
+    """Numbers beyond the range are clipped; NaN and the signs of zeros are kept."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    every = every.reshape(512, 128)
+    with np.errstate(invalid="ignore"):
+        clipped = np.clip(every.astype(np.float32), -448, 448)
+        expected = clipped.astype(ml_dtypes.float8_e4m3fn).reshape(128, 4, 128)
+
+    def kernel(x_ref, words_ref):
+        words_ref[...] = tile_io.bfloat16_to_e4m3fn(x_ref[...])
+
+    words = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((128, 128), jnp.uint32),
+        interpret=not HAS_TPU,
+    )(jnp.asarray(every))
+    np.testing.assert_array_equal(np.asarray(words), words_of(expected))
