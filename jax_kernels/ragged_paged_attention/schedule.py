@@ -21,8 +21,9 @@ Worked example, ``block_q = 4``, ``block_kv = 8``, packing 2, causal, two sequen
   that is written belongs to exactly one tile.
 * A token is read from the cache when it is old, or when this launch has written it
   and has seen the write end (``stored_end``). Any other new token comes from ``keys``
-  and ``values`` again. So nothing is read while it is being written, and nothing
-  waits. Above, no write has ended yet when cells 2 and 3 are issued.
+  and ``values`` again, or packed from the slot of an earlier cell with the same block
+  (``recent``). So nothing is read while it is being written, and nothing waits.
+  Above, no write has ended yet when cells 2 and 3 are issued, and nothing is carried.
 * The row 6 | 7 holds an old and a new token (the *seam*). Tile 0 reads it, merges it
   and keeps it for later tiles, which must not read what tile 0 is writing.
 * The row 12 | 13 holds a new token and a dead slot (the *tail*). The tile that
