@@ -342,26 +342,29 @@ class OutputClearer:
 
     def start(self, first_row: Int) -> None:
         """Clears rows first_row .. T."""
-        self._for_each_piece(first_row, lambda copy: copy.start())
-
-    def wait(self, first_row: Int) -> None:
-        self._for_each_piece(first_row, lambda copy: copy.wait())
-
-    def _for_each_piece(self, first_row: Int, action) -> None:
         num_rows = self.config.num_tokens - first_row
-        whole = num_rows >> log2(ZERO_ROWS)
+        num_whole = num_rows >> log2(ZERO_ROWS)
+
+        def clear(row: Int, size: Int) -> None:
+            pltpu.make_async_copy(
+                self.zeros.at[pl.ds(0, size)],
+                self.out.at[pl.ds(row, size)],
+                self.semaphore,
+            ).start()
 
         def whole_piece(index: Int, _) -> None:
-            action(self._copy(first_row + index * ZERO_ROWS, ZERO_ROWS))
+            clear(first_row + index * ZERO_ROWS, ZERO_ROWS)
 
-        jax.lax.fori_loop(0, whole, whole_piece, None)
+        jax.lax.fori_loop(0, num_whole, whole_piece, None)
         rest = num_rows & (ZERO_ROWS - 1)
 
         @pl.when(rest > 0)
         def _():
-            action(self._copy(first_row + whole * ZERO_ROWS, rest))
+            clear(first_row + num_whole * ZERO_ROWS, rest)
 
-    def _copy(self, row: Int, num_rows: Int):
-        source = self.zeros.at[pl.ds(0, num_rows)]
-        target = self.out.at[pl.ds(row, num_rows)]
-        return pltpu.make_async_copy(source, target, self.semaphore)
+    def wait(self, first_row: Int) -> None:
+        num_rows = self.config.num_tokens - first_row
+
+        @pl.when(num_rows > 0)
+        def _():
+            wait_for(self.out.at[pl.ds(first_row, num_rows)], self.semaphore)

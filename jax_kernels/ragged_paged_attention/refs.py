@@ -16,7 +16,7 @@ from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 from jax_kernels.ragged_paged_attention.schedule import Cell
 
 # Rows of the zero buffer that clears the padded end of the output.
-ZERO_ROWS = 16
+ZERO_ROWS = 32
 # In prefill and mixed, prepared queries: of the present cell and of the following one.
 NUM_QUERY_SLOTS = 2
 # There, fetched queries, new tokens and outputs: each is used up before the next is
