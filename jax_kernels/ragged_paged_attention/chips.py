@@ -16,7 +16,7 @@ class Chip:
       matrix_columns: Width of a matrix unit.
       smem_bytes: Scalar memory.
       multiplies_float8: Whether matrix units take float8 beside bfloat16 as it is.
-      e4m3_bias: Exponent bias of the e4m3 that they take.
+      e4m3_bias: Exponent bias of the e4m3 that it multiplies, or widens.
       rounds_to_e4m3fn: Whether an instruction rounds float32 to it.
       adds_in_16_bits: Whether the vector unit adds bfloat16 and int16.
     """
@@ -31,7 +31,7 @@ class Chip:
     adds_in_16_bits: bool = False
 
 
-V5E = Chip("v5e", vmem_bytes=128 * MIB, matrix_columns=128)
+V5E = Chip("v5e", vmem_bytes=128 * MIB, matrix_columns=128, e4m3_bias=11)
 V6E = Chip(
     "v6e",
     vmem_bytes=128 * MIB,

@@ -289,9 +289,10 @@ def test_wide_new_tokens_come_in_pieces(case):
     ),
     quantised_queries=Case(cache_dtype=E4M3, options={"q_scale": 0.01}),
     e5m2=Case(cache_dtype=E5M2),
+    v5e=Case(cache_dtype=E4M3, with_sinks=True, options={"chip": "v5e"}),
 )
 def test_float8_of_another_bias_gives_the_same(case):
-    """On v6e the bits of e4m3fn are multiplied as those of e4m3b11fnuz."""
+    """On v5e and v6e the bits of e4m3fn are taken as those of e4m3b11fnuz."""
     options = {"chip": "v6e"} | case.options
     dataclasses.replace(case, options=options).check()
 
