@@ -137,6 +137,7 @@ def _run_tiles(
             copies,
             here,
             has_following=num_done + 1 < progress.num_cells,
+            start_queries=functools.partial(fetcher.start_queries, progress),
             start=functools.partial(fetcher.start, progress),
             plan=functools.partial(fetcher.plan, progress),
             when_empty=functools.partial(pl.when(num_done < 0), after_first_fetches),
@@ -147,6 +148,7 @@ def _run_tiles(
     store_cell(copies.bookkeeping.notes, last_slot, EMPTY_CELL)
     here = tiles.Place(slot=last_slot, query_slot=jnp.int32(0))
     progress = fetcher.begin(begin)
+    fetcher.start_queries(progress)
     fetcher.start(progress)
     progress = fetcher.plan(progress)
     lax.while_loop(is_unfinished, run_step, (jnp.int32(-1), here, progress))

@@ -82,25 +82,32 @@ class Fetcher:
             stored_end=jnp.where(following.sequence == sequence, stored_end, 0),
         )
 
+    def start_queries(self, progress: Progress) -> None:
+        """Starts the fetch of the queries that the planned cell brings, if any.
+
+        Apart from the rest, since their buffer is free again before that of new tokens.
+        """
+        copies = self.copies
+        cell = load_cell(copies.bookkeeping.notes, self._planned)
+        is_live = progress.num_live > 0
+
+        @pl.when(is_live & (cell.block == 0) & (cell.num_queries > 0))
+        def _():
+            copies.start_queries(cell)
+
     def start(self, progress: Progress) -> None:
-        """Starts the DMAs of the cell that was planned last, if there is one."""
+        """Starts the other DMAs of the planned cell, if there is one, and notes it."""
         copies, slot = self.copies, progress.slot
         if copies.updates:
             copies.wait_write_back(slot)
         cell = load_cell(copies.bookkeeping.notes, self._planned)
         store_cell(copies.bookkeeping.notes, slot, cell)
 
-        is_live = progress.num_live > 0
-
-        @pl.when(is_live)
+        @pl.when(progress.num_live > 0)
         def _():
             if copies.updates:
                 copies.start_new_tokens(cell)
             copies.start_block(cell, slot)
-
-        @pl.when(is_live & (cell.block == 0) & (cell.num_queries > 0))
-        def _():
-            copies.start_queries(cell)
 
     @property
     def _planned(self) -> int:

@@ -64,6 +64,7 @@ def process(
     copies: Copies,
     here: Place,
     has_following: jax.Array,
+    start_queries: Callable[[], None],
     start: Callable[[], None],
     plan: Callable[[], Progress],
     when_empty: Callable[[], None],
@@ -76,7 +77,8 @@ def process(
       copies: The copies of the phase.
       here: The place of a received cell.
       has_following: Whether there is one more.
-      start: Starts the DMAs of the cell after the following one.
+      start_queries: Starts to fetch the queries of the cell after the following one.
+      start: Starts its other DMAs.
       plan: Plans the one after that; runs in the shadow of the computation.
       when_empty: More to do for a cell without queries.
 
@@ -90,8 +92,11 @@ def process(
         next_slot(here.slot, phase.num_slots),
         next_slot(here.query_slot, refs.NUM_QUERY_SLOTS, is_last),
     )
-    pl.when(has_following)(lambda: _receive(copies, following))
+    pl.when(has_following)(lambda: _receive(copies, following, start_queries))
+    # Fetches first: writes are not waited for so soon.
     start()
+    if copies.updates:
+        pl.when(has_following)(lambda: _write_back(copies, following))
 
     stretches: list[Callable[[], None]] = [
         functools.partial(_attend, copies, cell, here, following, size, is_masked)
@@ -124,7 +129,7 @@ def process(
     return following, planned
 
 
-def _receive(copies: Copies, here: Place) -> None:
+def _receive(copies: Copies, here: Place, start_queries: Callable[[], None]) -> None:
     """Waits for a fetched cell and puts its queries and new tokens in place."""
     cell = load_cell(copies.bookkeeping.notes, here.slot)
 
@@ -133,6 +138,7 @@ def _receive(copies: Copies, here: Place) -> None:
         copies.wait_queries(cell)
         _prepare_queries(copies, here.query_slot)
 
+    start_queries()
     copies.wait_block(cell, here.slot)
     if copies.carries:
 
@@ -149,9 +155,14 @@ def _receive(copies: Copies, here: Place) -> None:
 
         _carry_seam(copies, cell, here.slot)
 
-        @pl.when(cell.write_row_end > cell.write_row_begin)
-        def _():
-            copies.start_write_back(cell, here.slot)
+
+def _write_back(copies: Copies, here: Place) -> None:
+    """Starts to write what a received cell adds to the cache."""
+    cell = load_cell(copies.bookkeeping.notes, here.slot)
+
+    @pl.when(cell.write_row_end > cell.write_row_begin)
+    def _():
+        copies.start_write_back(cell, here.slot)
 
 
 def _prepare_queries(copies: Copies, query_slot: Int) -> None:
