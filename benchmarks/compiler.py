@@ -24,6 +24,9 @@ KERNEL_NAME = "rpa"
 TOPOLOGIES = {"tpu7x": "tpu7x:2x2x1", "v6e": "v6e:2x2", "v5e": "v5e:2x2"}
 # An extreme candidate of the tuner may keep the compiler busy for ever.
 MAX_SECONDS = 900
+# Of the cache in the program: its schedule is the same for any number of pages, and the
+# compiler refuses a cache that exceeds the HBM of the chip.
+MAX_PAGES = 1024
 # The files of one kernel that the instrument reads. All the others go.
 _KEPT = ("packed-bundles-post-ra", "final_bundles", "post-ra", "static-per-bundle-util")
 
@@ -111,7 +114,7 @@ def _compile(
     queries = (shape.num_tokens, model.num_q_heads, model.head_dim)
     tokens = (shape.num_tokens, model.num_kv_heads, model.head_dim)
     cache = kv_cache_shape(
-        shape.num_pages,
+        min(shape.num_pages, MAX_PAGES),
         shape.page_size,
         model.num_kv_heads,
         model.head_dim,

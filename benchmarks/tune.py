@@ -11,6 +11,9 @@ has one candidate of each. The search climbs from the default to better neighbou
 or twice as large; ``--exhaustive`` visits all. ``--recheck`` tries only the default and
 the sizes in the data file, after a change of the kernel.
 
+A float8 cache is tuned after the bfloat16 cache of the same shape. Sizes that make a
+step slower than it is with bfloat16 are taken only if all sizes do.
+
 Every result goes to a journal at once, and an interrupted run continues. The best sizes
 go to the data file that the package ships; the default stays unless it is beaten by two
 percent.
@@ -28,7 +31,7 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -54,10 +57,16 @@ SIZES = {
 }
 # The default stays unless it takes this much longer: predictions are no better.
 LEAST_GAIN = 1.02
+# A step may exceed its limit so much, since two schedules of the same work differ.
+LIMIT_TOLERANCE = 1.01
+# Times the score where a step exceeds its limit: any other candidate is better.
+EXCESS = 1000.0
 
 Candidate = tuple[int, ...]
 # Cycles by step, for each phase; raises CandidateError.
 Evaluate = Callable[[BlockSizes], dict[str, dict[str, float]]]
+# Cycles by phase and step.
+Limits = Mapping[str, Mapping[str, float]]
 
 
 class CandidateError(Exception):
@@ -127,6 +136,7 @@ def tune(
     fits: Callable[[BlockSizes, str], bool],
     evaluate: Evaluate,
     *,
+    limits: Limits | None = None,
     extent: str = "climb",
 ) -> dict[str, Tuning]:
     """The best sizes of each phase.
@@ -136,6 +146,7 @@ def tune(
       starts: Where the search begins besides.
       fits: Whether the part of a candidate that a phase uses fits the memory.
       evaluate: Tries one candidate.
+      limits: Cycles that no step should exceed, by phase and step.
       extent: "climb", "all", or "starts" to try nothing but default and starts.
 
     Raises:
@@ -155,9 +166,10 @@ def tune(
         for phase, by_step in evaluate(blocks).items():
             part = _part(blocks, phase)
             cycles[phase].setdefault(part, by_step)
-            searches[phase].scores[part] = _score(
-                cycles[phase][part], cycles[phase][_part(default, phase)]
-            )
+            score = _score(cycles[phase][part], cycles[phase][_part(default, phase)])
+            limit = (limits or {}).get(phase, {})
+            is_within = _keeps(limit, cycles[phase][part])
+            searches[phase].scores[part] = score * (1 if is_within else EXCESS)
 
     note(default)
     while True:
@@ -216,6 +228,14 @@ def _score(cycles: dict[str, float], default: dict[str, float]) -> float:
     """Geometric mean over steps of the time by the default's."""
     logs = [math.log(cycles[step] / default[step]) for step in default]
     return math.exp(sum(logs) / len(logs))
+
+
+def _keeps(limit: Mapping[str, float], cycles: dict[str, float]) -> bool:
+    """Whether no step takes longer than its limit, if it has one."""
+    return all(
+        count <= LIMIT_TOLERANCE * limit.get(step, math.inf)
+        for step, count in cycles.items()
+    )
 
 
 def check_fits(
@@ -314,11 +334,13 @@ class Run:
         with self._lock:
             written = self._written()
         shipped = block_sizes.explain(problem, spec, memory, written).blocks
+        tuned_shape = block_sizes.tuned_shape(problem, spec)
         found = tune(
             default,
             [shipped],
             functools.partial(self._fits, shape, chip),
             functools.partial(self._evaluate, shape, chip),
+            limits=self._limits(written, chip, tuned_shape),
             extent=self.extent,
         )
         described = environment.describe(chip.name)
@@ -328,7 +350,7 @@ class Run:
             tuned.TunedBlocks(
                 chip=chip.name,
                 phase=phase,
-                shape=block_sizes.tuned_shape(problem, spec),
+                shape=tuned_shape,
                 blocks=tuning.blocks,
                 default_blocks=tuning.default_blocks,
                 kind=self.kind,
@@ -340,6 +362,22 @@ class Run:
         ]
         self._write(records)
         return records
+
+    def _limits(
+        self,
+        written: tuple[tuned.TunedBlocks, ...],
+        chip: Chip,
+        shape: tuned.TunedShape,
+    ) -> Limits:
+        """The cycles of the same shape whose cache has the dtype of the queries."""
+        if shape.cache_dtype == shape.q_dtype:
+            return {}
+        wide = dataclasses.replace(shape, cache_dtype=shape.q_dtype)
+        return {
+            record.phase: record.cycles
+            for record in written
+            if (record.chip, record.shape, record.kind) == (chip.name, wide, self.kind)
+        }
 
     def _key(
         self, shape: cases.StaticShape, chip: Chip, blocks: BlockSizes, phase: str
@@ -449,21 +487,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def selected_shapes(options: argparse.Namespace) -> list[cases.StaticShape]:
-    """What the options ask to tune."""
+def selected_shapes(options: argparse.Namespace) -> list[list[cases.StaticShape]]:
+    """What the options ask to tune; each list in its order."""
     if options.custom:
-        return [
-            cases.tuning_shape(
-                predict.given_model(options),
-                page_size=options.page_size,
-                q_dtype=options.q_dtype,
-                cache_dtype=options.cache_dtype,
-            )
-        ]
+        shape = cases.tuning_shape(
+            predict.given_model(options),
+            page_size=options.page_size,
+            q_dtype=options.q_dtype,
+            cache_dtype=options.cache_dtype,
+        )
+        return [[shape]]
     return [
-        cases.tuning_shape(cases.MODEL_NAMES[name], cache_dtype=dtype)
+        [
+            cases.tuning_shape(cases.MODEL_NAMES[name], cache_dtype=dtype)
+            for dtype in ("bfloat16", "float8_e4m3fn")
+        ]
         for name in options.models
-        for dtype in ("bfloat16", "float8_e4m3fn")
     ]
 
 
@@ -484,23 +523,29 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     run = Run(kind, known, options.output, options.extent)
-    work = [(s, CHIPS[name]) for name in names for s in selected_shapes(options)]
-    failures = 0
-    with (
-        concurrent.futures.ThreadPoolExecutor(options.jobs) as pool,
-        tqdm(total=len(work), unit="shape") as bar,
-    ):
-        jobs = {pool.submit(run.tune_shape, *item): item for item in work}
-        for done in concurrent.futures.as_completed(jobs):
-            shape, chip = jobs[done]
-            try:
-                for record in done.result():
-                    bar.write(_line(record))
-            except CandidateError as error:
-                failures += 1
-                bar.write(f"{chip.name}, {shape}: the default does not work: {error}")
-            bar.update()
-            bar.set_postfix(candidates=len(known.records))
+    work = [
+        (shapes, CHIPS[name]) for name in names for shapes in selected_shapes(options)
+    ]
+    failures = []
+    total = sum(len(shapes) for shapes, _ in work)
+    with tqdm(total=total, unit="shape") as bar:
+
+        def tune_in_order(shapes: list[cases.StaticShape], chip: Chip) -> None:
+            for shape in shapes:
+                try:
+                    lines = [_line(record) for record in run.tune_shape(shape, chip)]
+                except CandidateError as error:
+                    failures.append(error)
+                    line = f"{chip.name}, {shape}: the default does not work: {error}"
+                    lines = [line]
+                bar.write("\n".join(lines))
+                bar.update()
+                bar.set_postfix(candidates=len(known.records))
+
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            jobs = [pool.submit(tune_in_order, *item) for item in work]
+            for job in concurrent.futures.as_completed(jobs):
+                job.result()
     return 1 if failures else 0
 
 

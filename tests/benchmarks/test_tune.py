@@ -116,6 +116,43 @@ def test_the_default_stays_unless_it_is_beaten_by_two_percent():
     assert found["prefill"].cycles == found["prefill"].default_cycles
 
 
+def test_a_limit_is_kept_if_a_candidate_can():
+    """The best of prefill, 64 and 1024, takes too long in one step."""
+    slow = "1*2048/8192"
+
+    def one_slow_step(blocks):
+        costs = invented(blocks)
+        if (blocks.block_q, blocks.block_kv) == (64, 1024):
+            costs["prefill"][slow] *= 1.2
+        return costs
+
+    found, _ = run(one_slow_step)
+    assert sizes(found) == (256, 64, 1024)
+    found, _ = run(one_slow_step, limits={"prefill": {slow: 110_000}}, extent="all")
+    assert sizes(found)[0] == 256
+    assert found["prefill"].cycles[slow] == 110_000
+    found, _ = run(one_slow_step, limits={"prefill": {slow: 1}}, extent="all")
+    assert sizes(found) == (256, 64, 1024)
+
+
+def test_the_limits_of_float8_are_the_cycles_of_bfloat16(monkeypatch, tmp_path):
+    limits = []
+
+    def tuned_with(*arguments, **options):
+        limits.append(options["limits"])
+        return tune_(*arguments, **options)
+
+    def invented_for(shape, chip, blocks):
+        return invented(blocks)
+
+    tune_ = tune.tune
+    monkeypatch.setattr(tune, "tune", tuned_with)
+    monkeypatch.setattr(tune, "predict_blocks", invented_for)
+    assert tune.main(command(tmp_path, "--chips", "v6e", "--models", "llama")) == 0
+    best = invented(BlockSizes(256, 64, 1024))
+    assert limits == [{}, best]
+
+
 def test_a_score_is_the_geometric_mean_over_steps():
     assert tune._score({"a": 20, "b": 50}, {"a": 10, "b": 100}) == pytest.approx(1)
 
