@@ -93,10 +93,7 @@ def process(
         next_slot(here.query_slot, refs.NUM_QUERY_SLOTS, is_last),
     )
     pl.when(has_following)(lambda: _receive(copies, following, start_queries))
-    # Fetches first: writes are not waited for so soon.
     start()
-    if copies.updates:
-        pl.when(has_following)(lambda: _write_back(copies, following))
 
     stretches: list[Callable[[], None]] = [
         functools.partial(_attend, copies, cell, here, following, size, is_masked)
@@ -155,14 +152,9 @@ def _receive(copies: Copies, here: Place, start_queries: Callable[[], None]) -> 
 
         _carry_seam(copies, cell, here.slot)
 
-
-def _write_back(copies: Copies, here: Place) -> None:
-    """Starts to write what a received cell adds to the cache."""
-    cell = load_cell(copies.bookkeeping.notes, here.slot)
-
-    @pl.when(cell.write_row_end > cell.write_row_begin)
-    def _():
-        copies.start_write_back(cell, here.slot)
+        @pl.when(cell.write_row_end > cell.write_row_begin)
+        def _():
+            copies.start_write_back(cell, here.slot)
 
 
 def _prepare_queries(copies: Copies, query_slot: Int) -> None:
