@@ -488,7 +488,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def selected_shapes(options: argparse.Namespace) -> list[list[cases.StaticShape]]:
-    """What the options ask to tune; each list in its order."""
+    """What the options ask to tune: lists of shapes to take one after the other."""
     if options.custom:
         shape = cases.tuning_shape(
             predict.given_model(options),

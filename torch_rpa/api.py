@@ -56,7 +56,7 @@ def ragged_paged_attention(
         kv_cache: See :func:`torch_rpa.kv_cache_shape`. Changed in place: the slots of
             the new tokens, nothing else. bfloat16, float32, float8_e4m3fn, float8_e5m2
             or int8. A NaN stored in float8_e4m3fn counts as 480 on v5e and v6e, whose
-            e4m3 has none.
+            own e4m3 has that number there.
         kv_lens: ``[S]`` int32, tokens of each sequence, the new ones included.
         page_indices: ``[S * P]`` int32. Token ``t`` of sequence ``s`` is in page
             ``page_indices[s * P + t // page_size]``. Entries past the last live page of

@@ -75,7 +75,7 @@ def ragged_paged_attention(
       kv_cache: ``kv_cache_shape(...)``; bf16, f32, float8_e4m3fn, float8_e5m2 or
         int8. Donate it: the output is the same memory. Dead slots may hold anything,
         NaN included. A NaN in a live slot of float8_e4m3fn counts as 480 on v5e and
-        v6e, whose e4m3 has none.
+        v6e, whose own e4m3 has that number there.
       kv_lens: i32[S], tokens per sequence, the new ones included.
       page_indices: i32[S * P], row-major; entries past the live pages are never used.
       cu_q_lens: i32[S + 1], increasing from 0.

@@ -216,8 +216,9 @@ def bfloat16_to_e4m3fn(x: jax.Array) -> jax.Array:
     a = jnp.minimum(bfloat16(magnitude), jnp.bfloat16(limits.max))
     e = bfloat16(pairs(a) & jnp.uint32(0x7F807F80))
     e = int16(jnp.maximum(e, jnp.bfloat16(limits.smallest_normal)))
-    # 0x200 multiplies by 16. The rest makes up for the difference of the biases, in
-    # what will be the low byte, and is even, so that ties still go to even.
+    # 0x200 multiplies by 16. 0x38 is -8 * 121 in the low byte: the smallest normal has
+    # the exponent field 121, eight eighths and the code 8. An even number of eighths
+    # leaves ties to even.
     rounded = int16(a + bfloat16(e + jnp.int16(0x200 + 0x38)))
     code = (rounded - e) + int16(pairs(e) >> jnp.uint32(4))
     code = int16(pairs(code) | sign | nan)

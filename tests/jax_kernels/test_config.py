@@ -209,3 +209,25 @@ def test_quantised_queries_meet_keys_as_they_are_stored(q_scale):
     ratio = shifted.query_multiplier / config.query_multiplier
     assert ratio == (1.0 if q_scale else 16.0)
     assert shifted.output_scale == 16.0
+
+
+@pytest.mark.parametrize(
+    "chip, q_dtype, cache_dtype, scale, in_software, in_16_bits",
+    [
+        (chips.V6E, "bfloat16", "float8_e4m3fn", None, True, True),
+        (chips.V6E, "bfloat16", "float8_e4m3fn", 0.5, True, False),
+        (chips.V6E, "float32", "float8_e4m3fn", None, True, False),
+        (chips.V6E, "bfloat16", "float8_e5m2", None, False, False),
+        (chips.V5E, "bfloat16", "float8_e4m3fn", None, True, False),
+        (chips.TPU7X, "bfloat16", "float8_e4m3fn", None, False, False),
+    ],
+)
+@pytest.mark.parametrize("scaled", ["k_scale", "v_scale"])
+def test_new_tokens_are_rounded_as_the_chip_can(
+    chip, q_dtype, cache_dtype, scale, in_software, in_16_bits, scaled
+):
+    """A scaled bfloat16 is none any more."""
+    config = make_config(q_dtype=q_dtype, cache_dtype=cache_dtype, **{scaled: scale})
+    config = dataclasses.replace(config, chip=chip)
+    assert config.rounds_in_software == in_software
+    assert config.rounds_in_16_bits == in_16_bits
