@@ -100,7 +100,11 @@ def _compile(
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from jax_kernels import BlockSizes, kv_cache_shape, ragged_paged_attention
+    from jax_kernels.ragged_paged_attention import (
+        BlockSizes,
+        kv_cache_shape,
+        ragged_paged_attention,
+    )
 
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGIES[chip]

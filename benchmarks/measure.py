@@ -77,7 +77,10 @@ def time_with_jax(
     import jax
     import jax.numpy as jnp
 
-    from jax_kernels import kv_cache_shape, ragged_paged_attention
+    from jax_kernels.ragged_paged_attention import (
+        kv_cache_shape,
+        ragged_paged_attention,
+    )
 
     kind = jax.devices()[0].device_kind
     attend = attention or functools.partial(ragged_paged_attention, chip=kind)

@@ -285,7 +285,7 @@ def time_blocks(
     """Measured time of each step, in cycles of the chip's clock."""
     import jax
 
-    from jax_kernels import ragged_paged_attention
+    from jax_kernels.ragged_paged_attention import ragged_paged_attention
 
     attention = functools.partial(
         ragged_paged_attention, chip=chip.name, block_sizes=blocks

@@ -78,7 +78,7 @@ def test_measurements_are_not_taken_for_predictions(tmp_path):
 def test_both_libraries_run_a_case_on_the_cpu():
     """The same calls as on a TPU; there the kernel takes the reference's place."""
     pytest.importorskip("torch_xla")
-    from jax_kernels import ragged_paged_attention_reference
+    from jax_kernels.ragged_paged_attention import ragged_paged_attention_reference
 
     _, with_torch = measure.time_with_torch(TINY, ONCE)
     reference = ragged_paged_attention_reference

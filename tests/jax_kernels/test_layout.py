@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jax_kernels
+import jax_kernels.ragged_paged_attention as rpa
 from jax_kernels.ragged_paged_attention import layout
 from tests.support import oracle
 
@@ -146,9 +146,9 @@ def test_split_layout_is_a_plain_reshape_of_pages():
 
 def test_packing_works_under_jit_and_is_public():
     pages = jnp.ones((2, 2, 3, 8, 40), jnp.bfloat16)
-    cache = jax.jit(jax_kernels.pack_kv_cache)(pages)
-    assert cache.shape == jax_kernels.kv_cache_shape(2, 8, 3, 40, jnp.bfloat16)
-    unpack = jax.jit(jax_kernels.unpack_kv_cache, static_argnums=(1, 2))
+    cache = jax.jit(rpa.pack_kv_cache)(pages)
+    assert cache.shape == rpa.kv_cache_shape(2, 8, 3, 40, jnp.bfloat16)
+    unpack = jax.jit(rpa.unpack_kv_cache, static_argnums=(1, 2))
     assert unpack(cache, 3, 40).shape == pages.shape
 
 

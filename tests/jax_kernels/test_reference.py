@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kernels import ragged_paged_attention_reference
+from jax_kernels.ragged_paged_attention import ragged_paged_attention_reference
 from tests.support import numerics
 from tests.support.ragged_batches import make_ragged_batch
 
