@@ -135,7 +135,7 @@ def time_with_torch(
     import torch_xla
 
     import torch_rpa
-    from torch_rpa import jax_bridge
+    from torch_rpa.bridges import torch_xla as xla_bridge
 
     device = torch_xla.device()
     model, shape = case.shape.model, case.shape
@@ -168,7 +168,7 @@ def time_with_torch(
             )
         torch_xla.sync()
 
-    chip = jax_bridge.device_target(device).chip or "unknown"
+    chip = xla_bridge.device_target(device).chip or "unknown"
     return chip, timing.time_runs(
         run, lambda: torch_xla.sync(wait=True), **vars(repetition)
     )

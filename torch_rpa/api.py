@@ -122,13 +122,13 @@ def _run_selected(impl: str, inputs: Inputs, options: AttentionOptions) -> torch
     if impl == "pallas_interpret":
         if validation.values_requested():
             validation.validate_values(inputs, options)
-        from torch_rpa import jax_bridge
+        from torch_rpa.bridges import interpret
 
-        return jax_bridge.interpret_pallas_(inputs, options)
+        return interpret.interpret_pallas_(inputs, options)
     if inputs.q.device.type != "xla":
         return ops.ragged_paged_attention(*inputs, **vars(options))
-    from torch_rpa import jax_bridge
+    from torch_rpa.bridges import torch_xla as bridge
 
-    target = jax_bridge.device_target(inputs.q.device)
-    with jax_bridge.lowering_target(target._replace(implementation="reference")):
+    target = bridge.device_target(inputs.q.device)
+    with bridge.lowering_target(target._replace(implementation="reference")):
         return ops.ragged_paged_attention(*inputs, **vars(options))

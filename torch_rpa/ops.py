@@ -84,7 +84,7 @@ def update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:
     * In lazy mode torch_xla's ``copy_`` keeps the id of the tensor. XLA pairs donated
       parameters with outputs of their size in order, and torch_xla orders outputs by
       id: with a fresh id that is the order of execution, which is the order of the
-      parameters too (see ``jax_bridge.call``). A cache paired with the buffer of
+      parameters too (see ``bridges.torch_xla``). A cache paired with the buffer of
       another layer's would be copied in every step.
     * In a graph of torch.compile, ``copy`` would make torch_xla output each cache
       twice, and XLA copy it for the second.
@@ -156,20 +156,20 @@ def _readonly_cpu(*tensors: Any, **options: Any) -> torch.Tensor:
 def _functional_xla(
     *tensors: Any, donate_kv_cache: bool = False, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from torch_rpa import jax_bridge
+    from torch_rpa.bridges import torch_xla as bridge
 
     _require_update(options)
-    out, new_cache = jax_bridge.call(tensors, options)
+    out, new_cache = bridge.call(tensors, options)
     if donate_kv_cache:
-        jax_bridge.donate(tensors[3])
+        bridge.donate(tensors[3])
     return out, new_cache
 
 
 def _readonly_xla(*tensors: Any, **options: Any) -> torch.Tensor:
-    from torch_rpa import jax_bridge
+    from torch_rpa.bridges import torch_xla as bridge
 
     _require_no_update(options)
-    (out,) = jax_bridge.call(tensors, options)
+    (out,) = bridge.call(tensors, options)
     return out
 
 

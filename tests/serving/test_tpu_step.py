@@ -11,7 +11,7 @@ import torch_xla.runtime as xla_runtime  # noqa: E402
 
 from tests.support.tiny_llama import build_llama  # noqa: E402
 from tests.torch_rpa.tpu_compiler import compile_for_tpu, graph_of  # noqa: E402
-from torch_rpa import jax_bridge  # noqa: E402
+from torch_rpa.bridges import torch_xla as xla_bridge  # noqa: E402
 from torch_rpa.serving import Engine, EngineOptions, SamplingParams  # noqa: E402
 
 pytestmark = [
@@ -52,7 +52,7 @@ def test_a_step_that_samples_keeps_its_caches_in_place(monkeypatch):
     monkeypatch.setattr(engine._runner, "sync", take)
     engine.add_request([1, 2, 3], SamplingParams(temperature=0.7, top_k=9, top_p=0.9))
     with (
-        jax_bridge.lowering_target(jax_bridge.Target("tpu", "v6e", "pallas")),
+        xla_bridge.lowering_target(xla_bridge.Target("tpu", "v6e", "pallas")),
         pytest.raises(GraphTaken),
     ):
         engine.step()

@@ -17,7 +17,8 @@ import torch_xla.runtime as xr
 import torch_rpa
 from tests.torch_rpa.calls import assert_same_up_to_rounding, make_call
 from tests.torch_rpa.tpu_compiler import compile_for_tpu, graph_of
-from torch_rpa import jax_bridge, ops, spmd
+from torch_rpa import ops, spmd
+from torch_rpa.bridges import torch_xla as xla_bridge
 
 xr.use_spmd()
 HQ, HKV, DEVICES = 8, 4, 4
@@ -216,8 +217,8 @@ def test_a_graph_for_four_tpus_exchanges_no_part_of_the_cache():
     xs.mark_sharding(join, mesh, ("model", None))
     hidden = torch.randn(24, 256, dtype=torch.bfloat16).to(device)
     torch_xla.sync(wait=True)
-    target = jax_bridge.Target("tpu", "v6e", "pallas")
-    with jax_bridge.lowering_target(target):
+    target = xla_bridge.Target("tpu", "v6e", "pallas")
+    with xla_bridge.lowering_target(target):
         for cache in caches:
             heads = (hidden @ split).unflatten(1, (8, 6, 128))
             q = heads[:, :, :4].flatten(1, 2)

@@ -17,7 +17,8 @@ import torch_xla.runtime as xla_runtime  # noqa: E402
 
 from tests.torch_rpa.calls import make_call  # noqa: E402
 from tests.torch_rpa.tpu_compiler import compile_for_tpu, graph_of  # noqa: E402
-from torch_rpa import jax_bridge, ops  # noqa: E402
+from torch_rpa import ops  # noqa: E402
+from torch_rpa.bridges import torch_xla as xla_bridge  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(
@@ -56,7 +57,7 @@ def two_layer_call(cache_dtype):
 
 
 def lowered_for(chip):
-    return jax_bridge.lowering_target(jax_bridge.Target("tpu", chip, "pallas"))
+    return xla_bridge.lowering_target(xla_bridge.Target("tpu", chip, "pallas"))
 
 
 def lazy_graph(tensors, chip):

@@ -23,7 +23,9 @@ from tests.torch_rpa.calls import (  # noqa: E402
     raw_bytes,
 )
 from tests.torch_rpa.scenarios import SCENARIOS, make_scenario  # noqa: E402
-from torch_rpa import jax_bridge, ops, validation  # noqa: E402
+from torch_rpa import ops, validation  # noqa: E402
+from torch_rpa.bridges import lowering  # noqa: E402
+from torch_rpa.bridges import torch_xla as xla_bridge  # noqa: E402
 from torch_rpa.options import AttentionOptions  # noqa: E402
 
 on_xla_cpu = pytest.mark.skipif(
@@ -114,13 +116,13 @@ def test_impl_reference_runs_on_xla_tensors():
 
 def test_a_signature_is_lowered_once(monkeypatch):
     lowered = []
-    lower = jax_bridge._lower
+    lower = xla_bridge._lower
 
     def counting_lower(*arguments):
         lowered.append(arguments)
         return lower(*arguments)
 
-    monkeypatch.setattr(jax_bridge, "_lower", counting_lower)
+    monkeypatch.setattr(xla_bridge, "_lower", counting_lower)
     first = xla_call(page_size=16)
     for _ in range(2):
         ops.ragged_paged_attention(*first, soft_cap=31.0)
@@ -168,7 +170,7 @@ def test_jax_opens_no_device_but_the_cpu():
     code = textwrap.dedent("""
         import torch_xla
         from tests.torch_rpa.calls import make_call
-        from torch_rpa import jax_bridge, ops
+        from torch_rpa import ops
 
         call = make_call(device=torch_xla.device())
         ops.ragged_paged_attention(*call)
@@ -248,12 +250,12 @@ def test_asking_for_a_gradient_is_an_error():
     ],
 )
 def test_chip_names(kind, chip):
-    assert jax_bridge.chip_name(kind) == chip
+    assert lowering.chip_name(kind) == chip
 
 
 def test_options_become_keywords_of_the_jax_function():
     options = AttentionOptions(k_scale=0.5)
-    keywords = jax_bridge.jax_keywords(options, torch.bfloat16)
+    keywords = lowering.jax_keywords(options, torch.bfloat16)
     assert keywords["k_scale"] == 0.5
     # Always explicit, so that quantised queries do not decide the output's dtype.
-    assert keywords["out_dtype"] == jax_bridge.jax_dtype(torch.bfloat16)
+    assert keywords["out_dtype"] == lowering.jax_dtype(torch.bfloat16)

@@ -1,0 +1,62 @@
+"""The Pallas kernel in TPU interpret mode on plain CPU tensors, for debugging."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_rpa import validation
+from torch_rpa.bridges import lowering
+from torch_rpa.options import AttentionOptions
+from torch_rpa.validation import Inputs
+
+
+def interpret_pallas_(
+    inputs: Inputs, options: AttentionOptions, chip: str | None = None
+) -> torch.Tensor:
+    """Runs the Pallas kernel in TPU interpret mode on CPU tensors, in place.
+
+    Slow: it simulates the TPU's memories and DMAs. Needs JAX and no bridge to a device.
+    """
+    validation.validate_static(inputs, options)
+    if inputs.q.device.type != "cpu":
+        raise NotImplementedError(
+            f'impl="pallas_interpret" runs on CPU tensors, got {inputs.q.device}; '
+            "use impl=None there, or move the tensors with .cpu()"
+        )
+    jax = lowering.import_jax()
+    arguments = [None if t is None else jax.numpy.asarray(_to_numpy(t)) for t in inputs]
+    out, new_cache = _interpreted(options, inputs.q.dtype, chip)(*arguments)
+    if options.update_kv_cache:
+        inputs.kv_cache.copy_(_from_numpy(new_cache, inputs.kv_cache.dtype))
+    return _from_numpy(out, options.out_dtype or inputs.q.dtype)
+
+
+@functools.cache
+def _interpreted(
+    options: AttentionOptions, q_dtype: torch.dtype, chip: str | None
+) -> Callable:
+    from jax_kernels.ragged_paged_attention import ragged_paged_attention
+
+    return functools.partial(
+        ragged_paged_attention,
+        **lowering.jax_keywords(options, q_dtype),
+        chip=chip,
+        interpret=True,
+    )
+
+
+def _to_numpy(tensor: torch.Tensor) -> Any:
+    """Returns a NumPy array of the same values, also of a dtype unknown to NumPy."""
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.uint8).numpy().view(lowering.jax_dtype(tensor.dtype))
+
+
+def _from_numpy(array: Any, dtype: torch.dtype) -> torch.Tensor:
+    import numpy as np
+
+    contiguous = np.array(array)  # a writable copy
+    return torch.from_numpy(contiguous.view(np.uint8)).view(dtype)

@@ -1,0 +1,148 @@
+"""What a bridge needs of JAX: which function to trace, for what, and how to lower it.
+
+JAX is used as a compiler front end. It traces a function and lowers it for a named
+platform; it never opens the TPU, which belongs to the framework that calls the bridge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from torch_rpa.options import AttentionOptions
+
+
+class Target(NamedTuple):
+    """What a computation is lowered for.
+
+    Attributes:
+        platform: "tpu" or "cpu", as JAX names them.
+        chip: "v5e", "v6e", "tpu7x", ...; None if unknown or not a TPU.
+        implementation: "pallas" or "reference".
+    """
+
+    platform: str
+    chip: str | None
+    implementation: str
+
+
+def chip_name(kind: str) -> str | None:
+    """Returns the short name of a TPU chip, or None.
+
+    "TPU v5 lite" (PJRT) and "v5litepod-8" (accelerator type) are both "v5e".
+    """
+    words = kind.lower().replace("tpu", "").replace("lite", "e").split("-")[0]
+    compact = words.replace("pod", "").replace(" ", "").lstrip("v")
+    names = {
+        "4": "v4",
+        "5": "v5p",
+        "5p": "v5p",
+        "5e": "v5e",
+        "6e": "v6e",
+        "7": "tpu7x",
+        "7x": "tpu7x",
+    }
+    return names.get(compact)
+
+
+def jax_function(
+    options: AttentionOptions, q_dtype: torch.dtype, target: Target
+) -> Callable[..., tuple[Any, ...]]:
+    """Returns the JAX function of one call.
+
+    Args:
+        options: All that is no tensor.
+        q_dtype: Dtype of the queries.
+        target: Says which implementation.
+
+    Returns:
+        A function of the arrays of :class:`torch_rpa.validation.Inputs`, in their
+        order, None where a tensor is None. It returns ``(out, new_cache)``, or
+        ``(out,)`` if the cache is not updated.
+    """
+    keywords = jax_keywords(options, q_dtype)
+    return functools.partial(_results, _implementation(target), keywords)
+
+
+def _results(
+    implementation: Callable, keywords: dict[str, Any], *arrays: Any
+) -> tuple[Any, ...]:
+    out, new_cache = implementation(*arrays, **keywords)
+    return (out, new_cache) if keywords["update_kv_cache"] else (out,)
+
+
+def _implementation(target: Target) -> Callable:
+    if target.implementation == "reference":
+        from jax_kernels.ragged_paged_attention import ragged_paged_attention_reference
+
+        return ragged_paged_attention_reference
+    from jax_kernels.ragged_paged_attention import ragged_paged_attention
+
+    return functools.partial(ragged_paged_attention, chip=target.chip)
+
+
+def jax_keywords(options: AttentionOptions, q_dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the options as keyword arguments of the JAX functions."""
+    return vars(options) | {"out_dtype": jax_dtype(options.out_dtype or q_dtype)}
+
+
+def jax_dtype(dtype: torch.dtype) -> Any:
+    """Returns the NumPy dtype, ml_dtypes included, with the name of a torch dtype."""
+    return import_jax().numpy.dtype(str(dtype).removeprefix("torch."))
+
+
+def shape_structs(tensors: Sequence[torch.Tensor | None]) -> list[Any]:
+    """Returns what JAX traces with instead of arrays: shapes and dtypes, or None."""
+    jax = import_jax()
+    return [
+        None if t is None else jax.ShapeDtypeStruct(tuple(t.shape), jax_dtype(t.dtype))
+        for t in tensors
+    ]
+
+
+def hlo_module(function: Callable, structs: Sequence[Any], platform: str) -> bytes:
+    """Traces a function and lowers it for a platform, which need not be present.
+
+    Args:
+        function: A JAX function.
+        structs: Its arguments, from :func:`shape_structs`.
+        platform: "tpu" or "cpu".
+
+    Returns:
+        A serialised ``HloModuleProto``. Arguments that are not used stay parameters.
+    """
+    jax = import_jax()
+    with lowering_config():
+        traced = jax.jit(function, keep_unused=True).trace(*structs)
+        lowered = traced.lower(lowering_platforms=(platform,))
+        return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
+
+
+@functools.cache
+def import_jax() -> Any:
+    """Imports JAX such that it never creates a client for the TPU."""
+    import jax
+    from jax._src import xla_bridge
+
+    if not xla_bridge.backends_are_initialized():
+        jax.config.update("jax_platforms", "cpu")
+    return jax
+
+
+@contextlib.contextmanager
+def lowering_config() -> Iterator[None]:
+    """Sets what lowering needs of JAX's configuration, whatever the process has set."""
+    from jax._src import config
+
+    with (
+        config.enable_x64(False),
+        # torch_xla partitions with GSPMD and does not know Shardy's dialect.
+        config.use_shardy_partitioner(False),
+        # The same program from everywhere: no call stacks in it.
+        config.traceback_in_locations_limit(0),
+    ):
+        yield
