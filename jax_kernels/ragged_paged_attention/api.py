@@ -10,19 +10,14 @@ from jax.typing import DTypeLike
 from jax_kernels.ragged_paged_attention import (
     block_sizes as block_sizes_lib,
 )
-from jax_kernels.ragged_paged_attention import (
-    chips,
-    refs,
-    validation,
-)
-from jax_kernels.ragged_paged_attention import (
-    launch as launch_lib,
-)
+from jax_kernels.ragged_paged_attention import chips, validation
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
     BlockSizes,
     KernelConfig,
 )
+from jax_kernels.ragged_paged_attention.kernel import launch as launch_lib
+from jax_kernels.ragged_paged_attention.kernel import refs
 from jax_kernels.ragged_paged_attention.layout import dtype_packing
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
-from jax_kernels.ragged_paged_attention import chips, layout, refs, tuned
+from jax_kernels.ragged_paged_attention import chips, layout, tuned
 from jax_kernels.ragged_paged_attention.chips import MIB, Chip
 from jax_kernels.ragged_paged_attention.config import (
     SOFTMAX_TILE_ROWS,
@@ -16,6 +16,7 @@ from jax_kernels.ragged_paged_attention.config import (
     Phase,
     PhaseConfig,
 )
+from jax_kernels.ragged_paged_attention.kernel import refs
 from jax_kernels.ragged_paged_attention.validation import Problem
 
 # Share of VMEM given to the kernel; the rest is left to the program around it.

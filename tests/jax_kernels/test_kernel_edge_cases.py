@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_kernels.ragged_paged_attention.refs import ZERO_ROWS
+from jax_kernels.ragged_paged_attention.kernel.refs import ZERO_ROWS
 from tests.support.interpret import (
     SMALL_BLOCKS,
     assert_kernel_matches_oracle,

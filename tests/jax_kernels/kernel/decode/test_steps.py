@@ -15,14 +15,14 @@ from jax_kernels.ragged_paged_attention.config import (
     Phase,
     PhaseConfig,
 )
-from jax_kernels.ragged_paged_attention.decode_steps import (
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
     DecodeCell,
     Step,
     describe_step,
     step_structure,
 )
+from jax_kernels.ragged_paged_attention.kernel.schedule import Cursor, Lengths, Schedule
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
-from jax_kernels.ragged_paged_attention.schedule import Cursor, Lengths, Schedule
 
 BLOCK_KV, PAGE_SIZE, PAGES_PER_SEQUENCE = 8, 8, 8
 CACHE_DTYPES = {1: "float32", 2: "bfloat16", 4: "float8_e4m3fn"}

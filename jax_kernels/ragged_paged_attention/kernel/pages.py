@@ -8,7 +8,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_kernels.ragged_paged_attention.schedule import BlockPlace, Int, Schedule, log2
+from jax_kernels.ragged_paged_attention.kernel.schedule import (
+    BlockPlace,
+    Int,
+    Schedule,
+    log2,
+)
 
 
 def wait_for(ref, semaphore) -> None:

@@ -1,4 +1,4 @@
-"""The loop of decode: plans steps (decode_steps.py), starts their DMAs, computes them.
+"""The loop of decode: plans steps (steps.py), starts their DMAs, computes them.
 
 Planning a step is scalar arithmetic and a note in SMEM, so the compiler can run it in
 the shadow of vector work. Starting it issues its DMAs, which the compiler keeps in
@@ -15,20 +15,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jax_kernels.ragged_paged_attention import decode
-from jax_kernels.ragged_paged_attention.decode_steps import (
+from jax_kernels.ragged_paged_attention.kernel.decode import compute
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
     Step,
     describe_step,
     step_structure,
 )
-from jax_kernels.ragged_paged_attention.dma import StepCopies
-from jax_kernels.ragged_paged_attention.pipeline import read_lengths
-from jax_kernels.ragged_paged_attention.schedule import (
+from jax_kernels.ragged_paged_attention.kernel.phase import StepCopies
+from jax_kernels.ragged_paged_attention.kernel.schedule import (
     Cursor,
     Int,
     Schedule,
     next_slot,
 )
+from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import read_lengths
 
 
 class Progress(NamedTuple):
@@ -118,7 +118,7 @@ def run(
         stepper.begin(begin),
     )
     after_first_fetches()
-    decode.prepare(copies)
+    compute.prepare(copies)
     progress = stepper.plan(progress)
 
     def is_unfinished(carry):
@@ -130,7 +130,7 @@ def run(
         progress = stepper.start(progress)
         step = _load_step(copies, slot)
         copies.wait(step, slot)
-        progress = decode.compute(
+        progress = compute.compute(
             copies, step.cells, slot, functools.partial(stepper.plan, progress)
         )
         if copies.updates:

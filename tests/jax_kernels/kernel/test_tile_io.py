@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jax_kernels.ragged_paged_attention import layout, tile_io
+from jax_kernels.ragged_paged_attention import layout
 from jax_kernels.ragged_paged_attention.config import AttentionSpec, KernelConfig
+from jax_kernels.ragged_paged_attention.kernel import tile_io
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
 from tests.conftest import HAS_TPU
 from tests.support import oracle

@@ -23,24 +23,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_kernels.ragged_paged_attention import (
+from jax_kernels.ragged_paged_attention.config import LOG2_E, SUBLANES, KernelConfig
+from jax_kernels.ragged_paged_attention.kernel import (
     masking,
     new_tokens,
     online_softmax,
     tile_io,
 )
-from jax_kernels.ragged_paged_attention.block_loads import (
+from jax_kernels.ragged_paged_attention.kernel.block_loads import (
     largest_divisor,
     load_keys,
     load_values,
     value_words_mask,
 )
-from jax_kernels.ragged_paged_attention.config import LOG2_E, SUBLANES, KernelConfig
-from jax_kernels.ragged_paged_attention.decode_steps import DecodeCell
-from jax_kernels.ragged_paged_attention.dma import StepCopies
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import DecodeCell
+from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
+from jax_kernels.ragged_paged_attention.kernel.phase import StepCopies
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
-from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
-from jax_kernels.ragged_paged_attention.schedule import Int, log2
 
 # Key heads that share one stretch of code; even, since two bf16 heads share a word.
 MAX_STRETCH_HEADS = 8

@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_kernels.ragged_paged_attention import tile_io
 from jax_kernels.ragged_paged_attention.config import (
     SUBLANES,
     KernelConfig,
     PhaseConfig,
 )
-from jax_kernels.ragged_paged_attention.decode_steps import step_structure
+from jax_kernels.ragged_paged_attention.kernel import tile_io
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import step_structure
+from jax_kernels.ragged_paged_attention.kernel.schedule import Cell
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
-from jax_kernels.ragged_paged_attention.schedule import Cell
 
 # Rows of the zero buffer that clears the padded end of the output.
 ZERO_ROWS = 32

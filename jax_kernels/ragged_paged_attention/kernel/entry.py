@@ -17,19 +17,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jax_kernels.ragged_paged_attention import decode_pipeline, refs, tiles
 from jax_kernels.ragged_paged_attention.config import (
     KernelConfig,
     Phase,
     PhaseConfig,
 )
-from jax_kernels.ragged_paged_attention.dma import (
+from jax_kernels.ragged_paged_attention.kernel import refs
+from jax_kernels.ragged_paged_attention.kernel.decode import loop as decode_loop
+from jax_kernels.ragged_paged_attention.kernel.phase import (
     Copies,
     OutputClearer,
     StepCopies,
 )
-from jax_kernels.ragged_paged_attention.pipeline import Fetcher, store_cell
-from jax_kernels.ragged_paged_attention.schedule import EMPTY_CELL, Int, Schedule
+from jax_kernels.ragged_paged_attention.kernel.schedule import EMPTY_CELL, Int, Schedule
+from jax_kernels.ragged_paged_attention.kernel.tiles import compute as tiles
+from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import Fetcher, store_cell
 
 
 def rpa_kernel(
@@ -112,7 +114,7 @@ def _run_phase(
         semaphores,
     )
     if schedule.phase.is_decode:
-        decode_pipeline.run(StepCopies(*operands), begin, end, after_first_fetches)
+        decode_loop.run(StepCopies(*operands), begin, end, after_first_fetches)
     else:
         _run_tiles(Copies(*operands), begin, end, after_first_fetches)
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
+from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int, log2
 from jax_kernels.ragged_paged_attention.layout import LANES
-from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
 
 
 def attention_mask(

@@ -19,30 +19,35 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jax_kernels.ragged_paged_attention import (
+from jax_kernels.ragged_paged_attention.config import LOG2_E
+from jax_kernels.ragged_paged_attention.kernel import (
     masking,
     new_tokens,
     online_softmax,
     refs,
     tile_io,
 )
-from jax_kernels.ragged_paged_attention.block_loads import (
+from jax_kernels.ragged_paged_attention.kernel.block_loads import (
     largest_divisor,
     load_keys,
     load_values,
     value_words_mask,
 )
-from jax_kernels.ragged_paged_attention.config import LOG2_E
-from jax_kernels.ragged_paged_attention.dma import Copies
-from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
-from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
-from jax_kernels.ragged_paged_attention.pipeline import (
+from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
+from jax_kernels.ragged_paged_attention.kernel.phase import Copies
+from jax_kernels.ragged_paged_attention.kernel.refs import ONLY_SLOT
+from jax_kernels.ragged_paged_attention.kernel.schedule import (
+    Cell,
+    Int,
+    log2,
+    next_slot,
+)
+from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import (
     Progress,
     load_cell,
     slot_of_same_block,
 )
-from jax_kernels.ragged_paged_attention.refs import ONLY_SLOT
-from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2, next_slot
+from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 
 # Softmax tiles in one stretch of code, within which the compiler overlaps them.
 MAX_STRETCH_TILES = 16

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_kernels.ragged_paged_attention.schedule import (
+from jax_kernels.ragged_paged_attention.kernel.schedule import (
     BlockPlace,
     Cell,
     Cursor,

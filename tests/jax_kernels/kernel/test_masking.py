@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_kernels.ragged_paged_attention import masking
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
-from jax_kernels.ragged_paged_attention.schedule import Cell
+from jax_kernels.ragged_paged_attention.kernel import masking
+from jax_kernels.ragged_paged_attention.kernel.schedule import Cell
 
 
 def mask_of(query_positions, key_positions, visible_end, **spec) -> np.ndarray:

@@ -13,9 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig
-from jax_kernels.ragged_paged_attention.decode_steps import Step
-from jax_kernels.ragged_paged_attention.pages import Pages, wait_for
-from jax_kernels.ragged_paged_attention.refs import (
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import Step
+from jax_kernels.ragged_paged_attention.kernel.pages import Pages, wait_for
+from jax_kernels.ragged_paged_attention.kernel.refs import (
     ONLY_SLOT,
     ZERO_ROWS,
     Bookkeeping,
@@ -25,7 +25,7 @@ from jax_kernels.ragged_paged_attention.refs import (
     ScalarRefs,
     Semaphores,
 )
-from jax_kernels.ragged_paged_attention.schedule import (
+from jax_kernels.ragged_paged_attention.kernel.schedule import (
     Cell,
     Int,
     Schedule,

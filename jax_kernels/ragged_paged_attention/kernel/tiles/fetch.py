@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jax_kernels.ragged_paged_attention import refs
-from jax_kernels.ragged_paged_attention.dma import Copies
-from jax_kernels.ragged_paged_attention.schedule import (
+from jax_kernels.ragged_paged_attention.kernel import refs
+from jax_kernels.ragged_paged_attention.kernel.phase import Copies
+from jax_kernels.ragged_paged_attention.kernel.schedule import (
     Cell,
     Cursor,
     Int,

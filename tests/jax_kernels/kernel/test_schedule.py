@@ -14,15 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_kernels.ragged_paged_attention import masking
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
     KernelConfig,
     Phase,
     PhaseConfig,
 )
-from jax_kernels.ragged_paged_attention.layout import CacheLayout
-from jax_kernels.ragged_paged_attention.schedule import (
+from jax_kernels.ragged_paged_attention.kernel import masking
+from jax_kernels.ragged_paged_attention.kernel.schedule import (
     Cell,
     Cursor,
     Lengths,
@@ -31,6 +30,7 @@ from jax_kernels.ragged_paged_attention.schedule import (
     ceil_to,
     floor_to,
 )
+from jax_kernels.ragged_paged_attention.layout import CacheLayout
 
 NUM_SLOTS = 4
 CACHE_DTYPES = {1: "float32", 2: "bfloat16", 4: "float8_e4m3fn"}

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from jax_kernels.ragged_paged_attention import masking, tile_io
 from jax_kernels.ragged_paged_attention.config import KernelConfig
-from jax_kernels.ragged_paged_attention.schedule import Int
+from jax_kernels.ragged_paged_attention.kernel import masking, tile_io
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int
 
 
 def load_keys(

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jax_kernels.ragged_paged_attention import masking, tile_io
 from jax_kernels.ragged_paged_attention.config import KernelConfig
-from jax_kernels.ragged_paged_attention.decode_steps import DecodeCell
-from jax_kernels.ragged_paged_attention.dma import (
+from jax_kernels.ragged_paged_attention.kernel import masking, tile_io
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import DecodeCell
+from jax_kernels.ragged_paged_attention.kernel.phase import (
     Copies,
     NewTokensPiece,
     StepCopies,
 )
+from jax_kernels.ragged_paged_attention.kernel.refs import ONLY_SLOT
+from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int, log2
 from jax_kernels.ragged_paged_attention.layout import dtype_packing
-from jax_kernels.ragged_paged_attention.refs import ONLY_SLOT
-from jax_kernels.ragged_paged_attention.schedule import Cell, Int, log2
 
 
 def merge(copies: Copies, cell: Cell, slot: Int) -> None:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_kernels.ragged_paged_attention import kernel, refs
 from jax_kernels.ragged_paged_attention.config import KernelConfig
+from jax_kernels.ragged_paged_attention.kernel import entry, refs
 
 KERNEL_NAME = "rpa"
 
@@ -87,7 +87,7 @@ def _entry(structure, config: KernelConfig, *flat_refs) -> None:
     """Puts the flat references of Pallas back into their groups."""
     *group_refs, zeros, clear_semaphore = flat_refs
     scalars, inputs, outputs = jax.tree.unflatten(structure, group_refs)
-    kernel.rpa_kernel(scalars, inputs, outputs, zeros, clear_semaphore, config=config)
+    entry.rpa_kernel(scalars, inputs, outputs, zeros, clear_semaphore, config=config)
 
 
 def _out_shape(config: KernelConfig) -> tuple[int, ...]:

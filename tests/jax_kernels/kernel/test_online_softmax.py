@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_kernels.ragged_paged_attention import online_softmax
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
-from jax_kernels.ragged_paged_attention.online_softmax import SoftmaxState
+from jax_kernels.ragged_paged_attention.kernel import online_softmax
+from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
 
 ROWS, LANES = 8, 128
 F32_EPS = np.finfo(np.float32).eps
