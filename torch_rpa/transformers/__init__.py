@@ -31,7 +31,8 @@ from torch_rpa.transformers.context import (
 )
 from torch_rpa.transformers.generation import generate
 from torch_rpa.transformers.guards import ATTENTION_NAME
-from torch_rpa.transformers.paged_generation import PagedCache, paged_generation
+from torch_rpa.transformers.paged_cache import PagedCache
+from torch_rpa.transformers.paged_generation import paged_generation
 
 __all__ = [
     "ATTENTION_NAME",

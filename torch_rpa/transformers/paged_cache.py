@@ -1,0 +1,191 @@
+"""What transformers takes for a cache of its own in a block of paged generation."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from torch_rpa.transformers.lockstep import LockstepBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class PagingOptions:
+    """How :func:`paged_generation` keeps keys and values; see there."""
+
+    page_size: int = 16
+    num_pages: int | None = None
+    max_length: int | None = None
+    max_tokens_per_step: int | None = None
+    cache_dtype: torch.dtype | None = None
+
+
+def _refusing(method: str) -> Callable[..., NoReturn]:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{method} of a PagedCache: it only serves greedy search and sampling with "
+            'attn_implementation="rpa", in the block of paged_generation that made it'
+        )
+
+    return refuse
+
+
+class _PagedLayer(CacheLayerMixin):
+    """What a layer of a paged cache can say: its length."""
+
+    is_sliding = False
+
+    def __init__(self, cache: PagedCache):
+        super().__init__()
+        self._cache = weakref.ref(cache)
+
+    def get_seq_length(self) -> int:
+        cache = self._cache()
+        return 0 if cache is None else cache.num_columns
+
+    def get_max_length(self) -> int:
+        cache = self._cache()
+        return 0 if cache is None else cache.capacity
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+    batch_repeat_interleave = _refusing("batch_repeat_interleave")
+    batch_select_indices = _refusing("batch_select_indices")
+    crop = _refusing("crop")
+    get_mask_sizes = _refusing("get_mask_sizes")
+    lazy_initialization = _refusing("lazy_initialization")
+    reorder_cache = _refusing("reorder_cache")
+    reset = _refusing("reset")
+    update = _refusing("update")
+
+
+class PagedCache(Cache):
+    """What transformers takes for the cache of a padded batch.
+
+    It knows which columns of the batch it has seen, and which of them are tokens. Keys
+    and values lie in paged caches without padding.
+
+    Attributes:
+        capacity: Columns that there is room for.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int, options: PagingOptions):
+        num_layers = model.config.get_text_config().num_hidden_layers
+        super().__init__(layers=[_PagedLayer(self) for _ in range(num_layers)])
+        self.capacity = capacity
+        self._model = model
+        self._options = options
+        self._is_token: torch.Tensor | None = None  # bool[B, columns seen]
+        self._batch: LockstepBatch | None = None
+        self._is_closed = False
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the padded batch seen so far."""
+        return 0 if self._is_token is None else self._is_token.shape[1]
+
+    def require_room(self, num_columns: int) -> None:
+        """Raises unless so many columns fit."""
+        if num_columns > self.capacity:
+            raise ValueError(
+                f"past_key_values has room for {self.capacity} tokens of each sequence,"
+                f" got {num_columns}: raise max_length of paged_generation"
+            )
+
+    def close(self) -> None:
+        """Frees keys and values; what comes later raises."""
+        self._batch, self._is_closed = None, True
+
+    def next_logits(
+        self,
+        ids: torch.Tensor,  # i64[B, n], the new columns
+        mask: torch.Tensor | None,  # [B, columns seen + n]
+        positions: torch.Tensor | None,  # i64[B or 1, n]
+    ) -> torch.Tensor:
+        """Takes up new columns; returns what may follow the last token of each row.
+
+        Returns:
+            float32 ``[B, vocabulary]`` on the CPU.
+        """
+        if self._is_closed:
+            raise ValueError(
+                "past_key_values must not be used after an error or after the block of "
+                "paged_generation that made it"
+            )
+        is_token = self._checked_mask(ids, mask)
+        self._check_positions(is_token, positions)
+        new = is_token[:, self.num_columns :]
+        tokens = [row[keep].tolist() for row, keep in zip(ids, new, strict=True)]
+        try:
+            if self._batch is None:
+                self._batch = LockstepBatch(
+                    self._model,
+                    tokens,
+                    max_new_tokens=self.capacity - max(map(len, tokens)),
+                    page_size=self._options.page_size,
+                    num_pages=self._options.num_pages,
+                    max_tokens_per_step=self._options.max_tokens_per_step,
+                    cache_dtype=self._options.cache_dtype,
+                    prefix_caching=True,  # later turns
+                )
+            else:
+                for index, row_tokens in enumerate(tokens):
+                    self._batch.extend(index, row_tokens)
+            logits = self._batch.next_logits()
+        except BaseException:
+            self.close()  # a part of the step may be done
+            raise
+        self._is_token = is_token
+        return logits
+
+    def _checked_mask(
+        self, ids: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns which columns are tokens, those seen and the new ones."""
+        num_rows = len(ids) if self._is_token is None else len(self._is_token)
+        shape = (num_rows, self.num_columns + ids.shape[1])
+        if len(ids) != num_rows or not ids.shape[1]:
+            raise ValueError(
+                f"input_ids must have new columns for the {num_rows} sequences in "
+                f"past_key_values, got shape {list(ids.shape)}"
+            )
+        self.require_room(shape[1])
+        if mask is not None and mask.shape != shape:
+            raise ValueError(
+                f"attention_mask must have the shape {list(shape)} of the tokens in "
+                f"past_key_values and input_ids, got {list(mask.shape)}"
+            )
+        is_token = torch.ones(shape).bool() if mask is None else mask.cpu() != 0
+        if not is_token.any(dim=1).all():
+            raise ValueError(
+                "attention_mask must leave at least one token in each row, got "
+                f"{is_token.sum(dim=1).tolist()}"
+            )
+        seen = self._is_token
+        if seen is not None and not torch.equal(is_token[:, : seen.shape[1]], seen):
+            raise ValueError(
+                "attention_mask must hide the padding that past_key_values was made "
+                f"with, got {'None' if mask is None else 'another padding'}"
+            )
+        return is_token
+
+    def _check_positions(
+        self, is_token: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:
+        if positions is None:
+            return
+        counted = is_token.long().cumsum(dim=1)[:, self.num_columns :] - 1
+        compared = is_token[:, self.num_columns :]
+        if self.num_columns:
+            # After padding on the right transformers counts on in one way or another.
+            has_gap = (is_token[:, :-1] & ~is_token[:, 1:]).any(dim=1, keepdim=True)
+            compared = compared & ~has_gap
+        if ((positions.cpu() != counted) & compared).any():
+            raise NotImplementedError(
+                "position_ids must count the tokens of each sequence from 0, got "
+                f"{positions.tolist()}; leave them out"
+            )
