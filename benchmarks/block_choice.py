@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from benchmarks import cases
-from jax_kernels.ragged_paged_attention import block_sizes, chips
+from jax_kernels import chips
+from jax_kernels.ragged_paged_attention import block_sizes
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
 from jax_kernels.ragged_paged_attention.validation import Problem

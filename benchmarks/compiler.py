@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import cases, environment
-from benchmarks.tpu_timing import CHIPS, Program, load_kernel
+from benchmarks.tpu_timing import Program, load_kernel
+from jax_kernels import chips
 
 KERNEL_NAME = "rpa"
-TOPOLOGIES = {"tpu7x": "tpu7x:2x2x1", "v6e": "v6e:2x2", "v5e": "v5e:2x2"}
 # An extreme candidate of the tuner may keep the compiler busy for ever.
 MAX_SECONDS = 900
 # Of the cache in the program: its schedule is the same for any number of pages, and the
@@ -70,7 +70,7 @@ def compile_program(
                 f"compiling for {chip} failed with exit status {done.returncode}:\n"
                 + "\n".join(done.stderr.splitlines()[-15:])
             )
-        return load_kernel(directory, KERNEL_NAME, CHIPS[chip])
+        return load_kernel(directory, KERNEL_NAME, chips.COMPILED[chip])
 
 
 def _child_environment(directory: str) -> dict[str, str]:
@@ -84,11 +84,7 @@ def _child_environment(directory: str) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         # A program taken from a cache would leave no schedule.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        # There is no TPU host to ask, and several processes may load the library.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v6e-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        **chips.COMPILE_ONLY_ENVIRONMENT,
     }
 
 
@@ -107,7 +103,7 @@ def _compile(
     )
 
     topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=TOPOLOGIES[chip]
+        platform="tpu", topology_name=chips.COMPILED[chip].topology
     )
     where = SingleDeviceSharding(topology.devices[0])
 

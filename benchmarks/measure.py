@@ -23,7 +23,8 @@ import sys
 from collections.abc import Callable
 
 from benchmarks import cases, environment, predict, timing
-from benchmarks.tpu_timing import CHIPS, workloads
+from benchmarks.tpu_timing import workloads
+from jax_kernels import chips
 
 LIBRARIES = ("torch", "jax")
 NO_TPU = 2
@@ -186,20 +187,17 @@ def row(
       timed: Per call.
       predicted: Microseconds by (case, chip).
     """
-    from jax_kernels.ragged_paged_attention import chips
-
-    chip_name = chips.find_chip(kind).name
+    chip = chips.find_chip(kind)
     result = {
         "case": case.name,
         "library": library,
-        "chip": chip_name,
+        "chip": chip.name,
         "kind": "measurement",
         **timed.as_dict(),
     }
-    if chip_name in CHIPS:
-        chip = CHIPS[chip_name]
+    if chip.known_rates is not None:
         result |= workloads.utilization(timed.median, chip, case.ideal)
-    expected = predicted.get((case.name, chip_name))
+    expected = predicted.get((case.name, chip.name))
     if expected:
         result["ratio_to_prediction"] = 1e6 * timed.median / expected
     return result

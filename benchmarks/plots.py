@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 from typing import TYPE_CHECKING
 
-from benchmarks.tpu_timing import Chip
+from jax_kernels.chips import Chip
 
 if TYPE_CHECKING:
     from benchmarks.predict import Prediction
@@ -60,14 +60,17 @@ def _batch(prediction: Prediction) -> int:
 
 
 def _roofline(axis, chip: Chip, predictions: list[Prediction]) -> None:
-    knee = chip.bf16_flops_per_s / chip.hbm_bytes_per_s
+    rates = chip.rates
+    knee = rates.bf16_flops_per_s / rates.hbm_bytes_per_s
     intensities = [p.case.ideal.flops / p.case.ideal.bytes for p in predictions]
     edges = [min([*intensities, knee]) / 4, knee, max([*intensities, knee]) * 4]
-    roof = [min(x * chip.hbm_bytes_per_s, chip.bf16_flops_per_s) / 1e12 for x in edges]
+    roof = [
+        min(x * rates.hbm_bytes_per_s, rates.bf16_flops_per_s) / 1e12 for x in edges
+    ]
     axis.loglog(edges, roof, color="black", label=f"{chip.name} peaks")
     caps = {p.case.shape.model.head_dim: p.cap for p in predictions if p.cap < 1}
     for head_dim, cap in caps.items():
-        height = cap * chip.bf16_flops_per_s / 1e12
+        height = cap * rates.bf16_flops_per_s / 1e12
         ends = (cap * knee, edges[-1])
         label = f"most at D = {head_dim}"
         axis.loglog(ends, (height, height), ":", color="black", label=label)

@@ -18,8 +18,6 @@ from collections.abc import Iterable, Iterator
 
 from benchmarks import block_choice, cases, compiler, environment
 from benchmarks.tpu_timing import (
-    CHIPS,
-    Chip,
     DmaModel,
     Program,
     Result,
@@ -27,6 +25,8 @@ from benchmarks.tpu_timing import (
     workloads,
 )
 from benchmarks.tpu_timing import report as report_lib
+from jax_kernels import chips
+from jax_kernels.chips import Chip
 
 PREDICTED = "PREDICTED from the compiled schedule, not measured"
 
@@ -50,7 +50,7 @@ class Prediction:
     @property
     def cap(self) -> float:
         """The MFU that the head dimension allows."""
-        return self.chip.attention_cap(self.case.shape.model.head_dim)
+        return workloads.attention_cap(self.case.shape.model.head_dim, self.chip)
 
     def as_dict(self) -> dict:
         case = self.case
@@ -180,7 +180,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_case_arguments(parser)
     defaults = DmaModel()
-    parser.add_argument("--chip", choices=CHIPS, default="tpu7x")
+    parser.add_argument("--chip", choices=chips.COMPILED, default="tpu7x")
     parser.add_argument("--list", action="store_true", help="names of cases, no more")
     parser.add_argument(
         "--scaling", action="store_true", help="also over contexts and batch sizes"
@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    chip = CHIPS[options.chip]
+    chip = chips.COMPILED[options.chip]
     dma_model = DmaModel(
         latency_s=options.latency_us * 1e-6,
         descriptor_s=options.descriptor_ns * 1e-9,

@@ -31,7 +31,9 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import cases, compiler, environment, journal, predict
-from benchmarks.tpu_timing import CHIPS, Chip, Program
+from benchmarks.tpu_timing import Program, workloads
+from jax_kernels import chips
+from jax_kernels.chips import Chip
 from jax_kernels.ragged_paged_attention import tuned
 
 CLIFF = 0.5
@@ -97,9 +99,10 @@ def as_point(case: cases.Case, chip: Chip, record: dict) -> Point:
         raise ValueError(f"{case.name}: expected equal sequences, got {case.lengths}")
     first = sequences[0]
     needed = case.ideal
-    cap = chip.attention_cap(shape.model.head_dim)
+    cap = workloads.attention_cap(shape.model.head_dim, chip)
     least = max(
-        needed.bytes / chip.hbm_bytes_per_s, needed.flops / chip.bf16_flops_per_s / cap
+        needed.bytes / chip.rates.hbm_bytes_per_s,
+        needed.flops / chip.rates.bf16_flops_per_s / cap,
     )
     return Point(
         name=case.name,
@@ -298,14 +301,14 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--chip", choices=CHIPS, default="tpu7x")
+    parser.add_argument("--chip", choices=chips.COMPILED, default="tpu7x")
     parser.add_argument(
         "--only", nargs="+", metavar="PATTERN", help="names of cases, such as 'llama*'"
     )
     parser.add_argument("--journal", metavar="FILE", help="continue, and keep results")
     parser.add_argument("--json", metavar="FILE", help="write JSON")
     options = parser.parse_args(arguments)
-    chip = CHIPS[options.chip]
+    chip = chips.COMPILED[options.chip]
     described = environment.describe(chip.name) | {"figures": predict.PREDICTED}
     environment.print_header("cliffs, windows, float8, empty phases", described)
     patterns = options.only or ["*"]

@@ -45,8 +45,10 @@ from benchmarks import (
     measure,
     predict,
 )
-from benchmarks.tpu_timing import CHIPS, Chip, SimulationError
-from jax_kernels.ragged_paged_attention import block_sizes, chips, tuned
+from benchmarks.tpu_timing import SimulationError
+from jax_kernels import chips
+from jax_kernels.chips import Chip
+from jax_kernels.ragged_paged_attention import block_sizes, tuned
 from jax_kernels.ragged_paged_attention.config import BlockSizes
 
 # Sizes of a candidate, by the names of BlockSizes.
@@ -250,10 +252,9 @@ def check_fits(
     config = block_sizes.make_config(problem, spec, blocks, None, False)
     phases = tuple(p for p in config.phases if p.is_decode == (phase == "decode"))
     config = dataclasses.replace(config, phases=phases)
-    memory = chips.find_chip(chip.name)
-    limit = int(memory.vmem_bytes * block_sizes.VMEM_LIMIT_SHARE)
+    limit = int(chip.vmem_bytes * block_sizes.VMEM_LIMIT_SHARE)
     try:
-        block_sizes.check_fits(problem, config, memory, limit)
+        block_sizes.check_fits(problem, config, chip, limit)
     except ValueError as error:
         raise CandidateError(str(error)) from error
 
@@ -295,7 +296,7 @@ def time_blocks(
     def cycles(step: str) -> float:
         case = cases.Case(step, shape, step)
         _, timed = measure.time_with_jax(case, repetition, attention)
-        return timed.median * chip.clock_hz
+        return timed.median * chip.rates.clock_hz
 
     try:
         return {
@@ -328,12 +329,11 @@ class Run:
     ) -> list[tuned.TunedBlocks]:
         """Tunes one shape and writes what was found."""
         problem, spec = block_choice.problem_of(shape)
-        memory = chips.find_chip(chip.name)
         model = block_sizes.preferred(problem, spec)
-        default = block_sizes.fit(problem, spec, memory, model)
+        default = block_sizes.fit(problem, spec, chip, model)
         with self._lock:
             written = self._written()
-        shipped = block_sizes.explain(problem, spec, memory, written).blocks
+        shipped = block_sizes.explain(problem, spec, chip, written).blocks
         tuned_shape = block_sizes.tuned_shape(problem, spec)
         found = tune(
             default,
@@ -445,7 +445,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, help="by default all")
+    parser.add_argument(
+        "--chips", nargs="+", choices=chips.COMPILED, help="by default all"
+    )
     parser.add_argument(
         "--models",
         nargs="+",
@@ -509,7 +511,7 @@ def selected_shapes(options: argparse.Namespace) -> list[list[cases.StaticShape]
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     kind = "measurement" if options.measure else "prediction"
-    names = options.chips or list(CHIPS)
+    names = options.chips or list(chips.COMPILED)
     if options.measure:
         if not measure.has_tpu():
             print(measure.NO_TPU_MESSAGE, file=sys.stderr)
@@ -524,7 +526,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     run = Run(kind, known, options.output, options.extent)
     work = [
-        (shapes, CHIPS[name]) for name in names for shapes in selected_shapes(options)
+        (shapes, chips.COMPILED[name])
+        for name in names
+        for shapes in selected_shapes(options)
     ]
     failures = []
     total = sum(len(shapes) for shapes, _ in work)
@@ -559,8 +563,9 @@ def _chip_there_is() -> str:
 
     kind = jax.devices()[0].device_kind
     name = chips.find_chip(kind).name
-    if name not in CHIPS:
-        raise SystemExit(f"--measure: expected one of {', '.join(CHIPS)}, got {kind}")
+    if name not in chips.COMPILED:
+        expected = ", ".join(chips.COMPILED)
+        raise SystemExit(f"--measure: expected one of {expected}, got {kind}")
     return name
 
 

@@ -6,6 +6,8 @@ import pathlib
 import hypothesis
 import pytest
 
+from jax_kernels import chips
+
 # Property tests share two cores with compilations: time says nothing about them.
 hypothesis.settings.register_profile(
     "untimed",
@@ -29,12 +31,8 @@ HAS_TPU = _has_tpu()
 if not HAS_TPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("PJRT_DEVICE", "CPU")
-    # For compiling with libtpu where there is no TPU: ask no metadata server, and let
-    # several test processes load the library.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for _name, _value in chips.COMPILE_ONLY_ENVIRONMENT.items():
+        os.environ.setdefault(_name, _value)
 
 
 def pytest_collection_modifyitems(items):

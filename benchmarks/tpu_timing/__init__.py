@@ -1,6 +1,5 @@
 """Timing simulation of TPU TensorCore programs from compiler text dumps."""
 
-from benchmarks.tpu_timing.chips import CHIPS, Chip
 from benchmarks.tpu_timing.dma import DmaModel
 from benchmarks.tpu_timing.machine import Machine, Result, SimulationError, simulate
 from benchmarks.tpu_timing.program import (
@@ -11,8 +10,6 @@ from benchmarks.tpu_timing.program import (
 )
 
 __all__ = [
-    "CHIPS",
-    "Chip",
     "DmaModel",
     "Machine",
     "Program",

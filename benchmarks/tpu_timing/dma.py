@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from benchmarks.tpu_timing.chips import Chip
+from jax_kernels.chips import Chip
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class DmaEngine:
     ):
         self.model = model
         self.granule_bytes = granule_bytes
-        self.latency = model.latency_s * chip.clock_hz
-        self.descriptor = model.descriptor_s * chip.clock_hz
-        self.bytes_per_cycle = model.efficiency * chip.hbm_bytes_per_cycle
+        self.latency = model.latency_s * chip.rates.clock_hz
+        self.descriptor = model.descriptor_s * chip.rates.clock_hz
+        self.bytes_per_cycle = model.efficiency * chip.rates.hbm_bytes_per_cycle
         self.channel_free = 0.0
         self.channel_busy = 0.0
         self.flags: dict[int, int] = {}

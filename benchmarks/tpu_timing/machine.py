@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.tpu_timing import isa
-from benchmarks.tpu_timing.chips import Chip
+from benchmarks.tpu_timing import core, isa
 from benchmarks.tpu_timing.dma import DmaEngine, DmaModel, SyncFlagDeadlock
 from benchmarks.tpu_timing.program import EXIT, WORD_BYTES, Program
+from jax_kernels.chips import Chip
 
 DEFAULT_DMA = DmaModel()
 
@@ -115,7 +115,7 @@ class Machine:
             for stretch in self.program.stretches
             for _, _, dtype in stretch.issues
         }
-        known = self.chip.vmatmul_cycles
+        known = core.vmatmul_cycles(self.chip)
         self.unknown_matmuls = sorted(dtypes - set(known))
         return {**known, **dict.fromkeys(self.unknown_matmuls, known["bf16"])}
 
@@ -362,7 +362,7 @@ class Machine:
             kernel=program.kernel,
             chip=self.chip.name,
             cycles=float(end),
-            seconds=self.chip.seconds(end),
+            seconds=self.chip.rates.seconds(end),
             schedule_cycles=int(per_bundle @ program.cycles_of_bundle),
             executed_bundles=int(per_bundle[nonempty].sum()),
             dma_wait_cycles=float(self.dma.wait_cycles),

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.tpu_timing import isa, listing
-from benchmarks.tpu_timing.chips import Chip
+from benchmarks.tpu_timing import core, isa, listing
 from benchmarks.tpu_timing.isa import Address, Immediate, Instruction, Register
+from jax_kernels.chips import Chip
 
 EXIT = -1
 
@@ -177,9 +177,7 @@ def load_files(files: listing.KernelFiles, chip: Chip | None = None) -> Program:
         operands=operands,
         granule_bytes=GRANULE_BYTES,
         hbm_pointer_granules=_hbm_pointer_granules(scalar_code),
-        branch_delay_slots=chip.branch_delay_slots
-        if chip
-        else _infer_delay_slots(bundles, scalar_code),
+        branch_delay_slots=_delay_slots_of(chip, bundles, scalar_code),
         unit_names=names,
         unit_capacity=capacity,
         unit_usage=usage,
@@ -285,6 +283,13 @@ def _branch_in(code: list[Instruction]) -> Instruction | None:
     if len(branches) > 1:
         raise isa.UnsupportedInstruction("two branches in one bundle")
     return branches[0] if branches else None
+
+
+def _delay_slots_of(chip: Chip | None, bundles, scalar_code) -> int:
+    """Bundles executed after every branch, as the chip has it or the program shows."""
+    if chip is not None and chip.name in core.BRANCH_DELAY_SLOTS:
+        return core.BRANCH_DELAY_SLOTS[chip.name]
+    return _infer_delay_slots(bundles, scalar_code)
 
 
 def _infer_delay_slots(bundles, scalar_code) -> int:

@@ -6,9 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from benchmarks.tpu_timing.chips import Chip
 from benchmarks.tpu_timing.machine import Loop, Result
 from benchmarks.tpu_timing.program import Program
+from jax_kernels.chips import Chip
 
 
 def as_dict(result: Result) -> dict:
@@ -77,7 +77,7 @@ def write_trace(path: str | Path, program: Program, chip: Chip, result: Result) 
 
     The run must have kept its timeline.
     """
-    to_us = 1e6 / chip.clock_hz
+    to_us = 1e6 / chip.rates.clock_hz
     events = [_row_name(1, f"{program.kernel} core (predicted)")]
     header_of = _innermost_headers(result)
     for block, begin, end, waited in result.timeline:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.tpu_timing.chips import Chip
+from jax_kernels.chips import Chip
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,20 @@ def ideal(
     )
 
 
+def attention_cap(head_dim: int, chip: Chip) -> float:
+    """Share of peak FLOPs that attention can reach: D fills a side of the MXU.
+
+    Scores sum over D, and values are D wide, so a unit wider than D is idle in part.
+    """
+    return min(1.0, head_dim / chip.matrix_columns)
+
+
 def utilization(seconds: float, chip: Chip, needed: Ideal) -> dict[str, float]:
     """Shares of the chip's peaks that a time means for a workload."""
-    peak_bytes = chip.hbm_bytes_per_s * seconds
-    peak_flops = chip.bf16_flops_per_s * seconds
-    bytes_s = needed.bytes / chip.hbm_bytes_per_s
-    flops_s = needed.flops / chip.bf16_flops_per_s
+    peak_bytes = chip.rates.hbm_bytes_per_s * seconds
+    peak_flops = chip.rates.bf16_flops_per_s * seconds
+    bytes_s = needed.bytes / chip.rates.hbm_bytes_per_s
+    flops_s = needed.flops / chip.rates.bf16_flops_per_s
     return {
         "mbu": needed.bytes / peak_bytes,
         "mbu_kv_only": needed.kv_read_bytes / peak_bytes,

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
+from jax_kernels import chips
 from jax_kernels.ragged_paged_attention import (
     block_sizes as block_sizes_lib,
 )
-from jax_kernels.ragged_paged_attention import chips, validation
+from jax_kernels.ragged_paged_attention import validation
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
     BlockSizes,

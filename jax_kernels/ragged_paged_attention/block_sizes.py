@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
-from jax_kernels.ragged_paged_attention import chips, layout, tuned
-from jax_kernels.ragged_paged_attention.chips import MIB, Chip
+from jax_kernels import chips
+from jax_kernels.chips import MIB, Chip
+from jax_kernels.ragged_paged_attention import layout, tuned
 from jax_kernels.ragged_paged_attention.config import (
     SOFTMAX_TILE_ROWS,
     AttentionSpec,

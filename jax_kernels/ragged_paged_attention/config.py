@@ -13,8 +13,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kernels.ragged_paged_attention import chips
-from jax_kernels.ragged_paged_attention.chips import Chip
+from jax_kernels import chips
+from jax_kernels.chips import Chip
 from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout, align_to
 
 LOG2_E = math.log2(math.e)

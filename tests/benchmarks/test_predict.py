@@ -6,7 +6,8 @@ import json
 import pytest
 
 from benchmarks import cases, compiler, environment, predict
-from benchmarks.tpu_timing import CHIPS, load_kernel
+from benchmarks.tpu_timing import load_kernel
+from jax_kernels import chips
 from tests.benchmarks import synthetic_dump
 
 DECODE = "llama-decode-128x1k"
@@ -62,9 +63,7 @@ def test_json_to_standard_output_is_nothing_but_json(toy_compiler, capsys):
 
 def test_cases_of_one_shape_are_compiled_once(toy_compiler, capsys):
     names = ["llama-decode-128x512", "llama-prefill-2k-at-8k", "llama-decode-8x1k"]
-    lines = list(
-        predict.table(predict.predict_all(cases.select(names), CHIPS["tpu7x"]))
-    )
+    lines = list(predict.table(predict.predict_all(cases.select(names), chips.TPU7X)))
     assert len(lines) == 2 + 3
     assert len(toy_compiler) == 2
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cases, environment, predict
-from benchmarks.tpu_timing import CHIPS
+from jax_kernels import chips
 from tests.conftest import HAS_TPU
 
 pytest.importorskip("libtpu", reason="needs libtpu, which compiles without a TPU")
@@ -53,7 +53,7 @@ def test_no_case_is_predicted_slower_than_its_baseline(name):
                 f"the baseline is of {package} {BASELINE[package]}, here is "
                 f"{described[package]}: {UPDATE}"
             )
-    chip = CHIPS[BASELINE["chip"]]
+    chip = chips.COMPILED[BASELINE["chip"]]
     (prediction,) = predict.predict_all(cases.select([name]), chip)
     assert prediction.result.nonzero_flags == {}
     problem = verdict(name, prediction.result.cycles, BASELINE["cycles"][name])

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 from benchmarks import cases, compiler, sweep
-from benchmarks.tpu_timing import CHIPS, load_kernel
+from benchmarks.tpu_timing import load_kernel
+from jax_kernels import chips
 from tests.benchmarks import synthetic_dump
 
-CHIP = CHIPS["tpu7x"]
+CHIP = chips.TPU7X
 BASE = cases.fitted("base", cases.LLAMA3_8B, "128*1/1024")
 
 
@@ -20,12 +21,12 @@ def point(lengths="128*1/1024", us=100.0, spills=0, window=None, **static):
 
 def test_efficiency_is_the_bound_by_the_time():
     decode = point(us=1000)
-    bytes_us = 1e6 * BASE.ideal.bytes / CHIP.hbm_bytes_per_s
+    bytes_us = 1e6 * BASE.ideal.bytes / CHIP.rates.hbm_bytes_per_s
     assert decode.efficiency == pytest.approx(bytes_us / 1000)
     # Prefill at D = 128 reaches half of the peak of a matrix unit of 256 at most.
     prefill = point("1*2048/8192", us=1000)
     case = cases.fitted("x", cases.LLAMA3_8B, "2048/8192")
-    flops_us = 1e6 * case.ideal.flops / CHIP.bf16_flops_per_s
+    flops_us = 1e6 * case.ideal.flops / CHIP.rates.bf16_flops_per_s
     assert prefill.efficiency == pytest.approx(2 * flops_us / 1000)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from benchmarks.tpu_timing import (
-    Chip,
     DmaModel,
     Machine,
     SimulationError,
@@ -17,10 +16,11 @@ from benchmarks.tpu_timing import (
     simulate,
 )
 from benchmarks.tpu_timing.dma import DmaEngine, SyncFlagDeadlock
+from jax_kernels.chips import Chip, Rates
 from tests.benchmarks import synthetic_dump
 
 # One cycle per nanosecond and 32 bytes per cycle make expected times readable.
-TOY_CHIP = Chip("toy", 1e9, 32e9, 1000, 2, 256, {"bf16": 8, "f32": 4})
+TOY_CHIP = Chip("toy", vmem_bytes=0, known_rates=Rates(1e9, 32e9, 1000))
 TOY_DMA = DmaModel(latency_s=100e-9, efficiency=1.0)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import cases, environment, journal, measure, timing, tune
-from benchmarks.tpu_timing import CHIPS
+from jax_kernels import chips
 from jax_kernels.ragged_paged_attention import tuned
 from jax_kernels.ragged_paged_attention.config import BlockSizes
 from tests.conftest import HAS_TPU
@@ -157,13 +157,13 @@ def test_a_score_is_the_geometric_mean_over_steps():
     assert tune._score({"a": 20, "b": 50}, {"a": 10, "b": 100}) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", chips.COMPILED)
 def test_a_large_candidate_does_not_fit_and_says_so(chip):
-    tune.check_fits(LLAMA, CHIPS[chip], DEFAULT, "decode")
+    tune.check_fits(LLAMA, chips.COMPILED[chip], DEFAULT, "decode")
     with pytest.raises(tune.CandidateError, match="bytes of VMEM"):
         blocks = BlockSizes(1 << 16, 256, 512)
-        tune.check_fits(LLAMA, CHIPS[chip], blocks, "decode")
-    tune.check_fits(LLAMA, CHIPS[chip], blocks, "prefill")
+        tune.check_fits(LLAMA, chips.COMPILED[chip], blocks, "decode")
+    tune.check_fits(LLAMA, chips.COMPILED[chip], blocks, "prefill")
 
 
 def test_measured_times_are_cycles_of_the_chip(monkeypatch):
@@ -174,7 +174,7 @@ def test_measured_times_are_cycles_of_the_chip(monkeypatch):
         return "TPU v6 lite", timing.summarize([1e-6, 2e-6, 9e-6])
 
     monkeypatch.setattr(measure, "time_with_jax", time_with_jax)
-    found = tune.time_blocks(LLAMA, CHIPS["v6e"], DEFAULT)
+    found = tune.time_blocks(LLAMA, chips.V6E, DEFAULT)
     steps = [step for steps in cases.TUNING_STEPS.values() for step in steps]
     assert timed == [(step, DEFAULT) for step in steps]
     assert found["decode"]["128*1/512"] == pytest.approx(2e-6 * 1.755e9)
@@ -184,7 +184,7 @@ def test_measured_times_are_cycles_of_the_chip(monkeypatch):
 
     monkeypatch.setattr(measure, "time_with_jax", fails)
     with pytest.raises(tune.CandidateError, match="too large"):
-        tune.time_blocks(LLAMA, CHIPS["v6e"], DEFAULT)
+        tune.time_blocks(LLAMA, chips.V6E, DEFAULT)
 
 
 @pytest.fixture

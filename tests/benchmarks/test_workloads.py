@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.tpu_timing import CHIPS, workloads
+from benchmarks.tpu_timing import workloads
 from benchmarks.tpu_timing.workloads import Sequence
+from jax_kernels import chips
 
 SHAPE = workloads.RpaShape(
     max_seqs=4,
@@ -92,8 +93,10 @@ def test_a_window_needs_no_bytes_before_it():
 
 
 def test_utilization_at_the_ideal_time_is_full():
-    chip = CHIPS["tpu7x"]
+    chip = chips.TPU7X
     needed = workloads.ideal(SHAPE, [Sequence(1, 100)])
-    shares = workloads.utilization(needed.bytes / chip.hbm_bytes_per_s, chip, needed)
+    shares = workloads.utilization(
+        needed.bytes / chip.rates.hbm_bytes_per_s, chip, needed
+    )
     assert shares["mbu"] == pytest.approx(1)
     assert shares["mfu"] < 1

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from jax_kernels import chips
 from jax_kernels.ragged_paged_attention import (
     BlockSizes,
     block_sizes,
-    chips,
     kv_cache_shape,
     ragged_paged_attention,
     tuned,

@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_kernels.ragged_paged_attention import BlockSizes, chips
+from jax_kernels import chips
+from jax_kernels.ragged_paged_attention import BlockSizes
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
     KernelConfig,

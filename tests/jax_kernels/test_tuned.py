@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from jax_kernels.ragged_paged_attention import chips, tuned
+from jax_kernels import chips
+from jax_kernels.ragged_paged_attention import tuned
 
 SHAPE = tuned.TunedShape("bfloat16", "bfloat16", 32, 8, 128, 128)
 

@@ -12,19 +12,12 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
+from jax_kernels import chips
 from jax_kernels.ragged_paged_attention import kv_cache_shape, ragged_paged_attention
 
-# Read when libtpu is loaded, with the first topology. Ask no metadata server, and let
-# several processes load the library.
-for _name, _value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v6e-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}.items():
+# Read when libtpu is loaded, with the first topology.
+for _name, _value in chips.COMPILE_ONLY_ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 _HLO_DTYPES = {
     "bfloat16": "bf16",
@@ -110,7 +103,7 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
 
     Args:
       shapes: Of the arguments.
-      chip: A key of ``TOPOLOGIES``.
+      chip: A key of ``chips.COMPILED``.
       **options: Keyword arguments of ``ragged_paged_attention``. Without
         ``update_kv_cache`` there are no keys and values, and only the output is
         returned: a program cannot return an argument without a copy.
@@ -160,7 +153,7 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
 @functools.cache
 def _device(chip: str):
     topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=TOPOLOGIES[chip]
+        platform="tpu", topology_name=chips.COMPILED[chip].topology
     )
     return topology.devices[0]
 

@@ -231,28 +231,6 @@ def test_asking_for_a_gradient_is_an_error():
             operator(*call)
 
 
-@pytest.mark.parametrize(
-    ("kind", "chip"),
-    [
-        ("TPU v4", "v4"),
-        ("TPU v5", "v5p"),
-        ("v5p-8", "v5p"),
-        ("TPU v5 lite", "v5e"),
-        ("v5litepod-4", "v5e"),
-        ("v5e", "v5e"),
-        ("TPU v6 lite", "v6e"),
-        ("v6e-8", "v6e"),
-        ("TPU7x", "tpu7x"),
-        ("tpu7x-8", "tpu7x"),
-        ("TPU v9", None),
-        ("", None),
-        ("cpu", None),
-    ],
-)
-def test_chip_names(kind, chip):
-    assert lowering.chip_name(kind) == chip
-
-
 def test_options_become_keywords_of_the_jax_function():
     options = AttentionOptions(k_scale=0.5)
     keywords = lowering.jax_keywords(options, torch.bfloat16)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch_xla
 
-TOPOLOGIES = {"tpu7x": "tpu7x:2x2x1", "v6e": "v6e:2x2"}
+from jax_kernels import chips
 
 
 class CompiledGraph:
@@ -74,7 +74,7 @@ def compile_for_tpu(
 
     Args:
         hlo_proto: From :func:`graph_of`.
-        chip: A key of ``TOPOLOGIES``.
+        chip: A key of ``chips.COMPILED``.
         donated_shape: Shape of the parameters to donate, as "64x4x4x2x128xbf16".
         num_partitions: Devices of the topology that share a sharded graph.
     """
@@ -86,7 +86,7 @@ def compile_for_tpu(
     computation = xla_client.XlaComputation(hlo_proto)
     text = _jax.mlir.xla_computation_to_mlir_module(computation)
     topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=TOPOLOGIES[chip]
+        platform="tpu", topology_name=chips.COMPILED[chip].topology
     )
     devices = tuple(topology.devices[:num_partitions])
     options = xla_client.CompileOptions()

@@ -30,25 +30,6 @@ class Target(NamedTuple):
     implementation: str
 
 
-def chip_name(kind: str) -> str | None:
-    """Returns the short name of a TPU chip, or None.
-
-    "TPU v5 lite" (PJRT) and "v5litepod-8" (accelerator type) are both "v5e".
-    """
-    words = kind.lower().replace("tpu", "").replace("lite", "e").split("-")[0]
-    compact = words.replace("pod", "").replace(" ", "").lstrip("v")
-    names = {
-        "4": "v4",
-        "5": "v5p",
-        "5p": "v5p",
-        "5e": "v5e",
-        "6e": "v6e",
-        "7": "tpu7x",
-        "7x": "tpu7x",
-    }
-    return names.get(compact)
-
-
 def jax_function(
     options: AttentionOptions, q_dtype: torch.dtype, target: Target
 ) -> Callable[..., tuple[Any, ...]]:

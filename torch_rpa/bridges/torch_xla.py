@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from jax_kernels import chips
 from torch_rpa import validation
 from torch_rpa.bridges import lowering
 from torch_rpa.bridges.lowering import Target
@@ -123,9 +124,8 @@ def device_target(device: torch.device) -> Target:
         return Target("cpu", None, "reference")
     if platform == "TPU":
         accelerator = os.environ.get("TPU_ACCELERATOR_TYPE", "")
-        return Target(
-            "tpu", lowering.chip_name(kind) or lowering.chip_name(accelerator), "pallas"
-        )
+        chip = chips.short_name(kind) or chips.short_name(accelerator)
+        return Target("tpu", chip, "pallas")
     raise NotImplementedError(
         f"rpa::ragged_paged_attention supports the XLA devices TPU and CPU, got "
         f"{platform}; set PJRT_DEVICE=TPU or PJRT_DEVICE=CPU"
