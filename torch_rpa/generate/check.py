@@ -53,7 +53,7 @@ def reference_generate(
         pad_token_id=0,
     )
     input_ids = torch.tensor([prompt])
-    generate: Callable[..., torch.Tensor] = model.generate  # pyright: ignore
+    generate: Callable[..., torch.Tensor] = model.generate  # pyright: ignore[reportAssignmentType]
     tokens = generate(input_ids, attention_mask=torch.ones_like(input_ids))
     return tokens[0, len(prompt) :].tolist()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import GenerationConfig
@@ -73,9 +73,9 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    stop_sequences: tuple[tuple[int, ...], ...] = ()
-    stop_strings: tuple[str, ...] = ()
+    eos_token_ids: Sequence[int] = ()
+    stop_sequences: Sequence[Sequence[int]] = ()
+    stop_strings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         # Lists are fine, and a lone string is one of them.

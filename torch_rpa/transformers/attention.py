@@ -7,7 +7,7 @@ lengths in the context say all that a causal mask would.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -28,13 +28,15 @@ _HARMLESS_KWARGS = frozenset(
 )
 _ABSENT: Any = object()
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 
 def register() -> None:
     """Makes ``attn_implementation="rpa"`` known to transformers; may be repeated."""
     AttentionInterface.register(ATTENTION_NAME, rpa_attention)
 
 
-def use_rpa(model: PreTrainedModel) -> PreTrainedModel:
+def use_rpa(model: Model) -> Model:
     """Switches a model to this attention, and returns it.
 
     Raises:

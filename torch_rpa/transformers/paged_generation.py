@@ -99,7 +99,7 @@ def _replaced(model: Any, name: str, method: Callable) -> Iterator[None]:
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return method(former, *args, **kwargs)
 
-    replacement.paging = method.__self__  # type: ignore[attr-defined]
+    replacement.paging = method.__self__  # pyright: ignore[reportAttributeAccessIssue]
     vars(model)[name] = replacement
     try:
         yield

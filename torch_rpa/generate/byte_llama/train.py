@@ -199,7 +199,7 @@ def export(trainer: Trainer, directory: Path) -> dict:
     Returns:
         The report. Its bits per byte are of the weights as written, in float32.
     """
-    trainer.model.eval().to(torch.bfloat16).save_pretrained(directory)  # pyright: ignore[reportArgumentType]
+    trainer.model.eval().bfloat16().save_pretrained(directory)
     written = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     split = trainer.split
     report = {
