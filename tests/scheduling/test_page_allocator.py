@@ -81,7 +81,9 @@ def test_a_published_page_is_shared_and_freed_by_its_last_holder():
 def test_a_page_that_nobody_holds_comes_back_with_its_contents():
     allocator = filled()
     allocator.free([0, 1])
-    allocator.hold([allocator.lookup(b"a")])
+    page = allocator.lookup(b"a")
+    assert page is not None
+    allocator.hold([page])
     assert allocator.num_free == 2
     assert allocator.allocate(2) == [2, 1]  # the free one first
     assert allocator.lookup(b"ab") is None

@@ -18,6 +18,7 @@ def expected_tokens(
     logits = eager(torch.tensor([tokens])).logits[0, len(output.prompt_ids) - 1 : -1]
     if params.temperature == 0:
         return logits.argmax(dim=-1).tolist()
+    assert params.seed is not None, "another seed would be drawn in each run"
     positions = range(len(output.prompt_ids), len(tokens))
     return [
         int(

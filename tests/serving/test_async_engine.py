@@ -122,6 +122,7 @@ def test_malformed_and_failing_requests_tell_their_own_task(engine, expected):
             too_long = server.generate([1] * 60, GREEDY)
             (update,) = [update async for update in too_long]
             assert update.output.status == RequestStatus.FAILED
+            assert update.output.error is not None
             assert "must be at most 64 together" in update.output.error
             assert await other == expected[2]
 

@@ -125,8 +125,11 @@ def test_a_tiny_share_keeps_the_most_likely_token():
 
 def test_tokens_without_any_probability_are_never_drawn():
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0])
-    for keywords in ({}, {"top_k": 3}, {"top_p": 0.999}):
-        params = SamplingParams(temperature=1.0, **keywords)
+    for params in (
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0, top_k=3),
+        SamplingParams(temperature=1.0, top_p=0.999),
+    ):
         assert set(draw(logits, params, seeds=range(50)).tolist()) == {1, 3}
 
 

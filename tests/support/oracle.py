@@ -81,12 +81,13 @@ def read_slots(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stored keys and values [n, Hkv, D] of the given slots, in the cache dtype."""
     rows = kv_cache.reshape(-1).view(np.uint8).reshape(-1, address.row_bytes)
-    return tuple(
+    keys, values = (
         np.ascontiguousarray(
             rows[address.rows(kind, pages, slots), address.columns(kind)]
         ).view(kv_cache.dtype)
         for kind in ("key", "value")
     )
+    return keys, values
 
 
 def store(numbers: np.ndarray, dtype, scale: float | None) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The budgets reject small mistakes, and the cache comparison sees single bits."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from tests.support import numerics, oracle
 from tests.support.ragged_batches import make_ragged_batch
 
-OPTIONS = {"sm_scale": 0.125}
+OPTIONS: dict[str, Any] = {"sm_scale": 0.125}
 
 
 def batch_and_output(dtype, **changes):

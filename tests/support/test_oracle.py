@@ -1,6 +1,7 @@
 """The oracle against arithmetic done by hand, and the hostility of the batches."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from tests.support import oracle
 from tests.support.ragged_batches import make_ragged_batch
 
 
-def one_sequence(**changes):
+def one_sequence(**changes) -> dict[str, Any]:
     """Head_dim 64, 1 head, pages of 8. Position 0 is old, 1 and 2 are new.
 
     Lane 0 of the keys is 0, ln 2, ln 4 and of the values 1, 10, 100; all else is 0.

@@ -142,9 +142,10 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
         .lower(*arguments)
         .compile()
     )
-    memory = compiled.memory_analysis()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
     return CompiledKernel(
-        operations=tuple(_operations(compiled.as_text())),
+        operations=tuple(_operations(text)),
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
     )
@@ -177,5 +178,5 @@ def _operations(hlo_text: str):
             continue
         result_type, name = match.groups()
         if name == "custom-call":
-            name = re.search(r'custom_call_target="([^"]*)"', line).group(1)
+            (name,) = re.findall(r'custom_call_target="([^"]*)"', line)
         yield Operation(name, result_type, line.strip())

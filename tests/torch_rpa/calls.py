@@ -87,9 +87,7 @@ def make_call(
 
 def to_device(call: Inputs, device: torch.device | str) -> Inputs:
     """Returns copies of the tensors on a device, the cache included."""
-    return Inputs(
-        *[None if t is None else t.to(device, copy=True) for t in call]  # type: ignore[arg-type]
-    )
+    return Inputs._make(None if t is None else t.to(device, copy=True) for t in call)
 
 
 def assert_same_up_to_rounding(out: torch.Tensor, expected: torch.Tensor) -> None:
@@ -113,8 +111,8 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def from_batch(batch: RaggedBatch, device: torch.device | str = "cpu") -> Inputs:
     """The tensors of a hostile batch: NaN in dead slots and padding, garbage ids."""
-    return Inputs(
-        *[None if x is None else _tensor(x).to(device) for x in batch.arguments]
+    return Inputs._make(
+        None if x is None else _tensor(x).to(device) for x in batch.arguments
     )
 
 

@@ -15,7 +15,7 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 
 import torch_rpa
-from tests.torch_rpa.calls import assert_same_up_to_rounding, make_call
+from tests.torch_rpa.calls import assert_same_up_to_rounding, make_call, to_device
 from tests.torch_rpa.tpu_compiler import compile_for_tpu, graph_of
 from torch_rpa import ops, spmd
 from torch_rpa.bridges import torch_xla as xla_bridge
@@ -73,8 +73,7 @@ def test_values_and_caches_are_those_of_one_device(mesh, head_dim, cache_dtype, 
     )
     cache = sharded_copy(call, mesh)
     spec = torch_xla._XLAC._get_xla_sharding_spec(cache)
-    moved = [None if t is None else t.to(torch_xla.device()) for t in call]
-    moved[3] = cache
+    moved = to_device(call, torch_xla.device())._replace(kv_cache=cache)
     torch_xla.sync(wait=True)
     metrics.clear_all()
     for _ in range(3):
@@ -145,7 +144,7 @@ def shard_llama(model, mesh):
 
 @torch.no_grad()
 def test_a_sharded_llama_of_transformers_gives_the_logits_of_eager_attention():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from torch_rpa.transformers import RaggedBatch, RPAContext, use_rpa
 
@@ -158,10 +157,10 @@ def test_a_sharded_llama_of_transformers_gives_the_logits_of_eager_attention():
         num_key_value_heads=HKV,
         head_dim=32,
         initializer_range=0.2,
-        attn_implementation="eager",
     )
     torch.manual_seed(1)
-    model = LlamaForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.eval()
     tokens = torch.randint(0, 64, (1, 14))
     expected = model(tokens, use_cache=False).logits
 
@@ -204,9 +203,14 @@ def test_a_sharded_llama_of_transformers_gives_the_logits_of_eager_attention():
 def test_a_graph_for_four_tpus_exchanges_no_part_of_the_cache():
     """Two layers with products sharded around them, as in a model."""
     mesh, device = MESHES["4"], torch_xla.device()
-    sizes = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
     call = make_call(
-        **sizes, page_size=128, num_pages=256, dtype=torch.bfloat16, device=device
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        page_size=128,
+        num_pages=256,
+        dtype=torch.bfloat16,
+        device=device,
     )
     caches = [
         spmd.empty_sharded_kv_cache(256, 128, 8, 128, mesh=mesh) for _ in range(2)

@@ -1,5 +1,7 @@
 """The public function: choice of implementation, and the simulated kernel."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from tests.torch_rpa.scenarios import make_scenario
 
 def test_the_result_and_the_cache_are_those_of_the_operator():
     call, expected_call = make_call(sinks=True), make_call(sinks=True)
-    options = {"sm_scale": 0.1, "soft_cap": 5.0, "k_scale": 2.0}
+    options: dict[str, Any] = {"sm_scale": 0.1, "soft_cap": 5.0, "k_scale": 2.0}
     out = torch_rpa.ragged_paged_attention(*call, **options)
     expected = torch.ops.rpa.ragged_paged_attention(*expected_call, **options)
     assert torch.equal(out, expected)

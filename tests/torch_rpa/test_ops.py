@@ -132,6 +132,7 @@ def test_a_cache_that_is_not_contiguous_is_an_error():
 
 def test_inputs_may_be_views():
     call, expected_call = make_call(), make_call()
+    assert call.k is not None
     wide = torch.stack([call.q, call.q], dim=1)
     call = call._replace(
         q=wide[:, 0], k=call.k.transpose(0, 1).contiguous().transpose(0, 1)

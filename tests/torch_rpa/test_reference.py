@@ -37,7 +37,7 @@ def counting_call(num_tokens=4, head_dim=32, cache_dtype=torch.float32, **change
     )
     counts = torch.arange(1.0, num_tokens + 3)[:, None, None]
     return call._replace(
-        q=torch.zeros_like(call.q), v=counts.expand_as(call.v), **changes
+        q=torch.zeros_like(call.q), v=counts.expand_as(call.q), **changes
     )
 
 
@@ -73,7 +73,9 @@ def test_a_sink_is_one_more_key_with_a_zero_value():
 def test_soft_cap_limits_scores():
     call = counting_call(num_tokens=2)
     call.q.zero_()[:, 0, 0] = 100.0
-    call.k.zero_()[1, 0, 0] = 1.0
+    keys = torch.zeros_like(call.q)
+    keys[1, 0, 0] = 1.0
+    call = call._replace(k=keys)
     out = torch_rpa.ragged_paged_attention(*call, soft_cap=1.0)
     # Token 1 scores (0, 100), capped to (0, 1), on the values (1, 2).
     expected = (1.0 + 2.0 * math.e) / (1.0 + math.e)
@@ -94,7 +96,7 @@ def test_soft_cap_limits_scores():
 def test_values_are_stored_scaled_and_clipped(dtype, stored):
     call = counting_call(num_tokens=2, cache_dtype=dtype)
     call = call._replace(
-        v=torch.tensor([1000.0, -2.5, 0, 0])[:, None, None].expand(call.v.shape)
+        v=torch.tensor([1000.0, -2.5, 0, 0])[:, None, None].expand_as(call.q)
     )
     out = torch_rpa.ragged_paged_attention(*call, v_scale=2.0)
     page = torch_rpa.unpack_kv_cache(call.kv_cache, 1, 32)[call.page_indices[0]]

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch_xla")
 
+import torch_xla.distributed.spmd as xs
 import torch_xla.runtime
 
 from torch_rpa import spmd
@@ -34,5 +36,7 @@ def test_heads_sharded_over_four_cpu_devices():
 
 def test_spmd_mode_must_be_on():
     assert not torch_xla.runtime.is_spmd()
+    count = torch_xla.runtime.global_runtime_device_count()
+    mesh = xs.Mesh(np.arange(count), (count,), ("model",))
     with pytest.raises(ValueError, match=r"use_spmd\(\) first"):
-        spmd.empty_sharded_kv_cache(4, 8, 4, 128, mesh=None)
+        spmd.empty_sharded_kv_cache(4, 8, 4, 128, mesh=mesh)

@@ -6,6 +6,7 @@ produces an array of the cache's shape, or temporary memory of its size.
 
 import contextlib
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,14 @@ pytestmark = [
 ]
 
 CHIPS = ["tpu7x", "v6e"]
-HEADS = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
-SIZES = {"page_size": 128, "num_pages": 256, "dtype": torch.bfloat16} | HEADS
+SIZES: dict[str, Any] = {
+    "page_size": 128,
+    "num_pages": 256,
+    "dtype": torch.bfloat16,
+    "num_q_heads": 32,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+}
 CACHES = {
     "bf16": (torch.bfloat16, "bf16[256,16,64,2,128]", "256x16x64x2x128xbf16"),
     "fp8": (

@@ -79,9 +79,10 @@ def compile_for_tpu(
         num_partitions: Devices of the topology that share a sharded graph.
     """
     from jax._src.interpreters import mlir
+    from jax._src.lib import _jax
     from jax._src.lib.mlir import ir
     from jax.experimental import topologies
-    from jaxlib import _jax, xla_client
+    from jaxlib import xla_client
 
     computation = xla_client.XlaComputation(hlo_proto)
     text = _jax.mlir.xla_computation_to_mlir_module(computation)

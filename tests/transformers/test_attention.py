@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -88,13 +89,20 @@ def test_logits_equal_eager_attention_in_every_phase(family):
     assert (torch.cat(got, dim=1) - expected).abs().max() <= bound
 
 
-def module_of(**attributes):
+def module_of(**attributes) -> Any:
     config = SimpleNamespace(**attributes.pop("config", {}))
     defaults = {"layer_idx": 0, "is_causal": True, "training": False}
     return SimpleNamespace(config=config, **{**defaults, **attributes})
 
 
-def call(module=None, rpa="default", num_keys=NUM_TOKENS, batch=1, mask=None, **kwargs):
+def call(
+    module: Any = None,
+    rpa: Any = "default",
+    num_keys: int = NUM_TOKENS,
+    batch: int = 1,
+    mask: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
     """Calls the attention function on one new sequence of three tokens."""
     generator = torch.Generator().manual_seed(4)
     query = torch.randn(batch, NUM_HEADS, NUM_TOKENS, HEAD_DIM, generator=generator)
@@ -121,8 +129,8 @@ def test_the_layer_says_whether_its_window_slides():
 def test_scaling_soft_cap_and_sinks_reach_the_operator():
     plain = call(scaling=HEAD_DIM**-0.5)
     assert torch.equal(call(), plain)
-    for kwargs in ({"scaling": 1.0}, {"softcap": 0.1}, {"s_aux": torch.zeros(4)}):
-        assert not torch.equal(call(**kwargs), plain)
+    for changed in (call(scaling=1.0), call(softcap=0.1), call(s_aux=torch.zeros(4))):
+        assert not torch.equal(changed, plain)
     # A sink of -inf has no weight.
     no_sink = torch.full((4,), -torch.inf, dtype=torch.bfloat16)
     assert torch.equal(call(s_aux=no_sink), plain)
@@ -191,7 +199,7 @@ def test_a_gradient_is_refused():
 
 
 def test_a_model_with_attention_of_its_own_is_refused():
-    class Stubborn:
+    class Stubborn(Any):
         config = build("llama").config
 
         def set_attn_implementation(self, name):

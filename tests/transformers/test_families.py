@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_logits_are_as_exact_as_those_of_eager_attention(model):
 def test_a_ragged_batch_generates_the_tokens_of_eager_attention(model):
     ids, mask = random_tokens(3, 15), torch.ones(3, 15, dtype=torch.long)
     mask[0, :9] = mask[1, :3] = 0
-    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    inputs: dict[str, Any] = {"input_ids": ids * mask, "attention_mask": mask}
     inputs.update(max_new_tokens=NUM_DECODES + 1, do_sample=False)
     expected = model.generate(**inputs)
     got = use_rpa(model).generate(

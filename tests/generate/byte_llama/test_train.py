@@ -111,7 +111,7 @@ def test_the_command_goes_on_from_a_checkpoint(run, tmp_path, capsys):
     assert run("--steps", "3") == 0
     assert "2/3" in capsys.readouterr().err  # where the progress starts
     resumed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    whole = advanced(recipe, 3).model.to(torch.bfloat16)
+    whole = advanced(recipe, 3).model.bfloat16()
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 
