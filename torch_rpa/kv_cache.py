@@ -38,8 +38,8 @@ class CacheGeometry:
     Attributes:
         num_pages: Pages in the pool, N.
         page_size: Token slots in a page.
-        num_kv_heads: Hkv.
-        head_dim: D.
+        num_kv_heads: Key heads, ``Hkv``.
+        head_dim: ``D``, elements of a key.
     """
 
     num_pages: int
@@ -123,8 +123,8 @@ def unpack_kv_cache(
 
     Args:
         kv_cache: A contiguous cache.
-        num_kv_heads: Hkv.
-        head_dim: D.
+        num_kv_heads: Key heads, ``Hkv``.
+        head_dim: ``D``, elements of a key.
     """
     geometry = cache_geometry(kv_cache.shape, kv_cache.dtype, head_dim)
     if geometry.num_kv_heads != num_kv_heads:

@@ -70,9 +70,9 @@ class CacheLayout:
     """The geometry of one paged cache; see the module docstring for the drawing.
 
     Attributes:
-      num_pages: N.
+      num_pages: Pages in the cache, ``N``.
       page_size: Tokens per page, a power of two from 8 to 512.
-      num_kv_heads: Hkv.
+      num_kv_heads: Key heads, ``Hkv``.
       head_dim: D, from 32 to 256.
       dtype: Dtype of the cache.
     """
@@ -181,8 +181,8 @@ def cache_layout(
     Args:
       kv_cache_shape: Shape of the cache, as made by ``kv_cache_shape``.
       dtype: Dtype of the cache.
-      num_kv_heads: Hkv.
-      head_dim: D.
+      num_kv_heads: Key heads, ``Hkv``.
+      head_dim: ``D``, elements of a key.
 
     Raises:
       ValueError: The shape is not that of a cache of this dtype, Hkv and D.
@@ -218,9 +218,9 @@ def kv_cache_shape(
     """Shape of the cache array; allocate it with zeros, or leave it uninitialised.
 
     Args:
-      num_pages: N.
+      num_pages: Pages in the cache, ``N``.
       page_size: Tokens per page, a power of two from 8 to 512.
-      num_kv_heads: Hkv.
+      num_kv_heads: Key heads, ``Hkv``.
       head_dim: D, from 32 to 256.
       dtype: float32, bfloat16, float8_e4m3fn, float8_e5m2 or int8.
 
@@ -236,8 +236,8 @@ def unpack_kv_cache(kv_cache: ArrayLike, num_kv_heads: int, head_dim: int) -> ja
 
     Args:
       kv_cache: [N, heads, page_size // p, p, lanes].
-      num_kv_heads: Hkv.
-      head_dim: D.
+      num_kv_heads: Key heads, ``Hkv``.
+      head_dim: ``D``, elements of a key.
 
     Returns:
       [N, 2, Hkv, page_size, D]; index 0 of axis 1 holds keys, 1 values.

@@ -16,7 +16,7 @@ from torch_rpa.transformers.lockstep import LockstepBatch
 
 @dataclasses.dataclass(frozen=True)
 class PagingOptions:
-    """How :func:`paged_generation` keeps keys and values; see there."""
+    """How ``paged_generation`` keeps keys and values; see there."""
 
     page_size: int = 16
     num_pages: int | None = None
