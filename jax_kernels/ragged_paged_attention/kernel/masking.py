@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
-from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int, log2
+from jax_kernels.ragged_paged_attention.kernel import ints
+from jax_kernels.ragged_paged_attention.kernel.ints import Bool, Int, log2
+from jax_kernels.ragged_paged_attention.kernel.schedule import Cell
 from jax_kernels.ragged_paged_attention.layout import LANES
 
 
@@ -47,13 +49,13 @@ def decode_mask(
     return mask
 
 
-def needs_mask(cell: Cell, block_kv: int, spec: AttentionSpec) -> jax.Array:
+def needs_mask(cell: Cell, block_kv: int, spec: AttentionSpec) -> Bool:
     """Whether some query of the cell does not see some slot of the block.
 
     False for the interior blocks, which then run without any mask arithmetic.
     """
     seen_by_first = (
-        jnp.minimum(cell.visible_end, cell.query_position + 1)
+        ints.minimum(cell.visible_end, cell.query_position + 1)
         if spec.causal
         else cell.visible_end
     )

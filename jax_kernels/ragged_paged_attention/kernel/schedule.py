@@ -2,8 +2,8 @@
 
 A cell is one block of keys and values met by one tile of queries of one sequence.
 The list is never stored. A cursor walks it, ``describe`` turns a cursor into a
-``Cell`` and ``advance`` finds the next one. All functions are plain arithmetic on
-ints, whether Python's or traced int32 scalars.
+``Cell`` and ``advance`` finds the next one. All functions are arithmetic on scalars
+(ints.py): Python ints in, Python ints out; in the kernel they are traced int32.
 
 Worked example, ``block_q = 4``, ``block_kv = 8``, packing 2, causal, two sequences::
 
@@ -32,21 +32,20 @@ Worked example, ``block_q = 4``, ``block_kv = 8``, packing 2, causal, two sequen
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
-
-import jax
-import jax.numpy as jnp
-from jax import lax
+from typing import NamedTuple
 
 from jax_kernels.ragged_paged_attention.config import (
     KernelConfig,
-    Phase,
     PhaseConfig,
 )
-
-# A Python int in tests, a traced int32 scalar in the kernel. No type checker knows of
-# a type that is both.
-Int: TypeAlias = Any
+from jax_kernels.ragged_paged_attention.kernel import ints
+from jax_kernels.ragged_paged_attention.kernel.ints import (
+    Bool,
+    Int,
+    ceil_to,
+    floor_to,
+    log2,
+)
 
 
 class Lengths(NamedTuple):
@@ -107,7 +106,7 @@ class RecentBlock(NamedTuple):
     block_start: Int
     new_end: Int  # the slot holds all visible positions of the block up to this one
 
-    def is_of(self, sequence: Int, block_start: Int) -> jax.Array:
+    def is_of(self, sequence: Int, block_start: Int) -> Bool:
         """Whether it is the same block of the same sequence."""
         return (self.sequence == sequence) & (self.block_start == block_start)
 
@@ -116,28 +115,63 @@ class RecentBlock(NamedTuple):
 EMPTY_CELL = Cell(*[0] * len(Cell._fields))
 
 
-def log2(power_of_two: int) -> int:
-    return power_of_two.bit_length() - 1
+class Range(NamedTuple):
+    """Positions of a sequence, half open. Empty if the end is not after the begin."""
+
+    begin: Int
+    end: Int
 
 
-def floor_to(value: Int, power_of_two: int) -> Int:
-    """Rounds down, also below zero: ``floor_to(-3, 4) == -4``."""
-    return value & -power_of_two
+class Tile(NamedTuple):
+    """Which of the new tokens of a sequence are the queries of a tile."""
+
+    index: Int
+    num_tiles: Int  # of the sequence
+    query_position: Int
+    num_queries: Int
+    end: Int  # position where the next tile begins
 
 
-def ceil_to(value: Int, power_of_two: int) -> Int:
-    return (value + (power_of_two - 1)) & -power_of_two
+class Block(NamedTuple):
+    """A block of keys and values, as far as the tile that meets it sees it."""
+
+    num_blocks: Int  # that the tile meets
+    start: Int  # position of the first slot
+    end: Int  # position after the last slot that is visible; at least ``start``
 
 
-def next_slot(slot: Int, num_slots: int, is_used: Int = True) -> Int:
+class NewTokens(NamedTuple):
+    """The new tokens of a block that the cache does not give yet, as positions.
+
+    The first are taken from the slot of an earlier cell, the others from the arrays.
+    """
+
+    carried_begin: Int
+    begin: Int
+    end: Int
+
+
+class WriteBack(NamedTuple):
+    """The rows of a block that are written, and the one that is read for that."""
+
+    row_begin: Int
+    row_end: Int
+    tail_row: Int  # see ``Cell``
+
+
+NO_NEW_TOKENS = NewTokens(0, 0, 0)
+NO_WRITE_BACK = WriteBack(0, 0, tail_row=-1)
+
+
+def next_slot(slot: Int, num_slots: int, is_used: Bool = True) -> Int:
     """The slot after this one in a ring, if this one was used."""
-    wrapped = jnp.where(slot + 1 == num_slots, 0, slot + 1)
-    return jnp.where(is_used, wrapped, slot)
+    wrapped = ints.where(slot + 1 == num_slots, 0, slot + 1)
+    return ints.where(is_used, wrapped, slot)
 
 
 def slot_before(slot: Int, distance: int, num_slots: int) -> Int:
     """The slot that was filled so many cells earlier, less than there are slots."""
-    return jnp.where(slot >= distance, slot - distance, slot - distance + num_slots)
+    return ints.where(slot >= distance, slot - distance, slot - distance + num_slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +182,14 @@ class Schedule:
     phase: PhaseConfig
 
     @property
+    def packing(self) -> int:
+        """Tokens per packed row."""
+        return self.config.cache.packing
+
+    @property
     def block_rows(self) -> int:
         """Packed rows per block."""
-        return self.phase.block_kv // self.config.cache.packing
+        return self.phase.block_kv // self.packing
 
     @property
     def anchor_step(self) -> int:
@@ -178,114 +217,147 @@ class Schedule:
             in the cache. 0: nothing is known. A multiple of the packing.
           recent: What the slots of earlier cells hold when this one is received.
         """
-        spec, packing = self.config.spec, self.config.cache.packing
-        block_kv = self.phase.block_kv
-        kv_len = lengths.kv_len
-        new_start = kv_len - lengths.q_len
-
-        if self.phase.phase is Phase.DECODE:
-            num_tiles = 1
-            query_position = new_start
-            num_queries = jnp.minimum(lengths.q_len, 1)
-            tile_end = kv_len
+        new = Range(lengths.kv_len - lengths.q_len, lengths.kv_len)
+        tile = self._tile(cursor.tile, new, lengths.q_len)
+        visible = self._visible(tile, new)
+        block = self._block(cursor.block, visible)
+        stored = self._stored(tile, new, visible, stored_end)
+        cached = self._cached(block, visible, stored)
+        if self.config.spec.update_kv_cache:
+            new_tokens = self._new_tokens(cursor, new, block, stored_end, recent)
+            owned = self._owned(tile, new, visible)
+            write_back = self._write_back(block, owned, new, stored)
         else:
-            block_q = self.phase.block_q
-            origin = floor_to(new_start, packing)
-            num_tiles = jnp.maximum(
-                lax.div(kv_len - origin + block_q - 1, jnp.int32(block_q)), 1
-            )
-            tile_begin = origin + cursor.tile * block_q
-            tile_end = tile_begin + block_q
-            query_position = jnp.maximum(new_start, tile_begin)
-            num_queries = jnp.maximum(jnp.minimum(tile_end, kv_len) - query_position, 0)
-
-        visible_end = jnp.minimum(tile_end, kv_len) if spec.causal else kv_len
-        visible_end = jnp.where(num_queries > 0, jnp.maximum(visible_end, 0), 0)
-        if spec.sliding_window is None:
-            visible_begin, anchor = jnp.int32(0), jnp.int32(0)
-        else:
-            visible_begin = jnp.maximum(query_position - (spec.sliding_window - 1), 0)
-            anchor = floor_to(visible_begin, self.anchor_step)
-        num_blocks = jnp.maximum(
-            ceil_to(visible_end - anchor, block_kv) >> log2(block_kv), 1
-        )
-        block_start = anchor + cursor.block * block_kv
-        block_end = jnp.minimum(block_start + block_kv, visible_end)
-        block_end = jnp.maximum(block_end, block_start)
-
-        def to_row(position: Int) -> Int:
-            return (position - block_start) >> log2(packing)
-
-        # What the cache already holds, as far as this tile may read it.
-        if not spec.update_kv_cache:
-            old_end = ceil_to(visible_end, packing)
-        elif self.phase.phase is Phase.DECODE:
-            # One row at the most holds new or dead slots: read it with the rest.
-            old_end = ceil_to(kv_len, packing)
-        else:
-            old_end = jnp.where(
-                cursor.tile == 0,
-                ceil_to(new_start, packing),
-                jnp.maximum(floor_to(new_start, packing), stored_end),
-            )
-        cache_begin = jnp.maximum(floor_to(visible_begin, packing), block_start)
-        cache_end = jnp.minimum(old_end, ceil_to(block_end, packing))
-        cache_end = jnp.maximum(cache_end, cache_begin)
-
-        tail_row = jnp.int32(-1)
-        if spec.update_kv_cache:
-            # The first tile meets each block once, so nothing of it is stored yet.
-            known_end = jnp.where(cursor.tile == 0, 0, stored_end)
-            carried_begin = jnp.maximum(jnp.maximum(new_start, block_start), known_end)
-            new_begin = carried_begin
-            for earlier in recent:
-                is_same = earlier.is_of(cursor.sequence, block_start)
-                carried_end = jnp.where(is_same, earlier.new_end, 0)
-                new_begin = jnp.maximum(new_begin, carried_end)
-            new_end = jnp.maximum(block_end, new_begin)
-            # A causal tile owns its own positions. Otherwise the first tile meets
-            # every key, so it owns them all.
-            if spec.causal:
-                owned_begin = jnp.maximum(query_position, 0)
-                owned_end = visible_end
-            else:
-                owned_begin = jnp.maximum(new_start, 0)
-                owned_end = jnp.where(cursor.tile == 0, visible_end, 0)
-            write_begin = jnp.maximum(owned_begin, block_start)
-            write_end = jnp.minimum(owned_end, block_end)
-            writes = write_end > write_begin
-            if self.phase.phase is not Phase.DECODE:
-                tail = floor_to(kv_len, packing)
-                has_tail = writes & (write_end == kv_len) & (tail < kv_len)
-                tail_row = jnp.where(has_tail & (tail >= old_end), to_row(tail), -1)
-            write_row_begin = jnp.where(writes, to_row(write_begin), 0)
-            write_row_end = jnp.where(writes, to_row(ceil_to(write_end, packing)), 0)
-        else:
-            carried_begin = new_begin = new_end = jnp.int32(0)
-            write_row_begin = write_row_end = jnp.int32(0)
-
+            new_tokens, write_back = NO_NEW_TOKENS, NO_WRITE_BACK
         return Cell(
             sequence=cursor.sequence,
             tile=cursor.tile,
-            num_tiles=num_tiles,
+            num_tiles=tile.num_tiles,
             block=cursor.block,
-            num_blocks=num_blocks,
-            query_token=lengths.q_start + (query_position - new_start),
-            query_position=query_position,
-            num_queries=num_queries,
-            new_start=new_start,
-            block_start=block_start,
-            visible_begin=visible_begin,
-            visible_end=visible_end,
-            cache_row_begin=to_row(cache_begin),
-            cache_row_end=to_row(cache_end),
-            tail_row=tail_row,
-            carried_begin=carried_begin,
-            new_begin=new_begin,
-            new_end=new_end,
-            write_row_begin=write_row_begin,
-            write_row_end=write_row_end,
+            num_blocks=block.num_blocks,
+            query_token=lengths.q_start + (tile.query_position - new.begin),
+            query_position=tile.query_position,
+            num_queries=tile.num_queries,
+            new_start=new.begin,
+            block_start=block.start,
+            visible_begin=visible.begin,
+            visible_end=visible.end,
+            cache_row_begin=self._row(block, cached.begin),
+            cache_row_end=self._row(block, cached.end),
+            tail_row=write_back.tail_row,
+            carried_begin=new_tokens.carried_begin,
+            new_begin=new_tokens.begin,
+            new_end=new_tokens.end,
+            write_row_begin=write_back.row_begin,
+            write_row_end=write_back.row_end,
         )
+
+    def _tile(self, index: Int, new: Range, q_len: Int) -> Tile:
+        """Cuts the new tokens at packed rows, so that no row belongs to two tiles."""
+        if self.phase.is_decode:
+            return Tile(index, 1, new.begin, ints.minimum(q_len, 1), new.end)
+        block_q = self.phase.block_q
+        origin = floor_to(new.begin, self.packing)
+        num_tiles = ints.maximum(ints.ceil_div(new.end - origin, block_q), 1)
+        begin = origin + index * block_q
+        end = begin + block_q
+        query_position = ints.maximum(new.begin, begin)
+        num_queries = ints.maximum(ints.minimum(end, new.end) - query_position, 0)
+        return Tile(index, num_tiles, query_position, num_queries, end)
+
+    def _visible(self, tile: Tile, new: Range) -> Range:
+        """What the queries of a tile see, from the first key of any to the last."""
+        spec = self.config.spec
+        end = ints.minimum(tile.end, new.end) if spec.causal else new.end
+        end = ints.where(tile.num_queries > 0, ints.maximum(end, 0), 0)
+        if spec.sliding_window is None:
+            return Range(0, end)
+        begin = ints.maximum(tile.query_position - (spec.sliding_window - 1), 0)
+        return Range(begin, end)
+
+    def _block(self, index: Int, visible: Range) -> Block:
+        """Cuts what is visible into blocks; they need not start at its begin."""
+        size = self.phase.block_kv
+        anchor = floor_to(visible.begin, self.anchor_step)
+        num_blocks = ints.maximum(ceil_to(visible.end - anchor, size) >> log2(size), 1)
+        start = anchor + index * size
+        end = ints.minimum(start + size, visible.end)
+        return Block(num_blocks, start, ints.maximum(end, start))
+
+    def _stored(self, tile: Tile, new: Range, visible: Range, stored_end: Int) -> Int:
+        """The position up to which a tile may read rows of the cache."""
+        if not self.config.spec.update_kv_cache:
+            return ceil_to(visible.end, self.packing)
+        if self.phase.is_decode:
+            # One row at the most holds new or dead slots: read it with the rest.
+            return ceil_to(new.end, self.packing)
+        # Only the first tile reads the seam. It keeps it for the others.
+        return ints.where(
+            tile.index == 0,
+            ceil_to(new.begin, self.packing),
+            ints.maximum(floor_to(new.begin, self.packing), stored_end),
+        )
+
+    def _cached(self, block: Block, visible: Range, stored: Int) -> Range:
+        """What is fetched from the cache: whole rows."""
+        begin = ints.maximum(floor_to(visible.begin, self.packing), block.start)
+        end = ints.minimum(stored, ceil_to(block.end, self.packing))
+        return Range(begin, ints.maximum(end, begin))
+
+    def _new_tokens(
+        self,
+        cursor: Cursor,
+        new: Range,
+        block: Block,
+        stored_end: Int,
+        recent: Sequence[RecentBlock],
+    ) -> NewTokens:
+        """What of a block is new and not known to be in the cache."""
+        # The first tile meets each block once, so nothing of it is stored yet.
+        known_end = ints.where(cursor.tile == 0, 0, stored_end)
+        carried_begin = ints.maximum(ints.maximum(new.begin, block.start), known_end)
+        begin = carried_begin
+        for earlier in recent:
+            is_same = earlier.is_of(cursor.sequence, block.start)
+            carried_end = ints.where(is_same, earlier.new_end, 0)
+            begin = ints.maximum(begin, carried_end)
+        return NewTokens(carried_begin, begin, ints.maximum(block.end, begin))
+
+    def _owned(self, tile: Tile, new: Range, visible: Range) -> Range:
+        """The new tokens that it is up to a tile to write.
+
+        A causal tile owns its own positions. Otherwise the first tile meets every key,
+        so it owns them all.
+        """
+        if self.config.spec.causal:
+            return Range(ints.maximum(tile.query_position, 0), visible.end)
+        return Range(
+            ints.maximum(new.begin, 0), ints.where(tile.index == 0, visible.end, 0)
+        )
+
+    def _write_back(
+        self, block: Block, owned: Range, new: Range, stored: Int
+    ) -> WriteBack:
+        """The rows of a block that hold tokens that the tile owns."""
+        begin = ints.maximum(owned.begin, block.start)
+        end = ints.minimum(owned.end, block.end)
+        writes = end > begin
+        tail_row = NO_WRITE_BACK.tail_row
+        if not self.phase.is_decode:
+            tail = floor_to(new.end, self.packing)
+            has_tail = writes & (end == new.end) & (tail < new.end)
+            tail_row = ints.where(
+                has_tail & (tail >= stored), self._row(block, tail), tail_row
+            )
+        return WriteBack(
+            ints.where(writes, self._row(block, begin), 0),
+            ints.where(writes, self._row(block, ceil_to(end, self.packing)), 0),
+            tail_row,
+        )
+
+    def _row(self, block: Block, position: Int) -> Int:
+        """The packed row of a position, counted from the start of a block."""
+        return (position - block.start) >> log2(self.packing)
 
     def block_place(self, cell: Cell) -> BlockPlace:
         """Where the block of a cell is among the pages."""
@@ -300,16 +372,16 @@ class Schedule:
 
     def written_end(self, cell: Cell) -> Int:
         """The position after the rows that a cell writes, a multiple of the packing."""
-        return cell.block_start + cell.write_row_end * self.config.cache.packing
+        return cell.block_start + cell.write_row_end * self.packing
 
     def advance(self, cell: Cell) -> Cursor:
         """The cursor of the cell after ``cell``; the sequence may be the next one."""
         block_done = cell.block + 1 >= cell.num_blocks
         tile_done = block_done & (cell.tile + 1 >= cell.num_tiles)
         return Cursor(
-            sequence=jnp.where(tile_done, cell.sequence + 1, cell.sequence),
-            tile=jnp.where(
-                tile_done, 0, jnp.where(block_done, cell.tile + 1, cell.tile)
+            sequence=ints.where(tile_done, cell.sequence + 1, cell.sequence),
+            tile=ints.where(
+                tile_done, 0, ints.where(block_done, cell.tile + 1, cell.tile)
             ),
-            block=jnp.where(block_done, 0, cell.block + 1),
+            block=ints.where(block_done, 0, cell.block + 1),
         )

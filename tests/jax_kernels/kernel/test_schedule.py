@@ -5,7 +5,6 @@ the schedule computes it. The blocks are tiny, so that short sequences have many
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,6 @@ from jax_kernels.ragged_paged_attention.kernel.schedule import (
     Lengths,
     RecentBlock,
     Schedule,
-    ceil_to,
-    floor_to,
 )
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
 
@@ -65,28 +62,12 @@ def make_schedule(
     return Schedule(config, PhaseConfig(phase, block_q, block_kv, NUM_SLOTS, 2))
 
 
-@functools.cache
-def _compiled_step(schedule: Schedule):
-    """describe, advance and needs_mask at once: eager jnp would be slow."""
-
-    @jax.jit
-    def step(cursor: Cursor, lengths: Lengths, stored_end, recent):
-        cell = schedule.describe(cursor, lengths, stored_end, recent)
-        is_masked = masking.needs_mask(
-            cell, schedule.phase.block_kv, schedule.config.spec
-        )
-        numbers = (*cell, *schedule.advance(cell), is_masked)
-        return jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
-
-    return step
-
-
 @dataclasses.dataclass
 class Walk:
-    """All cells of a batch, with what was known when each was planned."""
+    """All cells of a batch, what each was described from, and if it needs a mask."""
 
     cells: list[Cell]
-    stored_ends: list[int]
+    arguments: list[tuple]
     is_masked: list[bool]
 
 
@@ -100,21 +81,22 @@ def walk(
       sequences: (q_len, kv_len) of each.
       carries: Whether packed tokens are copied from slot to slot.
     """
-    step = _compiled_step(schedule)
-    starts = np.cumsum([0] + [q_len for q_len, _ in sequences])
+    starts = np.cumsum([0] + [q_len for q_len, _ in sequences]).tolist()
     found = Walk([], [], [])
     cursor = Cursor(0, 0, 0)
     while cursor.sequence < len(sequences):
         q_len, kv_len = sequences[cursor.sequence]
-        lengths = Lengths(int(starts[cursor.sequence]), q_len, kv_len)
+        lengths = Lengths(starts[cursor.sequence], q_len, kv_len)
         stored_end = _stored_end(schedule, found.cells, cursor.sequence)
         recent = _recent_blocks(found.cells) if carries else ()
-        numbers = np.asarray(step(cursor, lengths, stored_end, recent)).tolist()
-        num_fields = len(Cell._fields)
-        found.cells.append(Cell(*numbers[:num_fields]))
-        found.stored_ends.append(stored_end)
-        found.is_masked.append(bool(numbers[-1]))
-        previous, cursor = cursor, Cursor(*numbers[num_fields:-1])
+        arguments = (cursor, lengths, stored_end, recent)
+        cell = schedule.describe(*arguments)
+        found.cells.append(cell)
+        found.arguments.append(arguments)
+        found.is_masked.append(
+            masking.needs_mask(cell, schedule.phase.block_kv, schedule.config.spec)
+        )
+        previous, cursor = cursor, schedule.advance(cell)
         assert cursor > previous, f"{previous} -> {cursor}"
         assert len(found.cells) < 10_000
     return found
@@ -126,14 +108,15 @@ def _stored_end(schedule: Schedule, cells: list[Cell], sequence: int) -> int:
     The slot of the next cell was that of the cell ``NUM_SLOTS`` before. Its write-back
     was awaited, and so were all earlier ones.
     """
-    ended = cells[: max(len(cells) + 1 - NUM_SLOTS, 0)]
     packing = schedule.config.cache.packing
-    ends = [
-        c.block_start + c.write_row_end * packing
-        for c in ended
-        if c.sequence == sequence and c.write_row_end > c.write_row_begin
-    ]
-    return max(ends, default=0)
+    stored_end = 0
+    for i in reversed(range(len(cells) + 1 - NUM_SLOTS)):
+        c = cells[i]
+        if c.sequence != sequence:
+            break
+        if c.write_row_end > c.write_row_begin:
+            stored_end = max(stored_end, c.block_start + c.write_row_end * packing)
+    return stored_end
 
 
 def _recent_blocks(cells: list[Cell]) -> list[RecentBlock]:
@@ -381,6 +364,42 @@ def test_the_worked_example_of_the_docstring():
     ]
 
 
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize(
+    "static",
+    ["f32", "e4m3", "full", "window_across_blocks", "window_full", "no_update"],
+)
+def test_traced_cells_are_those_of_plain_ints(phase, static):
+    """The kernel traces what the other tests run in Python."""
+    q_len = 1 if phase is Phase.DECODE else 21
+    sequences = [(q_len, 45), (0, 0), (q_len, 24), (q_len, 0), (0, 9)]
+    schedule = make_schedule(phase, **STATIC_CASES[static])
+    found = walk(schedule, sequences, carries=phase is not Phase.DECODE)
+
+    @jax.jit
+    @jax.vmap
+    def traced(arguments):
+        cell = schedule.describe(*arguments)
+        return (
+            jax.tree.map(jnp.int32, cell),
+            schedule.advance(cell),
+            masking.needs_mask(cell, schedule.phase.block_kv, schedule.config.spec),
+        )
+
+    plain = [
+        (cell, schedule.advance(cell), is_masked)
+        for cell, is_masked in zip(found.cells, found.is_masked, strict=True)
+    ]
+    assert all(type(x) is int for x in jax.tree.leaves([row[:2] for row in plain]))
+    assert all(type(is_masked) is bool for is_masked in found.is_masked)
+    columns = jax.tree.map(lambda *x: jnp.array(x, jnp.int32), *found.arguments)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        traced(columns),
+        jax.tree.map(lambda *x: np.array(x), *plain),
+    )
+
+
 def test_a_window_skips_the_blocks_before_it():
     """10000 tokens and a window of 20: 3 blocks of 8 at the most, not 1250."""
     found = check(make_schedule(Phase.DECODE, window=20), [(1, 10_000)])
@@ -421,9 +440,3 @@ def test_positions_beyond_int16_stay_exact():
     found = check(make_schedule(Phase.DECODE, window=100), [(1, 70_001)])
     assert found.cells[-1].visible_end == 70_001
     assert found.cells[0].visible_begin == 69_901
-
-
-@given(st.integers(-1000, 1000), st.sampled_from([1, 2, 4, 8, 128]))
-def test_rounding_is_exact_below_zero_too(value, power):
-    assert floor_to(value, power) == value // power * power
-    assert ceil_to(value, power) == -(-value // power) * power

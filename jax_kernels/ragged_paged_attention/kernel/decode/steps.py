@@ -15,20 +15,20 @@ that many short sequences cost hardly more than a long one. With blocks of 8 tok
           2     3         1      8          yes
           3     -
 
-All functions are plain arithmetic on ints, Python's or traced int32 scalars.
+All functions are arithmetic on scalars (ints.py), as in schedule.py.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from jax_kernels.ragged_paged_attention.kernel import ints
+from jax_kernels.ragged_paged_attention.kernel.ints import Bool, Int
 from jax_kernels.ragged_paged_attention.kernel.schedule import (
     BlockPlace,
     Cell,
     Cursor,
-    Int,
     Lengths,
     Schedule,
 )
@@ -110,12 +110,12 @@ def _lengths_or_none(
     sequence: Int, end: Int, read_lengths: Callable[[Int], Lengths]
 ) -> Lengths:
     """The lengths of a sequence or, past the end, of one that is empty."""
-    own = read_lengths(jnp.minimum(sequence, end - 1))
+    own = read_lengths(ints.minimum(sequence, end - 1))
     is_live = sequence < end
     return Lengths(
-        q_start=own.q_start + jnp.where(is_live, 0, own.q_len),
-        q_len=jnp.where(is_live, own.q_len, 0),
-        kv_len=jnp.where(is_live, own.kv_len, 0),
+        q_start=own.q_start + ints.where(is_live, 0, own.q_len),
+        q_len=ints.where(is_live, own.q_len, 0),
+        kv_len=ints.where(is_live, own.kv_len, 0),
     )
 
 
@@ -126,16 +126,16 @@ def _part_of_step(schedule: Schedule, cell: Cell, query: Int) -> DecodeCell:
         row_end=cell.cache_row_end,
         visible_begin=cell.visible_begin - cell.block_start,
         visible_end=cell.visible_end - cell.block_start,
-        new_place=jnp.where(
+        new_place=ints.where(
             cell.write_row_end > cell.write_row_begin,
             cell.new_begin - cell.block_start,
             -1,
         ),
         query=query,
-        out=jnp.where(cell.num_queries > 0, query, schedule.phase.cells_per_step),
-        is_first=jnp.where(cell.block == 0, 1, 0),
+        out=ints.where(cell.num_queries > 0, query, schedule.phase.cells_per_step),
+        is_first=ints.where(cell.block == 0, 1, 0),
     )
 
 
-def _count(conditions: Iterable[Any]) -> Int:
-    return sum(jnp.where(condition, 1, 0) for condition in conditions)
+def _count(conditions: Iterable[Bool]) -> Int:
+    return sum(ints.where(condition, 1, 0) for condition in conditions)

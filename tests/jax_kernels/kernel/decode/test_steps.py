@@ -54,31 +54,16 @@ def make_schedule(
     )
 
 
-@functools.cache
-def _compiled(schedule: Schedule):
-    """Eager jnp would be slow."""
-
-    @jax.jit
-    def step(cursor: Cursor, end, starts, kv_lens):
-        def read_lengths(sequence):
-            start = starts[sequence]
-            return Lengths(start, starts[sequence + 1] - start, kv_lens[sequence])
-
-        return describe_step(schedule, cursor, end, read_lengths)
-
-    return step
-
-
 def steps_of(schedule: Schedule, sequences: list[tuple[int, int]]) -> list[Step]:
     """All steps of sequences given as (q_len, kv_len)."""
-    padded = sequences + [(0, 99)] * (MAX_SEQUENCES - len(sequences))
-    q_lens, kv_lens = (np.array(x, np.int32) for x in zip(*padded, strict=True))
-    starts = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    starts = np.cumsum([0] + [q_len for q_len, _ in sequences]).tolist()
+
+    def read_lengths(sequence: int) -> Lengths:
+        return Lengths(starts[sequence], *sequences[sequence])
+
     steps, cursor = [], Cursor(0, 0, 0)
     while cursor.sequence < len(sequences):
-        step, cursor = jax.tree.map(
-            int, _compiled(schedule)(cursor, len(sequences), starts, kv_lens)
-        )
+        step, cursor = describe_step(schedule, cursor, len(sequences), read_lengths)
         steps.append(step)
         assert len(steps) < 1000
     return steps
@@ -182,6 +167,29 @@ def test_every_visible_token_is_met_once(
     expected = {token: [kv_len - 1] for token, kv_len in enumerate(live)}
     assert written == (expected if update else {})
     assert len(cells) == len(steps) * cells_per_step
+
+
+@pytest.mark.parametrize("update", [True, False], ids=["update", "no_update"])
+def test_traced_steps_are_those_of_plain_ints(update):
+    """The kernel traces what the other tests run in Python."""
+    sequences = [(1, 5), (0, 7), (1, 20), (1, 30), (1, 9)]
+    schedule = make_schedule(packing=4, window=9, update=update)
+    starts, kv_lens = jnp.array([0, 1, 1, 2, 3, 4]), jnp.array([5, 7, 20, 30, 9])
+
+    @jax.jit
+    def traced(cursor):
+        def read_lengths(sequence):
+            start = starts[sequence]
+            return Lengths(start, starts[sequence + 1] - start, kv_lens[sequence])
+
+        return describe_step(schedule, cursor, jnp.int32(5), read_lengths)
+
+    cursor = Cursor(0, 0, 0)
+    steps = steps_of(schedule, sequences)
+    assert all(type(number) is int for number in jax.tree.leaves(steps))
+    for plain in steps:
+        step, cursor = traced(cursor)
+        assert jax.tree.map(int, step) == plain
 
 
 def test_a_step_is_kept_as_a_flat_list_of_numbers():
