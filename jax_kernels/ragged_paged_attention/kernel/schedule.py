@@ -221,12 +221,12 @@ class Schedule:
         tile = self._tile(cursor.tile, new, lengths.q_len)
         visible = self._visible(tile, new)
         block = self._block(cursor.block, visible)
-        stored = self._stored(tile, new, visible, stored_end)
-        cached = self._cached(block, visible, stored)
+        readable_end = self._readable_end(tile, new, visible, stored_end)
+        cached = self._cached(block, visible, readable_end)
         if self.config.spec.update_kv_cache:
             new_tokens = self._new_tokens(cursor, new, block, stored_end, recent)
             owned = self._owned(tile, new, visible)
-            write_back = self._write_back(block, owned, new, stored)
+            write_back = self._write_back(block, owned, new, readable_end)
         else:
             new_tokens, write_back = NO_NEW_TOKENS, NO_WRITE_BACK
         return Cell(
@@ -284,7 +284,9 @@ class Schedule:
         end = ints.minimum(start + size, visible.end)
         return Block(num_blocks, start, ints.maximum(end, start))
 
-    def _stored(self, tile: Tile, new: Range, visible: Range, stored_end: Int) -> Int:
+    def _readable_end(
+        self, tile: Tile, new: Range, visible: Range, stored_end: Int
+    ) -> Int:
         """The position up to which a tile may read rows of the cache."""
         if not self.config.spec.update_kv_cache:
             return ceil_to(visible.end, self.packing)
@@ -298,10 +300,10 @@ class Schedule:
             ints.maximum(floor_to(new.begin, self.packing), stored_end),
         )
 
-    def _cached(self, block: Block, visible: Range, stored: Int) -> Range:
+    def _cached(self, block: Block, visible: Range, readable_end: Int) -> Range:
         """What is fetched from the cache: whole rows."""
         begin = ints.maximum(floor_to(visible.begin, self.packing), block.start)
-        end = ints.minimum(stored, ceil_to(block.end, self.packing))
+        end = ints.minimum(readable_end, ceil_to(block.end, self.packing))
         return Range(begin, ints.maximum(end, begin))
 
     def _new_tokens(
@@ -336,7 +338,7 @@ class Schedule:
         )
 
     def _write_back(
-        self, block: Block, owned: Range, new: Range, stored: Int
+        self, block: Block, owned: Range, new: Range, readable_end: Int
     ) -> WriteBack:
         """The rows of a block that hold tokens that the tile owns."""
         begin = ints.maximum(owned.begin, block.start)
@@ -347,7 +349,7 @@ class Schedule:
             tail = floor_to(new.end, self.packing)
             has_tail = writes & (end == new.end) & (tail < new.end)
             tail_row = ints.where(
-                has_tail & (tail >= stored), self._row(block, tail), tail_row
+                has_tail & (tail >= readable_end), self._row(block, tail), tail_row
             )
         return WriteBack(
             ints.where(writes, self._row(block, begin), 0),
