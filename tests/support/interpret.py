@@ -1,19 +1,26 @@
 """Runs the kernel: on a TPU for real, elsewhere in Pallas TPU interpret mode.
 
 This is the one place that knows the difference. Interpret mode simulates the memories,
-the DMAs and the semaphores. It fills fresh memory with NaN, carries out a DMA only when
-somebody waits for it, and follows every access with a happens-before race detector.
+the DMAs and the semaphores. It fills fresh memory with NaN, carries out a DMA when
+somebody waits for it (or at once, if asked to), and follows every access with a
+happens-before race detector. By itself it is silent about a DMA that nobody waits for,
+and only prints that a semaphore is left signalled. Here a test fails for either.
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import io
+from collections.abc import Iterator
+from typing import Literal
 from unittest import mock
 
 import jax
 import numpy as np
+from jax._src import source_info_util
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call, vector_clock
+from jax._src.pallas.mosaic.interpret.shared_memory import SharedMemory
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention import BlockSizes, ragged_paged_attention
@@ -29,9 +36,16 @@ INTERPRET_PARAMS = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
 )
 
+# When copies are carried out: "on_wait" is as late as possible, "eager" at once.
+CopyTime = Literal["on_wait", "eager"]
+
 
 def run_kernel(
-    arguments: tuple, *, block_sizes: BlockSizes = SMALL_BLOCKS, **options
+    arguments: tuple,
+    *,
+    block_sizes: BlockSizes | None = SMALL_BLOCKS,
+    copies: CopyTime = "on_wait",
+    **options,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Runs the kernel and checks how it behaved.
 
@@ -40,15 +54,16 @@ def run_kernel(
     Args:
       arguments: ``RaggedBatch.jax_arguments``, or the same with changes.
       block_sizes: Tile sizes.
+      copies: When copies are carried out in interpret mode.
       **options: Keyword arguments of ``ragged_paged_attention``.
 
     Returns:
       The output and the cache.
 
     Raises:
-      AssertionError: A data race, or a semaphore that was left signalled.
+      AssertionError: See ``checked_interpret_mode``.
     """
-    function = _jitted(block_sizes=block_sizes, **options)
+    function = _jitted(copies, block_sizes=block_sizes, **options)
     with contextlib.nullcontext() if HAS_TPU else checked_interpret_mode():
         out, kv_cache = function(*arguments)
         return np.asarray(out), np.asarray(kv_cache)
@@ -57,7 +72,8 @@ def run_kernel(
 def assert_kernel_matches_oracle(
     batch: ragged_batches.RaggedBatch,
     *,
-    block_sizes: BlockSizes = SMALL_BLOCKS,
+    block_sizes: BlockSizes | None = SMALL_BLOCKS,
+    copies: CopyTime = "on_wait",
     **options,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Runs the kernel on a batch; fails unless output and whole cache are right.
@@ -71,7 +87,9 @@ def assert_kernel_matches_oracle(
     arguments = batch.jax_arguments
     if not updates:
         arguments = (arguments[0], None, None, *arguments[3:])
-    out, kv_cache = run_kernel(arguments, block_sizes=block_sizes, **options)
+    out, kv_cache = run_kernel(
+        arguments, block_sizes=block_sizes, copies=copies, **options
+    )
     assert out.dtype == options.get("out_dtype", batch.queries.dtype)
     changes_result = {
         name: value
@@ -84,22 +102,66 @@ def assert_kernel_matches_oracle(
 
 @contextlib.contextmanager
 def checked_interpret_mode():
-    """Fails when what runs within, in interpret mode, has a race or leaves a signal."""
+    """Checks how every kernel behaves that runs within in interpret mode.
+
+    Raises:
+      AssertionError: A data race, a semaphore that was left signalled, a copy that
+        nobody waited for, or no kernel at all.
+    """
     printed = io.StringIO()
+    problems_of_kernels: list[list[str]] = []
+    clear_shared_memory = interpret_pallas_call._clear_shared_memory
+
+    def look_and_clear() -> None:
+        """Stands in for what the interpreter does last of all for each kernel."""
+        problems_of_kernels.append(list(_problems_at_exit()))
+        clear_shared_memory()
+
     interpret_pallas_call.reset_tpu_interpret_mode_state()
     try:
-        # The interpreter prints what it finds.
+        # The interpreter prints where it finds a race.
         with (
             contextlib.redirect_stdout(printed),
             mock.patch.object(vector_clock, "ordered", are_ordered),
+            mock.patch.object(
+                interpret_pallas_call, "_clear_shared_memory", look_and_clear
+            ),
         ):
             yield
-        races = interpret_pallas_call.races
-        assert races is not None, "nothing ran in interpret mode"
-        assert not races.races_found, f"data race:\n{printed.getvalue()[:4000]}"
-        assert "non-zero count" not in printed.getvalue(), printed.getvalue()
+        assert problems_of_kernels, "nothing ran in interpret mode"
+        problems = [problem for each in problems_of_kernels for problem in each]
+        assert not problems, "\n".join([*problems, printed.getvalue()[:4000]])
     finally:
         interpret_pallas_call.reset_tpu_interpret_mode_state()
+
+
+def _problems_at_exit() -> Iterator[str]:
+    """What is wrong with the state that a kernel leaves behind."""
+    memory, races = interpret_pallas_call._shared_memory, interpret_pallas_call.races
+    assert memory is not None and races is not None
+    if races.races_found:
+        yield "data race"
+    for semaphore in [*memory.sem.values(), *memory.fixed_id_sem.values()]:
+        if semaphore.count_by_core.any():
+            yield (
+                f"semaphore {semaphore.id} is left with a non-zero count: "
+                f"{semaphore.count_by_core.tolist()}"
+            )
+    for copy in _copies_not_carried_out(memory):
+        assert copy.source_info is not None
+        started_at = source_info_util.summarize(copy.source_info)
+        yield f"a copy was started and never awaited: {started_at}"
+
+
+def _copies_not_carried_out(
+    memory: SharedMemory,
+) -> Iterator[interpret_pallas_call.DMA]:
+    """Copies that wait for somebody to wait for them."""
+    for semaphore in memory.sem.values():
+        for task in (task for tasks in semaphore.tasks for task in tasks):
+            copy = task.__self__  # the task is a method of the copy
+            if copy.state is not interpret_pallas_call.DmaState.COMPLETED:
+                yield copy
 
 
 def are_ordered(x: np.ndarray, y: np.ndarray) -> bool:
@@ -127,12 +189,13 @@ def forget_old_programs() -> None:
 
 
 @functools.cache
-def _jitted(**options):
+def _jitted(copies: CopyTime, **options):
     update_kv_cache = options.get("update_kv_cache", True)
+    params = dataclasses.replace(INTERPRET_PARAMS, dma_execution_mode=copies)
     return jax.jit(
         functools.partial(
             ragged_paged_attention,
-            interpret=False if HAS_TPU else INTERPRET_PARAMS,
+            interpret=False if HAS_TPU else params,
             **options,
         ),
         # In interpret mode a donated cache would be copied all the same.
