@@ -71,7 +71,7 @@ def test_peaks_are_those_of_the_data_sheets(chip, teraflops):
 
 def test_a_chip_cannot_be_changed_by_accident():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        chips.V6E.vmem_bytes = 1  # type: ignore[misc]
+        chips.V6E.vmem_bytes = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_chips_need_neither_jax_nor_torch():

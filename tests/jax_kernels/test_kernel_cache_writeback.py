@@ -5,6 +5,8 @@ attended from VMEM. It shows in the next step, or in another sequence. So these 
 look at the bytes.
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from tests.support.interpret import assert_kernel_matches_oracle, run_kernel
 from tests.support.numerics import assert_same_bytes
 from tests.support.ragged_batches import make_ragged_batch
 
-OPTIONS = {"sm_scale": 0.1}
+OPTIONS: dict[str, Any] = {"sm_scale": 0.1}
 LAYOUTS = {
     "split_f32": {"q_dtype": "float32", "head_dim": 72},
     "split_bf16": {"q_dtype": "bfloat16", "head_dim": 128},

@@ -4,6 +4,7 @@ All batches of a layout have the same shapes, so the kernel is compiled once for
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ MAX_SEQUENCES = 24
 PAGES_PER_SEQUENCE = 12
 MAX_TOKENS = 256
 NUM_PAGES = 160
-OPTIONS = {"sm_scale": 0.1}
+OPTIONS: dict[str, Any] = {"sm_scale": 0.1}
 
 # The packed rows of the first hold two tokens, those of the second four.
 LAYOUTS = {

@@ -5,6 +5,7 @@ hide a trace of NaN times zero.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.support.interpret import run_kernel
 from tests.support.numerics import assert_same_bytes
 from tests.support.ragged_batches import RaggedBatch, make_ragged_batch
 
-OPTIONS = {"sm_scale": 0.1}
+OPTIONS: dict[str, Any] = {"sm_scale": 0.1}
 SEQUENCES = [(1, 1), (1, 45), (1, 32), (5, 5), (40, 71), (9, 33)]
 LAYOUTS = {
     "split_bf16": {"q_dtype": "bfloat16", "head_dim": 128},

@@ -66,7 +66,9 @@ def test_the_nearest_record_of_the_chip_and_phase_is_found():
         record(size=512, page_size=64),
         record(size=1024, num_q_heads=64),
     ]
-    found, away = tuned.find(records, "v6e", "decode", SHAPE)
+    nearest = tuned.find(records, "v6e", "decode", SHAPE)
+    assert nearest is not None
+    found, away = nearest
     assert found.blocks == {"decode_block_kv": 512}  # the first of two at distance 1
     assert away == 1
     assert tuned.find(records, "v5e", "decode", SHAPE) is None
@@ -80,8 +82,9 @@ def test_the_exact_dtype_is_preferred_to_another_of_its_size():
     ]
     for dtype, expected in (("float8_e4m3fn", 512), ("int8", 256)):
         shape = dataclasses.replace(SHAPE, cache_dtype=dtype)
-        found, _ = tuned.find(records, "v6e", "decode", shape)
-        assert found.blocks["decode_block_kv"] == expected
+        nearest = tuned.find(records, "v6e", "decode", shape)
+        assert nearest is not None
+        assert nearest[0].blocks["decode_block_kv"] == expected
 
 
 def test_a_file_is_read_as_it_was_written():
