@@ -56,8 +56,7 @@ class Chip:
       adds_in_16_bits: Whether the vector unit adds bfloat16 and int16.
       other_names: Beside ``name``, in lower case: device kinds, as PJRT reports them,
         and accelerator types, as Google Cloud has them, without the number of chips.
-      topology: A small slice of such chips by the name that libtpu gives it, to compile
-        for without a TPU. None if nothing is compiled for this chip.
+      known_topology: What ``topology`` returns.
       known_rates: What ``rates`` returns.
     """
 
@@ -70,8 +69,24 @@ class Chip:
     rounds_to_e4m3fn: bool = False
     adds_in_16_bits: bool = False
     other_names: tuple[str, ...] = ()
-    topology: str | None = None
+    known_topology: str | None = None
     known_rates: Rates | None = None
+
+    @property
+    def topology(self) -> str:
+        """A small slice of such chips by the name that libtpu gives it.
+
+        It can be compiled for without a TPU.
+
+        Raises:
+          NotImplementedError: Nothing is compiled for this chip.
+        """
+        if self.known_topology is None:
+            raise NotImplementedError(
+                f"chip: expected one that is compiled for ({', '.join(COMPILED)}), "
+                f"got {self.name}"
+            )
+        return self.known_topology
 
     @property
     def rates(self) -> Rates:
@@ -94,7 +109,7 @@ V5E = Chip(
     matrix_columns=128,
     e4m3_bias=11,
     other_names=("tpu v5 lite", "tpu v5e", "v5litepod"),
-    topology="v5e:2x2",
+    known_topology="v5e:2x2",
     known_rates=Rates(1.5e9, 0.82e12, 131072),
 )
 V6E = Chip(
@@ -104,7 +119,7 @@ V6E = Chip(
     e4m3_bias=11,
     adds_in_16_bits=True,
     other_names=("tpu v6 lite", "tpu v6e"),
-    topology="v6e:2x2",
+    known_topology="v6e:2x2",
     known_rates=Rates(1.755e9, 1.64e12, 524288),
 )
 TPU7X = Chip(
@@ -114,7 +129,7 @@ TPU7X = Chip(
     rounds_to_e4m3fn=True,
     adds_in_16_bits=True,
     other_names=("tpu7", "tpu v7", "tpu v7x", "v7x"),
-    topology="tpu7x:2x2x1",
+    known_topology="tpu7x:2x2x1",
     known_rates=Rates(2.2e9, 3.69e12, 524288),
 )
 # Small enough for every chip since v4.
@@ -125,7 +140,9 @@ V5P = dataclasses.replace(UNKNOWN, name="v5p", other_names=("tpu v5", "tpu v5p")
 
 CHIPS = {chip.name: chip for chip in (TPU7X, V6E, V5E, V5P, V4)}
 # Those whose topology and rates are known: what the kernel is compiled and timed for.
-COMPILED = {name: chip for name, chip in CHIPS.items() if chip.topology is not None}
+COMPILED = {
+    name: chip for name, chip in CHIPS.items() if chip.known_topology is not None
+}
 
 # What libtpu has to be told, before it is loaded, where there is no TPU: to ask no
 # metadata server, and that several processes may load it. Any accelerator type will do,

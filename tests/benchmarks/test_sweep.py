@@ -1,6 +1,7 @@
 """What the sweep calls a violation, on invented times, and its command line."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_a_window_costs_what_a_context_of_its_length_does():
 
 
 def test_float8_must_not_be_slower():
-    fp8 = {"cache_dtype": "float8_e4m3fn"}
+    fp8: dict[str, Any] = {"cache_dtype": "float8_e4m3fn"}
     assert not list(sweep.slower_with_fp8([point(us=100), point(us=100.5, **fp8)]))
     (found,) = sweep.slower_with_fp8([point(us=100), point(us=102, **fp8)])
     assert "takes 102.0 us" in found
@@ -111,7 +112,7 @@ def test_float8_must_not_be_slower():
 
 
 def test_an_empty_phase_costs_little():
-    more = {"chunk_prefill_size": 256}
+    more: dict[str, Any] = {"chunk_prefill_size": 256}
     assert not list(sweep.empty_phase_costs([point(us=9), point(us=9.2, **more)]))
     (found,) = sweep.empty_phase_costs([point(us=9), point(us=9.4, **more)])
     assert "0.40 us more" in found

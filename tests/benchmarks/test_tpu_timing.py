@@ -26,10 +26,12 @@ TOY_DMA = DmaModel(latency_s=100e-9, efficiency=1.0)
 
 def test_predicated_move_keeps_old_value():
     move = isa.parse_instruction("%s9_s18 = smov.u32 (!%p3_p7, %s2_s18), 128")
-    assert (move.target.bank, move.target.number) == ("s", 18)
-    assert not move.predicate.expected
-    assert move.predicate.register.number == 7
-    assert move.predicate.otherwise.number == 18
+    assert move.target == isa.Register("s", 18, "%s9_s18")
+    assert move.predicate == isa.Predicate(
+        isa.Register("p", 7, "%p3_p7"),
+        expected=False,
+        otherwise=isa.Register("s", 18, "%s2_s18"),
+    )
     assert move.operands == [isa.Immediate(128)]
 
 
@@ -48,7 +50,9 @@ def test_immediates_are_signed():
 def test_float_arithmetic_is_on_bits():
     multiply = isa.parse_instruction("%s1_s2 = smul.f32 1.5, %s3_s4")
     assert not multiply.undecoded
-    bits = isa.float32_arithmetic("smul", multiply.operands[0].value, 0x40000000)
+    factor = multiply.operands[0]
+    assert isinstance(factor, isa.Immediate)
+    bits = isa.float32_arithmetic("smul", factor.value, 0x40000000)
     assert isa.float32_value(bits) == 3.0
     huge = isa.float32_bits(3e38)
     assert isa.float32_value(isa.float32_arithmetic("sadd", huge, huge)) == float("inf")
@@ -58,10 +62,13 @@ def test_store_with_predicate_and_offset():
     store = isa.parse_instruction(
         "%7 = sst [smem:[%s1_s23 + $0x4]] (%p5_p3), /*sx=*/%s9_s25"
     )
-    address, value = store.operands
-    assert (address.registers[0].number, address.offset) == (23, 4)
-    assert value.number == 25
-    assert store.predicate.expected
+    assert store.operands == [
+        isa.Address(None, (isa.Register("s", 23, "%s1_s23"),), 4),
+        isa.Register("s", 25, "%s9_s25"),
+    ]
+    assert store.predicate == isa.Predicate(
+        isa.Register("p", 3, "%p5_p3"), expected=True
+    )
 
 
 def test_lea_annotation_is_not_an_operand():
@@ -78,7 +85,7 @@ def test_dma_operands():
         "/*dst_stride=*/%s5_s0, /*steps_per_stride=*/%s6_s15"
     )
     assert dma.named["dst_syncflagno"] == isa.Address(6, (), 2)
-    assert dma.named["steps_per_stride"].number == 15
+    assert dma.named["steps_per_stride"] == isa.Register("s", 15, "%s6_s15")
 
 
 def test_matmuls():

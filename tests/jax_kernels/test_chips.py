@@ -54,11 +54,14 @@ def test_no_name_means_two_chips_and_all_are_in_lower_case():
 
 def test_a_chip_that_is_compiled_for_has_rates_and_the_others_say_which_have():
     for chip in DESCRIBED:
+        assert chip.topology.startswith(f"{chip.name}:")
         assert chip.rates.seconds(chip.rates.clock_hz) == 1.0
     for chip in (chips.V4, chips.V5P, chips.UNKNOWN):
-        assert chip.topology is None
-        with pytest.raises(NotImplementedError, match=rf"tpu7x.*, got {chip.name}"):
+        refused = pytest.raises(NotImplementedError, match=rf"tpu7x.*, got {chip.name}")
+        with refused:
             _ = chip.rates
+        with refused:
+            _ = chip.topology
 
 
 @pytest.mark.parametrize(
