@@ -104,6 +104,20 @@ class Instruction:
     text: str = ""
     undecoded: bool = False  # operands not understood; may only be skipped
 
+    @property
+    def is_rename(self) -> bool:
+        """Whether it only gives the same physical register another name."""
+        if self.opcode.startswith(("sphi", "int_to_ptr")):
+            return True
+        if not self.opcode.startswith("smov") or not self.operands:
+            return False
+        source, target = self.operands[0], self.target
+        return (
+            isinstance(source, Register)
+            and target is not None
+            and (source.bank, source.number) == (target.bank, target.number)
+        )
+
     def reads(self) -> list[Register]:
         found: list[Register] = []
         values = list(self.operands) + list(self.named.values())

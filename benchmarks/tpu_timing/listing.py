@@ -87,17 +87,6 @@ def find_kernel(dump_dir: str | Path, name_contains: str) -> KernelFiles:
     return _files_of(Path(dump_dir), names[0])
 
 
-def files_of_listing(final_bundles: str | Path) -> KernelFiles:
-    """Files that sit next to a given *-final_bundles.txt."""
-    path = Path(final_bundles)
-    match = re.match(
-        r"^(.*)-\d+-(?:final_bundles|packed-bundles-post-ra)\.txt$", path.name
-    )
-    if not match:
-        raise ValueError(f"not a bundle listing: {path.name}")
-    return _files_of(path.parent, match.group(1))
-
-
 def _files_of(directory: Path, prefix: str) -> KernelFiles:
     by_suffix = {}
     for path in directory.iterdir():

@@ -2,73 +2,22 @@
 
 from __future__ import annotations
 
-import bisect
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import numpy as np
 
 from benchmarks.tpu_timing import core, isa
+from benchmarks.tpu_timing.control_flow import EXIT
 from benchmarks.tpu_timing.dma import DmaEngine, DmaModel, SyncFlagDeadlock
-from benchmarks.tpu_timing.program import EXIT, WORD_BYTES, Program
+from benchmarks.tpu_timing.memory_map import GRANULE_BYTES
+from benchmarks.tpu_timing.program import Program
+from benchmarks.tpu_timing.result import Result, Visits, find_loops, unit_share
+from benchmarks.tpu_timing.scalar_memory import ScalarMemory, SimulationError
 from jax_kernels.chips import Chip
 
 DEFAULT_DMA = DmaModel()
-
-
-class SimulationError(Exception):
-    """The program did what the model has no meaning for."""
-
-
-@dataclass
-class Loop:
-    """Where the time of a loop went, all its iterations together."""
-
-    start: int
-    end: int
-    depth: int
-    entries: int
-    iterations: int
-    bundles: int  # cycles of the listing, without stalls
-    cycles: float
-    dma_wait_cycles: float
-    mxu_stall_cycles: float
-    busiest_units: dict[str, float]  # share of each unit's capacity while in the loop
-
-
-@dataclass
-class Result:
-    """What a run cost. Cycles are of the TensorCore's clock."""
-
-    kernel: str
-    chip: str
-    cycles: float
-    seconds: float
-    schedule_cycles: int
-    executed_bundles: int
-    dma_wait_cycles: float
-    mxu_stall_cycles: float
-    drain_cycles: float
-    bytes_moved: dict[str, int]
-    dma_count: dict[str, int]
-    waits: int
-    stalled_waits: int
-    hbm_busy_cycles: float
-    unit_busy: dict[str, int]
-    unit_share: dict[str, float]
-    mxu_occupied_cycles: dict[int, int]
-    matmuls: int
-    nonzero_flags: dict[int, int]
-    loops: list[Loop]
-    warnings: list[str]
-    host_seconds: float
-    timeline: list = field(default_factory=list, repr=False)
-    transfers: list = field(default_factory=list, repr=False)
-
-    @property
-    def microseconds(self) -> float:
-        return self.seconds * 1e6
 
 
 class Machine:
@@ -79,7 +28,7 @@ class Machine:
         program: Program,
         chip: Chip,
         dma_model: DmaModel = DEFAULT_DMA,
-        operands: dict[int, np.ndarray] | None = None,
+        operands: Mapping[int, np.ndarray] | None = None,
         *,
         keep_timeline: bool = False,
         model_mxu_stalls: bool = True,
@@ -88,26 +37,19 @@ class Machine:
         self.program = program
         self.chip = chip
         self.operand_values = {k: np.asarray(v) for k, v in (operands or {}).items()}
-        self.dma = DmaEngine(chip, dma_model, program.granule_bytes, keep_timeline)
+        self.memory = ScalarMemory(program, self.operand_values)
+        self.dma = DmaEngine(chip, dma_model, GRANULE_BYTES, keep_timeline)
         self.keep_timeline = keep_timeline
         self.model_mxu_stalls = model_mxu_stalls
         self.max_blocks = max_blocks
         self.s = [0] * 64
         self.p = [False] * 32
-        self.smem = [0] * program.smem_words
-        self.words: dict[
-            tuple[str, int], list[int]
-        ] = {}  # contents by (space, region base)
         self.sync_values: deque[int] = deque()
         self.mxu_free = [0.0] * 8
         self.mxu_stall_cycles = 0.0
         self.mxu_memo: dict = {}
         self.stretch_runs: dict[int, int] = {}
-        self.bad_loads = 0
-        self.unknown_reads: set[str] = set()
         self.matmul_cost = self._matmul_costs()
-        self._region_keys = [(r.space, r.base) for r in program.regions]
-        self._write_operands()
 
     def _matmul_costs(self) -> dict[str, int]:
         dtypes = {
@@ -119,81 +61,6 @@ class Machine:
         self.unknown_matmuls = sorted(dtypes - set(known))
         return {**known, **dict.fromkeys(self.unknown_matmuls, known["bf16"])}
 
-    # --- memory ------------------------------------------------------------
-
-    def _write_operands(self):
-        for region in self.program.regions:
-            index = region.operand_index
-            if index is None:
-                words = region.granules * self.program.granule_bytes // WORD_BYTES
-                self.words[region.space, region.base] = [0] * words
-            elif index in self.operand_values:
-                values = np.ascontiguousarray(
-                    self.operand_values[index].astype(np.int32).ravel()
-                )
-                self.words[region.space, region.base] = values.tolist()
-        for index, operand in self.program.operands.items():
-            if operand.space == "smem" and index in self.operand_values:
-                values = self.operand_values[index].astype(np.int32).ravel().tolist()
-                base = self.program.operand_base[index]
-                self.smem[base : base + len(values)] = values
-
-    def operand(self, index: int) -> np.ndarray:
-        """Words of an operand after the run, as far as SMEM transfers wrote them."""
-        for region in self.program.regions:
-            if region.operand_index == index:
-                return np.array(
-                    self.words.get((region.space, region.base), []), np.int32
-                )
-        raise KeyError(index)
-
-    def _region(self, space, granule):
-        position = bisect.bisect_right(self._region_keys, (space, granule)) - 1
-        if position >= 0:
-            region = self.program.regions[position]
-            if region.space == space and granule < region.base + region.granules:
-                return region
-        raise SimulationError(
-            f"SMEM transfer with {space} granule {granule:#x} outside every operand"
-        )
-
-    def _load(self, address):
-        if 0 <= address < len(self.smem):
-            return self.smem[address]
-        self.bad_loads += 1
-        return 0
-
-    def _store(self, address, value):
-        if not 0 <= address < len(self.smem):
-            raise SimulationError(f"store to SMEM word {address}")
-        self.smem[address] = value
-
-    def _copy_to_smem(self, space, granule, smem_address, count):
-        region = self._region(space, granule)
-        words = self.words.get((space, region.base))
-        if words is None:
-            self.unknown_reads.add(region.name)
-            return region
-        first = (granule - region.base) * self.program.granule_bytes // WORD_BYTES
-        data = words[first : first + count]
-        if not 0 <= smem_address <= len(self.smem) - len(data):
-            raise SimulationError(f"transfer to SMEM word {smem_address}")
-        self.smem[smem_address : smem_address + len(data)] = data
-        return region
-
-    def _copy_from_smem(self, smem_address, space, granule, count):
-        region = self._region(space, granule)
-        key = (space, region.base)
-        if key not in self.words:
-            self.words[key] = [0] * (
-                region.granules * self.program.granule_bytes // WORD_BYTES
-            )
-        first = (granule - region.base) * self.program.granule_bytes // WORD_BYTES
-        self.words[key][first : first + count] = self.smem[
-            smem_address : smem_address + count
-        ]
-        return region
-
     # --- hooks called by the generated code ---------------------------------
 
     def _dma(
@@ -201,15 +68,18 @@ class Machine:
     ):
         if granules < 0:
             raise SimulationError(f"{source}_to_{target} of {granules} granules")
-        count = granules * self.program.granule_bytes // WORD_BYTES
         region = None
-        if count and target == "smem":
-            region = self._copy_to_smem(source, source_address, target_address, count)
-        elif count and source == "smem":
-            region = self._copy_from_smem(source_address, target, target_address, count)
+        if granules and target == "smem":
+            region = self.memory.copy_to_smem(
+                source, source_address, target_address, granules
+            )
+        elif granules and source == "smem":
+            region = self.memory.copy_from_smem(
+                source_address, target, target_address, granules
+            )
         is_spill = region is not None and region.operand_index is None
         # steps_per_stride counts steps of 512 bytes
-        piece = steps * 512 // self.program.granule_bytes
+        piece = steps * 512 // GRANULE_BYTES
         self.dma.issue(now, source, target, granules, flag, piece, is_spill)
 
     def _matmuls(self, number, now):
@@ -254,9 +124,9 @@ class Machine:
         namespace = {
             "s": self.s,
             "p": self.p,
-            "smem": self.smem,
-            "load": self._load,
-            "store": self._store,
+            "smem": self.memory.smem,
+            "load": self.memory.load,
+            "store": self.memory.store,
             "dma": self._dma,
             "wait": engine.wait,
             "matmuls": self._matmuls,
@@ -270,13 +140,12 @@ class Machine:
             "unsupported": self._unsupported,
             "scalar_operand": self._scalar_operand,
         }
-        exec(self.program.code or self.program.source, namespace)
+        exec(self.program.code, namespace)
         blocks = namespace["blocks"]
-        runs: dict[int, int] = dict.fromkeys(blocks, 0)
-        edges: dict[tuple[int, int], int] = {}
-        spent = dict.fromkeys(blocks, 0.0)
-        waited = dict.fromkeys(blocks, 0.0)
-        stalled = dict.fromkeys(blocks, 0.0)
+        visits = Visits.none(self.program)
+        # One block is a few microseconds: no attribute is looked up in the loop.
+        runs, edges, spent = visits.runs, visits.edges, visits.cycles
+        waited, stalled = visits.dma_wait_cycles, visits.mxu_stall_cycles
         timeline = []
         began = time.perf_counter()
         at, now, executed = 0, 0, 0
@@ -304,67 +173,29 @@ class Machine:
             executed += 1
             if executed > self.max_blocks:
                 raise SimulationError("block limit reached")
-        end = max(now, engine.last_done)
-        return self._result(
-            runs,
-            edges,
-            spent,
-            waited,
-            stalled,
-            now,
-            end,
-            time.perf_counter() - began,
-            timeline,
-        )
+        return self._result(visits, now, time.perf_counter() - began, timeline)
 
     def _result(
-        self, runs, edges, spent, waited, stalled, now, end, host_seconds, timeline
-    ):
+        self, visits: Visits, now: float, host_seconds: float, timeline: list
+    ) -> Result:
         program = self.program
-        per_bundle = np.zeros(len(program.bundles) + 1, np.int64)
-        for start, count in runs.items():
-            block = program.blocks[start]
-            per_bundle[block.start] += count
-            per_bundle[block.end] -= count
-        per_bundle = np.cumsum(per_bundle)[:-1]
-        nonempty = np.array([bool(b.text) for b in program.bundles])
-        units = per_bundle @ program.unit_usage
-        unit_busy = dict(zip(program.unit_names, map(int, units), strict=True))
-        unit_share = {
-            n: float(u / (c * end)) if end else 0.0
-            for n, u, c in zip(
-                program.unit_names, units, program.unit_capacity, strict=True
-            )
-        }
+        end = max(now, self.dma.last_done)
+        per_bundle = visits.per_bundle(program)
+        is_nonempty = np.array([bool(bundle.text) for bundle in program.bundles])
+        usage = per_bundle @ program.units.usage
         occupied: dict[int, int] = {}
         matmuls = 0
         for number, count in self.stretch_runs.items():
             for _, mxu, dtype in program.stretches[number].issues:
                 occupied[mxu] = occupied.get(mxu, 0) + count * self.matmul_cost[dtype]
                 matmuls += count
-        warnings = list(program.warnings)
-        if self.unknown_matmuls:
-            warnings.append(
-                f"vmatmul types {self.unknown_matmuls} are costed like bf16"
-            )
-        if self.bad_loads:
-            warnings.append(
-                f"{self.bad_loads} SMEM loads outside SMEM returned 0 "
-                "(speculative loads)"
-            )
-        if self.unknown_reads:
-            warnings.append(
-                "SMEM was loaded from operands without values: "
-                f"{sorted(self.unknown_reads)}"
-            )
-        flags = self.dma.finish()
         return Result(
             kernel=program.kernel,
             chip=self.chip.name,
             cycles=float(end),
             seconds=self.chip.rates.seconds(end),
-            schedule_cycles=int(per_bundle @ program.cycles_of_bundle),
-            executed_bundles=int(per_bundle[nonempty].sum()),
+            schedule_cycles=int(per_bundle.sum()),
+            executed_bundles=int(per_bundle[is_nonempty].sum()),
             dma_wait_cycles=float(self.dma.wait_cycles),
             mxu_stall_cycles=float(self.mxu_stall_cycles),
             drain_cycles=float(end - now),
@@ -373,67 +204,35 @@ class Machine:
             waits=self.dma.waits,
             stalled_waits=self.dma.stalled_waits,
             hbm_busy_cycles=float(self.dma.channel_busy),
-            unit_busy=unit_busy,
-            unit_share=unit_share,
+            unit_busy=dict(zip(program.units.names, map(int, usage), strict=True)),
+            unit_share=unit_share(program, usage, end),
             mxu_occupied_cycles=dict(sorted(occupied.items())),
             matmuls=matmuls,
-            nonzero_flags=flags,
-            loops=self._loops(runs, edges, spent, waited, stalled, per_bundle),
-            warnings=warnings,
+            nonzero_flags=self.dma.finish(),
+            loops=find_loops(program, visits),
+            warnings=self._warnings(),
             host_seconds=host_seconds,
             timeline=timeline,
             transfers=self.dma.transfers or [],
         )
 
-    def _loops(self, runs, edges, spent, waited, stalled, per_bundle):
-        program = self.program
-        back = {}
-        for (start, following), count in edges.items():
-            block = program.blocks[start]
-            if following != EXIT and following <= block.start:
-                end, taken = back.get(following, (0, 0))
-                back[following] = (max(end, block.end), taken + count)
-        loops = []
-        for header, (end, taken) in back.items():
-            inside = [b for b in runs if header <= b < end]
-            usage = per_bundle[header:end] @ program.unit_usage[header:end]
-            cycles = sum(spent[b] for b in inside)
-            share = (
-                {
-                    n: float(u / (c * cycles))
-                    for n, u, c in zip(
-                        program.unit_names, usage, program.unit_capacity, strict=True
-                    )
-                }
-                if cycles
-                else {}
+    def _warnings(self) -> list[str]:
+        warnings = list(self.program.warnings)
+        if self.unknown_matmuls:
+            warnings.append(
+                f"vmatmul types {self.unknown_matmuls} are costed like bf16"
             )
-            top = dict(sorted(share.items(), key=lambda item: -item[1])[:4])
-            loops.append(
-                Loop(
-                    start=header,
-                    end=end,
-                    depth=program.bundles[header].depth,
-                    entries=runs[header] - taken,
-                    iterations=runs[header],
-                    bundles=int(
-                        sum(
-                            runs[b]
-                            * int(
-                                program.cycles_of_bundle[
-                                    b : program.blocks[b].end
-                                ].sum()
-                            )
-                            for b in inside
-                        )
-                    ),
-                    cycles=float(cycles),
-                    dma_wait_cycles=float(sum(waited[b] for b in inside)),
-                    mxu_stall_cycles=float(sum(stalled[b] for b in inside)),
-                    busiest_units=top,
-                )
+        if self.memory.bad_loads:
+            warnings.append(
+                f"{self.memory.bad_loads} SMEM loads outside SMEM returned 0 "
+                "(speculative loads)"
             )
-        return sorted(loops, key=lambda loop: -loop.cycles)
+        if self.memory.unknown_reads:
+            warnings.append(
+                "SMEM was loaded from operands without values: "
+                f"{sorted(self.memory.unknown_reads)}"
+            )
+        return warnings
 
 
 def simulate(

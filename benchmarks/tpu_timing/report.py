@@ -6,8 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from benchmarks.tpu_timing.machine import Loop, Result
 from benchmarks.tpu_timing.program import Program
+from benchmarks.tpu_timing.result import Loop, Result
 from jax_kernels.chips import Chip
 
 

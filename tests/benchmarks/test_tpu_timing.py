@@ -163,7 +163,6 @@ def edit_listing(folder, old, new):
 
 
 def test_properties_read_from_the_listing(program):
-    assert program.granule_bytes == 32
     assert program.branch_delay_slots == 6
     assert find_stale_reads(program) == []
     assert program.warnings == []
@@ -171,8 +170,8 @@ def test_properties_read_from_the_listing(program):
 
 def test_loop_runs_and_delay_slots_execute(program):
     machine, result = run_toy(program, 3)
-    base = program.allocation_base[2]
-    assert machine.smem[base + 1 : base + 3] == [3, 3]
+    base = program.memory.allocation_base[2]
+    assert machine.memory.smem[base + 1 : base + 3] == [3, 3]
     assert result.bytes_moved["hbm_to_vmem"] == 3 * 32768
     assert result.nonzero_flags == {}
     (loop,) = result.loops
