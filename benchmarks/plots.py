@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from typing import TYPE_CHECKING
 
+from benchmarks.prediction import Prediction
 from jax_kernels.chips import Chip
-
-if TYPE_CHECKING:
-    from benchmarks.predict import Prediction
 
 
 def require_matplotlib() -> None:

@@ -16,124 +16,24 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 
-from benchmarks import block_choice, cases, compiler, environment
-from benchmarks.tpu_timing import (
-    DmaModel,
-    Program,
-    Result,
-    simulate,
-    workloads,
+from benchmarks import (
+    block_choice,
+    case_options,
+    cases,
+    compiler,
+    environment,
+    plots,
 )
-from benchmarks.tpu_timing import report as report_lib
+from benchmarks.prediction import (
+    PREDICTED,
+    Prediction,
+    predict,
+    predict_all,
+    scaled_cases,
+)
+from benchmarks.tpu_timing import DmaModel, report
 from jax_kernels import chips
 from jax_kernels.chips import Chip
-
-PREDICTED = "PREDICTED from the compiled schedule, not measured"
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What the instrument says of one case.
-
-    Attributes:
-      case: The step.
-      chip: Where it would run.
-      result: Cycles, waits, loops.
-      shares: MBU, MFU and the like, see ``workloads.utilization``.
-    """
-
-    case: cases.Case
-    chip: Chip
-    result: Result
-    shares: dict[str, float]
-
-    @property
-    def cap(self) -> float:
-        """The MFU that the head dimension allows."""
-        return workloads.attention_cap(self.case.shape.model.head_dim, self.chip)
-
-    def as_dict(self) -> dict:
-        case = self.case
-        return {
-            "case": case.name,
-            "chip": self.chip.name,
-            "kind": "prediction",
-            "lengths": case.lengths,
-            "shape": dataclasses.asdict(case.shape),
-            "blocks": dataclasses.asdict(
-                block_choice.explain(case.shape, self.chip.name)
-            ),
-            "microseconds": self.result.microseconds,
-            **self.shares,
-            "mfu_cap": self.cap,
-            "result": report_lib.as_dict(self.result),
-        }
-
-
-def predict(
-    case: cases.Case,
-    chip: Chip,
-    program: Program,
-    dma_model: DmaModel | None = None,
-    *,
-    keep_timeline: bool = False,
-) -> Prediction:
-    """Executes the program of a case's shape for the case's lengths."""
-    result = simulate(
-        program,
-        chip,
-        case.scalars,
-        dma_model or DmaModel(),
-        keep_timeline=keep_timeline,
-    )
-    shares = workloads.utilization(result.seconds, chip, case.ideal)
-    return Prediction(case, chip, result, shares)
-
-
-def predict_all(
-    selected: Iterable[cases.Case], chip: Chip, dma_model: DmaModel | None = None
-) -> Iterator[Prediction]:
-    """Predicts cases one after the other; those of one shape share a compilation."""
-    by_shape: dict[cases.StaticShape, list[cases.Case]] = {}
-    for case in selected:
-        by_shape.setdefault(case.shape, []).append(case)
-    for shape, members in by_shape.items():
-        program = compiler.compile_program(shape, chip.name)
-        for case in members:
-            yield predict(case, chip, program, dma_model)
-
-
-def scaled_cases(case: cases.Case) -> tuple[list[cases.Case], list[cases.Case]]:
-    """Steps of the same program: over context and over the number of sequences.
-
-    Contexts double up to what the page table holds, numbers of sequences up to that
-    of the case; in each step all sequences are like the case's first.
-    """
-    shape, sequences = case.shape, case.sequences
-    count, first = len(sequences), sequences[0]
-    if count * first.q_len > shape.num_tokens:
-        count = shape.num_tokens // first.q_len
-    longest = shape.pages_per_sequence * shape.page_size
-
-    def like(count: int, kv_len: int) -> cases.Case:
-        lengths = f"{count}*{first.q_len}/{kv_len}"
-        return dataclasses.replace(case, name=lengths, lengths=lengths)
-
-    contexts = [n for n in _doubling(128, longest) if n >= first.q_len]
-    batches = _doubling(1, count)
-    return (
-        [like(count, kv_len) for kv_len in contexts],
-        [like(n, first.kv_len) for n in batches],
-    )
-
-
-def _doubling(first: int, last: int) -> list[int]:
-    """first, 2 * first, ... and last."""
-    sizes = []
-    while first < last:
-        sizes.append(first)
-        first *= 2
-    return [*sizes, last]
 
 
 def table(predictions: Iterable[Prediction]) -> Iterator[str]:
@@ -167,7 +67,7 @@ def details(prediction: Prediction) -> str:
             f"MBU {shares['mbu']:.1%}, MFU {shares['mfu']:.1%} of at most "
             f"{prediction.cap:.0%}; "
             f"bound of the chip {shares['ideal_microseconds']:.1f} us",
-            report_lib.as_text(prediction.result),
+            report.as_text(prediction.result),
         ]
     )
 
@@ -178,7 +78,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_case_arguments(parser)
+    case_options.add_case_arguments(parser)
     defaults = DmaModel()
     parser.add_argument("--chip", choices=chips.COMPILED, default="tpu7x")
     parser.add_argument("--list", action="store_true", help="names of cases, no more")
@@ -214,78 +114,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose cases; ``selected_cases`` reads them."""
-    choice = parser.add_argument_group("which steps")
-    choice.add_argument("--case", nargs="+", metavar="NAME", help="see --list")
-    choice.add_argument(
-        "--table",
-        nargs="?",
-        const="main",
-        choices=cases.TABLES,
-        help="a table of cases, by default the main one",
-    )
-    choice.add_argument(
-        "--seqs",
-        metavar="LENGTHS",
-        help="any step: [count*]q_len/kv_len,... with kv_len including the new tokens",
-    )
-    shape = parser.add_argument_group("shape of a step given by --seqs")
-    add_model_arguments(shape)
-    shape.add_argument("--no-causal", action="store_true")
-    shape.add_argument("--chunk", type=int, help="chunk_prefill_size")
-    shape.add_argument("--num-tokens", type=int, help="T; by default just enough")
-    shape.add_argument("--num-sequences", type=int, help="S; by default just enough")
-    shape.add_argument("--pages-per-sequence", type=int, help="P; likewise")
-
-
-def add_model_arguments(shape: argparse._ArgumentGroup) -> None:
-    """Adds heads, masks, dtypes and page size; ``given_model`` reads the first two."""
-    shape.add_argument("--heads", type=int, default=32)
-    shape.add_argument("--kv-heads", type=int, default=8)
-    shape.add_argument("--head-dim", type=int, default=128)
-    shape.add_argument("--window", type=int, help="sliding window")
-    shape.add_argument("--soft-cap", type=float)
-    shape.add_argument("--sinks", action="store_true")
-    shape.add_argument("--q-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    shape.add_argument("--cache-dtype", choices=cases.ITEM_BYTES, default="bfloat16")
-    shape.add_argument("--page-size", type=int, default=128)
-
-
-def given_model(options: argparse.Namespace) -> cases.Model:
-    """The model that the options of ``add_model_arguments`` mean."""
-    return cases.Model(
-        options.heads,
-        options.kv_heads,
-        options.head_dim,
-        sliding_window=options.window,
-        soft_cap=options.soft_cap,
-        with_sinks=options.sinks,
-    )
-
-
-def selected_cases(options: argparse.Namespace) -> list[cases.Case]:
-    """The cases that the options of ``add_case_arguments`` mean."""
-    if options.case:
-        return cases.select(options.case)
-    if options.table:
-        return list(cases.TABLES[options.table])
-    case = cases.fitted(
-        "custom",
-        given_model(options),
-        options.seqs,
-        page_size=options.page_size,
-        q_dtype=options.q_dtype,
-        cache_dtype=options.cache_dtype,
-        causal=not options.no_causal,
-        chunk_prefill_size=options.chunk,
-        num_tokens=options.num_tokens,
-        num_sequences=options.num_sequences,
-        pages_per_sequence=options.pages_per_sequence,
-    )
-    return [case]
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.list:
@@ -293,11 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}:", *cases.names_in_short(members), sep="\n  ")
         return 0
     if options.plot:
-        from benchmarks import plots
-
         plots.require_matplotlib()
     try:
-        selected = selected_cases(options)
+        selected = case_options.selected_cases(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -314,8 +140,6 @@ def main(arguments: list[str] | None = None) -> int:
     predictions = _collect(predict_all(selected, chip, dma_model), options, quiet)
     curves = _follow_up(selected[0], chip, dma_model, options, quiet)
     if options.plot:
-        from benchmarks import plots
-
         plots.write(options.plot, chip, predictions, curves)
     if options.update:
         lines = [_versions_line(described), "", *table(predictions)]
@@ -381,7 +205,7 @@ def _follow_up(
     program = compiler.compile_program(case.shape, chip.name)
     if options.trace:
         traced = predict(case, chip, program, dma_model, keep_timeline=True)
-        report_lib.write_trace(options.trace, program, chip, traced.result)
+        report.write_trace(options.trace, program, chip, traced.result)
     if not (options.scaling or options.plot):
         return []
     curves = []

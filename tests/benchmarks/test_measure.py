@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import cases, environment, measure, timing
+from benchmarks import cases, environment, measure, measurement, timing
 from tests.conftest import HAS_TPU
 
 TINY = cases.fitted(
@@ -16,7 +16,7 @@ TINY = cases.fitted(
     page_size=8,
     num_sequences=3,
 )
-ONCE = measure.Repetition(warm_up=1, repeats=2, calls=2)
+ONCE = measurement.Repetition(warm_up=1, repeats=2, calls=2)
 
 
 @pytest.mark.skipif(HAS_TPU, reason="there is a TPU")
@@ -80,9 +80,9 @@ def test_both_libraries_run_a_case_on_the_cpu():
     pytest.importorskip("torch_xla")
     from jax_kernels.ragged_paged_attention import ragged_paged_attention_reference
 
-    _, with_torch = measure.time_with_torch(TINY, ONCE)
+    _, with_torch = measurement.time_with_torch(TINY, ONCE)
     reference = ragged_paged_attention_reference
-    _, with_jax = measure.time_with_jax(TINY, ONCE, attention=reference)
+    _, with_jax = measurement.time_with_jax(TINY, ONCE, attention=reference)
     for timed in (with_torch, with_jax):
         assert timed.median > 0
         assert timed.num_samples == 2

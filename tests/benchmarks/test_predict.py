@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import cases, compiler, environment, predict
+from benchmarks import cases, compiler, environment, predict, prediction
 from benchmarks.tpu_timing import load_kernel
 from jax_kernels import chips
 from tests.benchmarks import synthetic_dump
@@ -63,7 +63,9 @@ def test_json_to_standard_output_is_nothing_but_json(toy_compiler, capsys):
 
 def test_cases_of_one_shape_are_compiled_once(toy_compiler, capsys):
     names = ["llama-decode-128x512", "llama-prefill-2k-at-8k", "llama-decode-8x1k"]
-    lines = list(predict.table(predict.predict_all(cases.select(names), chips.TPU7X)))
+    lines = list(
+        predict.table(prediction.predict_all(cases.select(names), chips.TPU7X))
+    )
     assert len(lines) == 2 + 3
     assert len(toy_compiler) == 2
 

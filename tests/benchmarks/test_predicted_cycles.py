@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, environment, predict
+from benchmarks import cases, environment
+from benchmarks import prediction as prediction_lib
 from jax_kernels import chips
 from tests.conftest import HAS_TPU
 
@@ -54,7 +55,7 @@ def test_no_case_is_predicted_slower_than_its_baseline(name):
                 f"{described[package]}: {UPDATE}"
             )
     chip = chips.COMPILED[BASELINE["chip"]]
-    (prediction,) = predict.predict_all(cases.select([name]), chip)
+    (prediction,) = prediction_lib.predict_all(cases.select([name]), chip)
     assert prediction.result.nonzero_flags == {}
     problem = verdict(name, prediction.result.cycles, BASELINE["cycles"][name])
     assert problem is None, problem

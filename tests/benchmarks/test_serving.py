@@ -6,7 +6,20 @@ import json
 import pytest
 import torch
 
-from benchmarks import serving
+from benchmarks.serving import __main__ as command
+from benchmarks.serving import comparison, systems
+from benchmarks.serving.jobs import (
+    LONGEST_PROMPT,
+    LONGEST_TEXT,
+    MEAN_INTERVAL,
+    SCENARIOS,
+    SHARED_PREFIX,
+    SHORTEST,
+    Job,
+    make_jobs,
+    num_needed,
+)
+from benchmarks.serving.systems import Outcome
 from tests.conftest import HAS_TPU
 
 TEXT = bytes(range(32, 127)) * 10
@@ -14,57 +27,54 @@ TEXT = bytes(range(32, 127)) * 10
 
 def outcome(tokens, seconds=1.0, computed=10, compilations=0):
     latencies = [seconds] * len(tokens)
-    return serving.Outcome(tokens, seconds, latencies, computed, compilations)
+    return Outcome(tokens, seconds, latencies, computed, compilations)
 
 
-@pytest.mark.parametrize("scenario", serving.SCENARIOS)
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_requests_are_mixed_and_the_same_every_time(scenario):
-    jobs = serving.make_jobs(scenario, 200, TEXT)
-    assert jobs == serving.make_jobs(scenario, 200, TEXT)
-    assert jobs != serving.make_jobs(scenario, 200, TEXT, seed=1)
+    jobs = make_jobs(scenario, 200, TEXT)
+    assert jobs == make_jobs(scenario, 200, TEXT)
+    assert jobs != make_jobs(scenario, 200, TEXT, seed=1)
     lengths = {len(job.prompt_ids) for job in jobs}
-    assert max(lengths) <= serving.LONGEST_PROMPT and len(lengths) > 20
-    assert all(
-        serving.SHORTEST <= job.max_new_tokens <= serving.LONGEST_TEXT for job in jobs
-    )
-    assert all(bytes(job.prompt_ids[-serving.SHORTEST :]) in TEXT for job in jobs)
+    assert max(lengths) <= LONGEST_PROMPT and len(lengths) > 20
+    assert all(SHORTEST <= job.max_new_tokens <= LONGEST_TEXT for job in jobs)
+    assert all(bytes(job.prompt_ids[-SHORTEST:]) in TEXT for job in jobs)
 
 
 def test_only_arrivals_come_one_after_the_other():
     times = {
-        name: [job.arrival for job in serving.make_jobs(name, 400, TEXT)]
-        for name in serving.SCENARIOS
+        name: [job.arrival for job in make_jobs(name, 400, TEXT)] for name in SCENARIOS
     }
     assert set(times["burst"]) == set(times["shared-prefix"]) == {0.0}
     arrivals = times["arrivals"]
     assert arrivals[0] == 0 and arrivals == sorted(set(arrivals))
     # The mean of 399 exponential intervals is within 5 sigma = 25 %.
-    assert arrivals[-1] / 399 == pytest.approx(serving.MEAN_INTERVAL, rel=0.25)
+    assert arrivals[-1] / 399 == pytest.approx(MEAN_INTERVAL, rel=0.25)
 
 
 def test_only_shared_prefixes_are_shared():
     def beginnings(scenario):
-        jobs = serving.make_jobs(scenario, 50, TEXT)
-        return {tuple(job.prompt_ids[: serving.SHARED_PREFIX]) for job in jobs}
+        jobs = make_jobs(scenario, 50, TEXT)
+        return {tuple(job.prompt_ids[:SHARED_PREFIX]) for job in jobs}
 
     assert len(beginnings("shared-prefix")) == 1
     assert len(beginnings("burst")) > 40
 
 
 def test_the_last_token_of_a_text_needs_no_computation():
-    assert serving.num_needed([serving.Job([1, 2, 3], 1), serving.Job([1], 4)]) == 7
+    assert num_needed([Job([1, 2, 3], 1), Job([1], 4)]) == 7
 
 
 def test_padding_is_on_the_left_and_masked():
-    ids, mask = serving.left_padded([[1, 2, 3], [4]])
-    assert ids == [[1, 2, 3], [serving.PAD, serving.PAD, 4]]
+    ids, mask = systems.left_padded([[1, 2, 3], [4]])
+    assert ids == [[1, 2, 3], [systems.PAD, systems.PAD, 4]]
     assert mask == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_positions_are_counted_until_the_end():
     model = torch.nn.Flatten()
     ids = torch.zeros(2, 5)
-    with serving.counted_positions(model) as positions:
+    with systems.counted_positions(model) as positions:
         model(ids)
         model(ids[:, :1])
         assert positions() == 12
@@ -73,8 +83,8 @@ def test_positions_are_counted_until_the_end():
 
 
 def test_rounds_are_summed_up_without_the_first():
-    jobs = [serving.Job([1, 2], 3)]
-    rows = serving.compare(
+    jobs = [Job([1, 2], 3)]
+    rows = comparison.compare(
         jobs,
         {
             "engine": [outcome([[7, 8, 9]], seconds, 4) for seconds in (9, 1, 2, 3)],
@@ -103,7 +113,7 @@ def test_other_tokens_in_any_round_are_an_error(system, round_):
     changed = dataclasses.replace(outcomes[system][round_], tokens=[[1, 5, 3]])
     outcomes[system][round_] = changed
     with pytest.raises(ValueError, match=f"{system} differs from padded: prompt 0, "):
-        serving.compare([serving.Job([1], 3)], outcomes)
+        comparison.compare([Job([1], 3)], outcomes)
 
 
 @pytest.mark.skipif(HAS_TPU, reason="measures the CPU")
@@ -112,7 +122,7 @@ def test_all_systems_give_the_same_tokens(tmp_path, capsys):
     arguments = "--device cpu --scenario shared-prefix --requests 3 --rounds 1".split()
     threads = torch.get_num_threads()
     try:
-        assert serving.main([*arguments, "--json", str(path)]) == 0
+        assert command.main([*arguments, "--json", str(path)]) == 0
     finally:
         torch.set_num_threads(threads)
     captured = capsys.readouterr()
@@ -131,20 +141,20 @@ def test_all_systems_give_the_same_tokens(tmp_path, capsys):
 
 def test_a_system_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
     def unavailable(model, jobs, device):
-        raise serving.UnavailableError("no memory")
+        raise systems.UnavailableError("no memory")
 
     def fixed(model, jobs, device):
         return outcome([[1] * job.max_new_tokens for job in jobs])
 
-    systems = {"engine": fixed, "padded": fixed, "transformers": unavailable}
-    monkeypatch.setattr(serving, "SYSTEMS", systems)
+    replaced = {"engine": fixed, "padded": fixed, "transformers": unavailable}
+    monkeypatch.setattr(systems, "SYSTEMS", replaced)
     path, page = tmp_path / "serving.json", tmp_path / "page.md"
-    page.write_text(f"before\n{serving.MARK}\nold\n{serving.MARK}\nafter\n")
+    page.write_text(f"before\n{command.MARK}\nold\n{command.MARK}\nafter\n")
     arguments = "--device cpu --scenario burst --requests 2 --rounds 1 --threads 2"
     threads = torch.get_num_threads()
     try:
         files = ["--json", str(path), "--update", str(page)]
-        assert serving.main([*arguments.split(), *files]) == 0
+        assert command.main([*arguments.split(), *files]) == 0
     finally:
         torch.set_num_threads(threads)
     updated = page.read_text()
@@ -158,5 +168,5 @@ def test_a_system_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("option", ["--rounds", "--requests", "--max-new-tokens"])
 def test_impossible_sizes_are_refused(option, capsys):
     with pytest.raises(SystemExit, match="2"):
-        serving.main([option, "0"])
+        command.main([option, "0"])
     assert f"{option}: expected " in capsys.readouterr().err

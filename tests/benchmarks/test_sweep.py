@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases, compiler, sweep
+from benchmarks import cases, compiler, sweep, sweep_checks
 from benchmarks.tpu_timing import load_kernel
 from jax_kernels import chips
 from tests.benchmarks import synthetic_dump
@@ -17,7 +17,7 @@ BASE = cases.fitted("base", cases.LLAMA3_8B, "128*1/1024")
 def point(lengths="128*1/1024", us=100.0, spills=0, window=None, **static):
     model = dataclasses.replace(cases.LLAMA3_8B, sliding_window=window)
     case = cases.fitted(f"{static} {lengths}", model, lengths, **static)
-    return sweep.as_point(case, CHIP, {"microseconds": us, "spills": spills})
+    return sweep_checks.as_point(case, CHIP, {"microseconds": us, "spills": spills})
 
 
 def test_efficiency_is_the_bound_by_the_time():
@@ -51,32 +51,32 @@ def test_less_than_half_the_efficiency_of_a_neighbour_is_a_cliff(
         return point(lengths, us=one.efficiency / efficiency, **static)
 
     good, bad = timed(near, 0.8), timed(far, 0.8)
-    assert not list(sweep.cliffs([good, bad]))
+    assert not list(sweep_checks.cliffs([good, bad]))
     good, bad = (near, far)[is_near_slow], (far, near)[is_near_slow]
-    (found,) = sweep.cliffs([timed(good, 0.8), timed(bad, 0.39)])
+    (found,) = sweep_checks.cliffs([timed(good, 0.8), timed(bad, 0.39)])
     assert "39.0% efficiency" in found
-    assert not list(sweep.cliffs([timed(good, 0.8), timed(bad, 0.41)]))
+    assert not list(sweep_checks.cliffs([timed(good, 0.8), timed(bad, 0.41)]))
 
 
 def test_shapes_far_apart_are_no_neighbours():
     small, large = point("4*1/1024", us=100), point("16*1/1024", us=100)
     assert small.efficiency < 0.5 * large.efficiency
-    assert not list(sweep.cliffs([small, large]))
+    assert not list(sweep_checks.cliffs([small, large]))
 
 
 def test_models_are_compared_in_large_steps():
     def step(model, efficiency, lengths="128*1/8192"):
         case = cases.fitted(f"{model} {lengths}", model, lengths)
-        one = sweep.as_point(case, CHIP, {"microseconds": 1, "spills": 0})
+        one = sweep_checks.as_point(case, CHIP, {"microseconds": 1, "spills": 0})
         us = one.efficiency / efficiency
-        return sweep.as_point(case, CHIP, {"microseconds": us, "spills": 0})
+        return sweep_checks.as_point(case, CHIP, {"microseconds": us, "spills": 0})
 
     llama, mqa = cases.LLAMA3_8B, cases.MQA
-    assert not list(sweep.models_behind([step(llama, 0.9), step(mqa, 0.5)]))
-    (found,) = sweep.models_behind([step(llama, 0.9), step(mqa, 0.2)])
+    assert not list(sweep_checks.models_behind([step(llama, 0.9), step(mqa, 0.5)]))
+    (found,) = sweep_checks.models_behind([step(llama, 0.9), step(mqa, 0.2)])
     assert "20.0% efficiency" in found
     small = [step(llama, 0.9, "4*1/512"), step(mqa, 0.1, "4*1/512")]
-    assert not list(sweep.models_behind(small))
+    assert not list(sweep_checks.models_behind(small))
 
 
 def test_a_window_must_not_cost_more_with_the_context():
@@ -84,43 +84,49 @@ def test_a_window_must_not_cost_more_with_the_context():
         near = point("128*1/1024", us=100, window=128)
         return [near, point("128*1/8192", us=us, window=128)]
 
-    assert not list(sweep.window_costs(steps(109)))
-    (found,) = sweep.window_costs(steps(111))
+    assert not list(sweep_checks.window_costs(steps(109)))
+    (found,) = sweep_checks.window_costs(steps(111))
     assert "takes 111.0 us" in found
     # One token more is another place in a page.
     odd = point("128*1/1025", us=125, window=128)
-    assert not list(sweep.window_costs([odd, *steps(100)]))
+    assert not list(sweep_checks.window_costs([odd, *steps(100)]))
     # A context shorter than two windows may be cheaper.
     inside = point("128*1/128", us=50, window=128)
-    assert not list(sweep.window_costs([inside, *steps(100)]))
+    assert not list(sweep_checks.window_costs([inside, *steps(100)]))
 
 
 def test_a_window_costs_what_a_context_of_its_length_does():
     full = [point("128*1/256", us=40), point("128*1/512", us=80)]
-    assert not list(sweep.window_costs([*full, point("128*1/8192", 49, window=128)]))
-    (found,) = sweep.window_costs([*full, point("128*1/8192", 51, window=128)])
+    assert not list(
+        sweep_checks.window_costs([*full, point("128*1/8192", 49, window=128)])
+    )
+    (found,) = sweep_checks.window_costs([*full, point("128*1/8192", 51, window=128)])
     assert "a context of 256 without a window 40" in found
 
 
 def test_float8_must_not_be_slower():
     fp8: dict[str, Any] = {"cache_dtype": "float8_e4m3fn"}
-    assert not list(sweep.slower_with_fp8([point(us=100), point(us=100.5, **fp8)]))
-    (found,) = sweep.slower_with_fp8([point(us=100), point(us=102, **fp8)])
+    assert not list(
+        sweep_checks.slower_with_fp8([point(us=100), point(us=100.5, **fp8)])
+    )
+    (found,) = sweep_checks.slower_with_fp8([point(us=100), point(us=102, **fp8)])
     assert "takes 102.0 us" in found
     other = point("64*1/1024", us=300, **fp8)
-    assert not list(sweep.slower_with_fp8([point(us=100), other]))
+    assert not list(sweep_checks.slower_with_fp8([point(us=100), other]))
 
 
 def test_an_empty_phase_costs_little():
     more: dict[str, Any] = {"chunk_prefill_size": 256}
-    assert not list(sweep.empty_phase_costs([point(us=9), point(us=9.2, **more)]))
-    (found,) = sweep.empty_phase_costs([point(us=9), point(us=9.4, **more)])
+    assert not list(
+        sweep_checks.empty_phase_costs([point(us=9), point(us=9.2, **more)])
+    )
+    (found,) = sweep_checks.empty_phase_costs([point(us=9), point(us=9.4, **more)])
     assert "0.40 us more" in found
 
 
 def test_spills_are_counted():
-    assert not list(sweep.spills([point()]))
-    (found,) = sweep.spills([point(spills=3)])
+    assert not list(sweep_checks.spills([point()]))
+    (found,) = sweep_checks.spills([point(spills=3)])
     assert "3 times" in found
 
 
@@ -138,7 +144,7 @@ def test_the_table_covers_what_is_promised():
             "float8_e4m3fn",
         }
     for case in cases.SWEEP:
-        sweep.as_point(case, CHIP, {"microseconds": 1.0, "spills": 0})
+        sweep_checks.as_point(case, CHIP, {"microseconds": 1.0, "spills": 0})
 
 
 @pytest.fixture

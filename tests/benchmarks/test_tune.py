@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from benchmarks import cases, environment, journal, measure, timing, tune
+from benchmarks import cases, environment, journal, measurement, timing, tune
+from benchmarks.tuning import search, trials
 from jax_kernels import chips
 from jax_kernels.ragged_paged_attention import tuned
 from jax_kernels.ragged_paged_attention.config import BlockSizes
@@ -38,7 +39,7 @@ def run(evaluate=invented, fits=lambda blocks, phase: True, **options):
         tried.append(blocks)
         return evaluate(blocks)
 
-    return tune.tune(DEFAULT, [], fits, counted, **options), tried
+    return search.tune(DEFAULT, [], fits, counted, **options), tried
 
 
 def sizes(found) -> tuple:
@@ -57,7 +58,7 @@ def test_both_phases_share_a_compilation():
     """As many as the longer of the two searches needs, not as both."""
     _, tried = run(extent="all")
     axes = {
-        phase: [tune.SIZES[n] for n in names] for phase, names in tuned.PHASES.items()
+        phase: [search.SIZES[n] for n in names] for phase, names in tuned.PHASES.items()
     }
     counts = {phase: math.prod(map(len, sizes)) for phase, sizes in axes.items()}
     assert len(tried) == counts["prefill"] > counts["decode"]
@@ -71,7 +72,7 @@ def test_a_recheck_tries_the_default_and_the_file_only():
         tried.append(blocks)
         return invented(blocks)
 
-    found = tune.tune(
+    found = search.tune(
         DEFAULT, [other], lambda blocks, phase: True, counted, extent="starts"
     )
     assert tried == [DEFAULT, other]
@@ -87,7 +88,7 @@ def test_a_candidate_that_does_not_fit_is_not_compiled():
 def test_a_candidate_that_does_not_compile_costs_the_other_phase_nothing():
     def fails(blocks):
         if blocks.decode_block_kv == 512:
-            raise tune.CandidateError
+            raise search.CandidateError
         return invented(blocks)
 
     found, _ = run(fails)
@@ -98,9 +99,9 @@ def test_a_candidate_that_does_not_compile_costs_the_other_phase_nothing():
 
 def test_a_default_that_does_not_work_is_an_error():
     def fails(blocks):
-        raise tune.CandidateError("out of registers")
+        raise search.CandidateError("out of registers")
 
-    with pytest.raises(tune.CandidateError, match="out of registers"):
+    with pytest.raises(search.CandidateError, match="out of registers"):
         run(fails)
 
 
@@ -145,25 +146,25 @@ def test_the_limits_of_float8_are_the_cycles_of_bfloat16(monkeypatch, tmp_path):
     def invented_for(shape, chip, blocks):
         return invented(blocks)
 
-    tune_ = tune.tune
-    monkeypatch.setattr(tune, "tune", tuned_with)
-    monkeypatch.setattr(tune, "predict_blocks", invented_for)
+    tune_ = search.tune
+    monkeypatch.setattr(search, "tune", tuned_with)
+    monkeypatch.setattr(trials, "predict_blocks", invented_for)
     assert tune.main(command(tmp_path, "--chips", "v6e", "--models", "llama")) == 0
     best = invented(BlockSizes(256, 64, 1024))
     assert limits == [{}, best]
 
 
 def test_a_score_is_the_geometric_mean_over_steps():
-    assert tune._score({"a": 20, "b": 50}, {"a": 10, "b": 100}) == pytest.approx(1)
+    assert search._score({"a": 20, "b": 50}, {"a": 10, "b": 100}) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("chip", chips.COMPILED)
 def test_a_large_candidate_does_not_fit_and_says_so(chip):
-    tune.check_fits(LLAMA, chips.COMPILED[chip], DEFAULT, "decode")
-    with pytest.raises(tune.CandidateError, match="bytes of VMEM"):
+    trials.check_fits(LLAMA, chips.COMPILED[chip], DEFAULT, "decode")
+    with pytest.raises(search.CandidateError, match="bytes of VMEM"):
         blocks = BlockSizes(1 << 16, 256, 512)
-        tune.check_fits(LLAMA, chips.COMPILED[chip], blocks, "decode")
-    tune.check_fits(LLAMA, chips.COMPILED[chip], blocks, "prefill")
+        trials.check_fits(LLAMA, chips.COMPILED[chip], blocks, "decode")
+    trials.check_fits(LLAMA, chips.COMPILED[chip], blocks, "prefill")
 
 
 def test_measured_times_are_cycles_of_the_chip(monkeypatch):
@@ -173,8 +174,8 @@ def test_measured_times_are_cycles_of_the_chip(monkeypatch):
         timed.append((case.lengths, attention.keywords["block_sizes"]))
         return "TPU v6 lite", timing.summarize([1e-6, 2e-6, 9e-6])
 
-    monkeypatch.setattr(measure, "time_with_jax", time_with_jax)
-    found = tune.time_blocks(LLAMA, chips.V6E, DEFAULT)
+    monkeypatch.setattr(measurement, "time_with_jax", time_with_jax)
+    found = trials.time_blocks(LLAMA, chips.V6E, DEFAULT)
     steps = [step for steps in cases.TUNING_STEPS.values() for step in steps]
     assert timed == [(step, DEFAULT) for step in steps]
     assert found["decode"]["128*1/512"] == pytest.approx(2e-6 * 1.755e9)
@@ -182,9 +183,9 @@ def test_measured_times_are_cycles_of_the_chip(monkeypatch):
     def fails(*_):
         raise ValueError("block_sizes: too large")
 
-    monkeypatch.setattr(measure, "time_with_jax", fails)
-    with pytest.raises(tune.CandidateError, match="too large"):
-        tune.time_blocks(LLAMA, chips.V6E, DEFAULT)
+    monkeypatch.setattr(measurement, "time_with_jax", fails)
+    with pytest.raises(search.CandidateError, match="too large"):
+        trials.time_blocks(LLAMA, chips.V6E, DEFAULT)
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def fake_compiler(monkeypatch):
         state["tried"].append((shape, chip.name, blocks))
         return invented(blocks)
 
-    monkeypatch.setattr(tune, "predict_blocks", predict_blocks)
+    monkeypatch.setattr(trials, "predict_blocks", predict_blocks)
     return state
 
 
@@ -243,9 +244,9 @@ def test_the_data_file_has_what_was_found_and_keeps_the_rest(fake_compiler, tmp_
 
 def test_candidates_that_fail_are_noted(monkeypatch, tmp_path, capsys):
     def fails(shape, chip, blocks):
-        raise tune.CandidateError("the compiler gave up")
+        raise search.CandidateError("the compiler gave up")
 
-    monkeypatch.setattr(tune, "predict_blocks", fails)
+    monkeypatch.setattr(trials, "predict_blocks", fails)
     arguments = command(tmp_path, "--chips", "tpu7x", "--models", "llama")
     assert tune.main(arguments) == 1
     assert "the default does not work: the compiler gave up" in capsys.readouterr().out

@@ -1,0 +1,79 @@
+"""Command-line options that choose cases, for every command that takes them."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks import cases
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose cases; ``selected_cases`` reads them."""
+    choice = parser.add_argument_group("which steps")
+    choice.add_argument("--case", nargs="+", metavar="NAME", help="see --list")
+    choice.add_argument(
+        "--table",
+        nargs="?",
+        const="main",
+        choices=cases.TABLES,
+        help="a table of cases, by default the main one",
+    )
+    choice.add_argument(
+        "--seqs",
+        metavar="LENGTHS",
+        help="any step: [count*]q_len/kv_len,... with kv_len including the new tokens",
+    )
+    shape = parser.add_argument_group("shape of a step given by --seqs")
+    add_model_arguments(shape)
+    shape.add_argument("--no-causal", action="store_true")
+    shape.add_argument("--chunk", type=int, help="chunk_prefill_size")
+    shape.add_argument("--num-tokens", type=int, help="T; by default just enough")
+    shape.add_argument("--num-sequences", type=int, help="S; by default just enough")
+    shape.add_argument("--pages-per-sequence", type=int, help="P; likewise")
+
+
+def add_model_arguments(shape: argparse._ArgumentGroup) -> None:
+    """Adds heads, masks, dtypes and page size; ``given_model`` reads the first two."""
+    shape.add_argument("--heads", type=int, default=32)
+    shape.add_argument("--kv-heads", type=int, default=8)
+    shape.add_argument("--head-dim", type=int, default=128)
+    shape.add_argument("--window", type=int, help="sliding window")
+    shape.add_argument("--soft-cap", type=float)
+    shape.add_argument("--sinks", action="store_true")
+    shape.add_argument("--q-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    shape.add_argument("--cache-dtype", choices=cases.ITEM_BYTES, default="bfloat16")
+    shape.add_argument("--page-size", type=int, default=128)
+
+
+def given_model(options: argparse.Namespace) -> cases.Model:
+    """The model that the options of ``add_model_arguments`` mean."""
+    return cases.Model(
+        options.heads,
+        options.kv_heads,
+        options.head_dim,
+        sliding_window=options.window,
+        soft_cap=options.soft_cap,
+        with_sinks=options.sinks,
+    )
+
+
+def selected_cases(options: argparse.Namespace) -> list[cases.Case]:
+    """The cases that the options of ``add_case_arguments`` mean."""
+    if options.case:
+        return cases.select(options.case)
+    if options.table:
+        return list(cases.TABLES[options.table])
+    case = cases.fitted(
+        "custom",
+        given_model(options),
+        options.seqs,
+        page_size=options.page_size,
+        q_dtype=options.q_dtype,
+        cache_dtype=options.cache_dtype,
+        causal=not options.no_causal,
+        chunk_prefill_size=options.chunk,
+        num_tokens=options.num_tokens,
+        num_sequences=options.num_sequences,
+        pages_per_sequence=options.pages_per_sequence,
+    )
+    return [case]

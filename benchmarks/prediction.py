@@ -1,0 +1,117 @@
+"""Predictions of steps: the compiled program of a case, executed for its lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from benchmarks import block_choice, cases, compiler
+from benchmarks.tpu_timing import DmaModel, Program, Result, report, simulate, workloads
+from jax_kernels.chips import Chip
+
+PREDICTED = "PREDICTED from the compiled schedule, not measured"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the instrument says of one case.
+
+    Attributes:
+      case: The step.
+      chip: Where it would run.
+      result: Cycles, waits, loops.
+      shares: MBU, MFU and the like, see ``workloads.utilization``.
+    """
+
+    case: cases.Case
+    chip: Chip
+    result: Result
+    shares: dict[str, float]
+
+    @property
+    def cap(self) -> float:
+        """The MFU that the head dimension allows."""
+        return workloads.attention_cap(self.case.shape.model.head_dim, self.chip)
+
+    def as_dict(self) -> dict:
+        case = self.case
+        return {
+            "case": case.name,
+            "chip": self.chip.name,
+            "kind": "prediction",
+            "lengths": case.lengths,
+            "shape": dataclasses.asdict(case.shape),
+            "blocks": dataclasses.asdict(
+                block_choice.explain(case.shape, self.chip.name)
+            ),
+            "microseconds": self.result.microseconds,
+            **self.shares,
+            "mfu_cap": self.cap,
+            "result": report.as_dict(self.result),
+        }
+
+
+def predict(
+    case: cases.Case,
+    chip: Chip,
+    program: Program,
+    dma_model: DmaModel | None = None,
+    *,
+    keep_timeline: bool = False,
+) -> Prediction:
+    """Executes the program of a case's shape for the case's lengths."""
+    result = simulate(
+        program,
+        chip,
+        case.scalars,
+        dma_model or DmaModel(),
+        keep_timeline=keep_timeline,
+    )
+    shares = workloads.utilization(result.seconds, chip, case.ideal)
+    return Prediction(case, chip, result, shares)
+
+
+def predict_all(
+    selected: Iterable[cases.Case], chip: Chip, dma_model: DmaModel | None = None
+) -> Iterator[Prediction]:
+    """Predicts cases one after the other; those of one shape share a compilation."""
+    by_shape: dict[cases.StaticShape, list[cases.Case]] = {}
+    for case in selected:
+        by_shape.setdefault(case.shape, []).append(case)
+    for shape, members in by_shape.items():
+        program = compiler.compile_program(shape, chip.name)
+        for case in members:
+            yield predict(case, chip, program, dma_model)
+
+
+def scaled_cases(case: cases.Case) -> tuple[list[cases.Case], list[cases.Case]]:
+    """Steps of the same program: over context and over the number of sequences.
+
+    Contexts double up to what the page table holds, numbers of sequences up to that
+    of the case; in each step all sequences are like the case's first.
+    """
+    shape, sequences = case.shape, case.sequences
+    count, first = len(sequences), sequences[0]
+    if count * first.q_len > shape.num_tokens:
+        count = shape.num_tokens // first.q_len
+    longest = shape.pages_per_sequence * shape.page_size
+
+    def like(count: int, kv_len: int) -> cases.Case:
+        lengths = f"{count}*{first.q_len}/{kv_len}"
+        return dataclasses.replace(case, name=lengths, lengths=lengths)
+
+    contexts = [n for n in _doubling(128, longest) if n >= first.q_len]
+    batches = _doubling(1, count)
+    return (
+        [like(count, kv_len) for kv_len in contexts],
+        [like(n, first.kv_len) for n in batches],
+    )
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    """first, 2 * first, ... and last."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return [*sizes, last]

@@ -1,0 +1,1 @@
+"""Continuous batching beside padded batches and transformers' own, on a CPU."""
