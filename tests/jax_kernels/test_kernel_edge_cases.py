@@ -158,6 +158,24 @@ def test_every_distribution_with_a_chunk_size(distribution, sequences):
     assert_kernel_matches_oracle(batch, chunk_prefill_size=32, **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    "distribution, sequences",
+    [
+        ((3, 3, 3), [(1, 33), (1, 1), (1, 190)]),
+        ((0, 2, 2), [(32, 32), (32, 67)]),
+        ((0, 0, 3), [(7, 20), (0, 9), (70, 101)]),
+        ((1, 2, 4), [(1, 20), (32, 190), (0, 0), (50, 70)]),
+    ],
+    ids=["decode", "prefill", "mixed", "all"],
+)
+def test_copies_may_end_as_soon_as_they_start(distribution, sequences):
+    """Elsewhere they end when they are awaited: what is between is up to the TPU."""
+    batch = make_batch(sequences, distribution, layout="fused_e4m3")
+    assert_kernel_matches_oracle(
+        batch, chunk_prefill_size=32, copies="eager", **OPTIONS
+    )
+
+
 @st.composite
 def ragged_sequences(draw):
     """Up to eight (q_len, kv_len) that fit the shapes above, and a distribution."""
