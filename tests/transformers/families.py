@@ -202,7 +202,7 @@ PROVEN = (
 REFUSED = (
     Refused(
         "bloom",
-        "BLOOM, MPT and others with attention code of their own",
+        "BLOOM, MPT and others with code of their own",
         "they do not read the attention registry",
         "keeps its own attention",
     ),
@@ -235,8 +235,8 @@ REFUSED = (
     ),
     Refused(
         "gpt2",
-        "GPT-2, GPT-NeoX, OPT and other older ones",
-        "their attention modules do not say how many key heads they have",
+        "GPT-2, GPT-NeoX, OPT, other older ones",
+        "their modules do not say how many key heads there are",
         "attention module for each layer",
     ),
     Refused(
