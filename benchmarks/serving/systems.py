@@ -57,7 +57,7 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[list, list]:
 
 
 @contextlib.contextmanager
-def counted_positions(model: PreTrainedModel) -> Iterator[Callable[[], int]]:
+def counted_positions(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
     """Counts what goes through a model, the same way for every system."""
     total = 0
 

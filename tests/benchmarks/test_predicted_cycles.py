@@ -39,6 +39,7 @@ def test_the_margin_is_kept_and_a_failure_says_how_to_update():
     assert verdict("case", 1050, 1000) is None
     assert verdict("case", 900, 1000) is None
     message = verdict("case", 1051, 1000)
+    assert message is not None
     assert "5.1% more" in message
     assert "--baseline tests/benchmarks/predicted_cycles.json" in message
 
