@@ -5,7 +5,14 @@ import json
 
 import pytest
 
-from benchmarks import cases, compiler, environment, predict, prediction
+from benchmarks import (
+    cases,
+    compiler,
+    environment,
+    predict,
+    prediction,
+    tpu_timing,
+)
 from benchmarks.tpu_timing import load_kernel
 from jax_kernels import chips
 from tests.benchmarks import synthetic_dump
@@ -25,6 +32,19 @@ def toy_compiler(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compiler, "compile_program", compile_program)
     return compiled
+
+
+@pytest.fixture
+def one_simulation(toy_compiler, monkeypatch):
+    """All cases take as long as the first: for what is printed of many."""
+    results = []
+
+    def simulate(*arguments, **options):
+        if not results:
+            results.append(tpu_timing.simulate(*arguments, **options))
+        return results[0]
+
+    monkeypatch.setattr(prediction, "simulate", simulate)
 
 
 def test_header_comes_first_and_says_predicted(toy_compiler, capsys):
@@ -140,7 +160,7 @@ def test_plot_is_a_picture(toy_compiler, tmp_path):
 
 
 @pytest.mark.parametrize("table, chip", [("models", "v6e"), ("main", "tpu7x")])
-def test_update_replaces_one_table_of_the_file(toy_compiler, tmp_path, table, chip):
+def test_update_replaces_one_table_of_the_file(one_simulation, tmp_path, table, chip):
     path = tmp_path / "page.md"
     marks = ("main tpu7x", "models tpu7x", "models v6e")
     old = [f"<!-- predicted {m} -->\nold {m}\n<!-- predicted {m} -->\n" for m in marks]

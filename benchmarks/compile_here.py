@@ -1,0 +1,95 @@
+"""Compiles the kernel in this process; ``benchmarks.compiler`` starts it.
+
+    python -m benchmarks.compile_here DIRECTORY CHIP < request.json
+
+The request has the static shape and the block sizes. The flags of the compiler are in
+the environment; it writes its files into the directory, and those of other kernels and
+of other passes are removed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks import cases, compiler
+from jax_kernels import chips
+from jax_kernels.ragged_paged_attention import (
+    BlockSizes,
+    kv_cache_shape,
+    ragged_paged_attention,
+)
+
+
+def _compile(
+    shape: cases.StaticShape, chip: str, blocks: tuple[int, int, int] | None
+) -> None:
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=chips.COMPILED[chip].topology
+    )
+    where = SingleDeviceSharding(topology.devices[0])
+
+    def array(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=where)
+
+    model = shape.model
+    queries = (shape.num_tokens, model.num_q_heads, model.head_dim)
+    tokens = (shape.num_tokens, model.num_kv_heads, model.head_dim)
+    cache = kv_cache_shape(
+        min(shape.num_pages, compiler.MAX_PAGES),
+        shape.page_size,
+        model.num_kv_heads,
+        model.head_dim,
+        jnp.dtype(shape.cache_dtype),
+    )
+
+    def call(*arguments):
+        return ragged_paged_attention(
+            *arguments,
+            chip=chip,
+            block_sizes=BlockSizes(*blocks) if blocks else None,
+            **shape.options,
+        )
+
+    jax.jit(call, donate_argnums=3).lower(
+        array(shape.q_dtype, *queries),
+        array(shape.q_dtype, *tokens),
+        array(shape.q_dtype, *tokens),
+        array(shape.cache_dtype, *cache),
+        array("int32", shape.num_sequences),
+        array("int32", shape.num_pages),
+        array("int32", shape.num_sequences + 1),
+        array("int32", 3),
+        array("float32", model.num_q_heads) if model.with_sinks else None,
+    ).compile()
+
+
+def _prune(directory: Path) -> None:
+    for path in directory.iterdir():
+        kept = compiler.KERNEL_NAME in path.name and any(
+            part in path.name for part in compiler.KEPT
+        )
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not kept:
+            path.unlink()
+
+
+def main() -> None:
+    directory, chip = sys.argv[1:]
+    request = json.load(sys.stdin)
+    fields = request["shape"]
+    model = cases.Model(**fields.pop("model"))
+    _compile(cases.StaticShape(model, **fields), chip, request["blocks"])
+    _prune(Path(directory))
+
+
+if __name__ == "__main__":
+    main()
