@@ -71,7 +71,8 @@ def _compile(
     ).compile()
 
 
-def _prune(directory: Path) -> None:
+def prune(directory: Path) -> None:
+    """Removes what the instrument does not read."""
     for path in directory.iterdir():
         kept = compiler.KERNEL_NAME in path.name and any(
             part in path.name for part in compiler.KEPT
@@ -88,7 +89,7 @@ def main() -> None:
     fields = request["shape"]
     model = cases.Model(**fields.pop("model"))
     _compile(cases.StaticShape(model, **fields), chip, request["blocks"])
-    _prune(Path(directory))
+    prune(Path(directory))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def test_random_steps_fit_their_static_shape():
 
 
 @pytest.mark.skipif(HAS_TPU, reason="measures the XLA CPU device")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", host.MODES)
 def test_changing_lengths_compile_once(mode, tmp_path, capsys):
     pytest.importorskip("torch_xla")

@@ -74,6 +74,7 @@ def test_measurements_are_not_taken_for_predictions(tmp_path):
         measure.read_predictions(str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_TPU, reason="two libraries cannot share a TPU")
 def test_both_libraries_run_a_case_on_the_cpu():
     """The same calls as on a TPU; there the kernel takes the reference's place."""

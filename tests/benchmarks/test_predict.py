@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import (
     cases,
+    compile_here,
     compiler,
     environment,
     predict,
@@ -127,8 +128,17 @@ def test_exactly_one_choice_of_cases(capsys):
 
 def test_a_failed_compilation_shows_the_last_words_of_the_compiler():
     shape = cases.StaticShape(cases.Model(3, 2, 128), 1, 1, 1)  # 3 heads in 2 groups
-    with pytest.raises(RuntimeError, match="exit status 1"):
+    with pytest.raises(RuntimeError, match=r"exit status 1:(.|\n)*got num_q_heads=3"):
         compiler.compile_program(shape, "tpu7x")
+
+
+def test_only_the_files_that_are_read_are_kept(tmp_path):
+    kept = [f"1-rpa-{number}-{part}.txt" for number, part in enumerate(compiler.KEPT)]
+    for name in (*kept, "1-rpa-9-memory-space.txt", "1-copy-71-final_bundles.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "graphs").mkdir()
+    compile_here.prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_compilation_that_does_not_end_is_given_up(monkeypatch):

@@ -116,6 +116,7 @@ def test_other_tokens_in_any_round_are_an_error(system, round_):
         comparison.compare([Job([1], 3)], outcomes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_TPU, reason="measures the CPU")
 def test_all_systems_give_the_same_tokens(tmp_path, capsys):
     path = tmp_path / "serving.json"
