@@ -38,7 +38,7 @@ def test_every_package_is_pinned(script):
 
 def test_the_readme_lists_every_script_once():
     readme = (FINDINGS / "README.md").read_text()
-    listed = re.findall(r"^\| `(\w+\.sh)` \|", readme, re.M)
+    listed = re.findall(r"^- `(\w+\.sh)`: ", readme, re.M)
     assert sorted(listed) == [script.name for script in SCRIPTS]
 
 
