@@ -6,7 +6,7 @@
 # Seen: the kernel below starts the copy of its result and forgets to wait for it.
 #
 #   on_wait: result nan, printed nothing
-#   eager: result 1.0, printed "Semaphore 2001 has non-zero count ... at kernel exit: 4096"
+#   eager: result 1.0, printed "Semaphore 2001 has non-zero count ... 4096"
 #
 # With `dma_execution_mode="on_wait"`, which is the default, the copy is never carried
 # out, and nothing is said. With "eager" it is carried out, and the semaphore that stays

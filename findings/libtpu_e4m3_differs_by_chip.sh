@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which e4m3 a TPU multiplies differs by chip, and the other one costs or does not compile.
+# Which e4m3 a TPU multiplies differs by chip; the other one costs, or is refused.
 #
 # Versions: libtpu 0.0.52, jax 0.10.2, jaxlib 0.10.2.
 #
@@ -27,7 +27,7 @@
 #
 # Why it matters here: a float8_e4m3fn cache would slow prefill on v5e and v6e. The
 # kernel reads the stored bits as float8_e4m3b11fnuz on those chips and puts the factor
-# into the queries and the output (`reads_e4m3_shifted`; tests/jax_kernels/
+# into the queries and the output (`reads_e4m3_shifted` of the kernel's configuration;
 # test_kernel_numerics.py). Cycles by chip and dtype are in jax_kernels/README.md.
 set -euo pipefail
 

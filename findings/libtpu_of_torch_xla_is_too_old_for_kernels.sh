@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The libtpu that torch_xla 2.9.0 asks for takes no kernel of a present jax, and no TPU7x.
+# The libtpu that torch_xla 2.9.0 asks for takes no kernel of a present jax, no TPU7x.
 #
 # Versions: torch_xla 2.9.0 (its extra "tpu" only), libtpu 0.0.21, jax 0.10.2.
 #
@@ -9,10 +9,10 @@
 #   v6e: ... Unsupported version: expected <= 7 but got 11
 #   tpu7x: INVALID_ARGUMENT: Invalid TPU external name: TPU7x
 #
-# Expected: nothing better of a libtpu of August 2025. But torch_xla 2.9.0 is the last
-# release, so `pip install torch_xla[tpu]` stays at this libtpu for good: it excludes
-# TPU7x, and each kernel that a present jax writes fails when it is compiled, not when
-# it is installed.
+# Expected: a lower bound for libtpu rather than one version. torch_xla 2.9.0 is the
+# last release, so `pip install torch_xla[tpu]` stays at this libtpu for good. TPU7x is
+# shut out, and kernels written by a present jax fail when they are compiled, long after
+# pip has found no conflict.
 #
 # Why it matters here: this package installs libtpu 0.0.42 or newer beside torch_xla
 # (extra "tpu" of setup.py; README, section on versions) and must not be installed with

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch_xla 2.9.0: tensors that get values by `copy_` swap buffers, at two copies a step.
+# torch_xla 2.9.0: tensors updated by `copy_` swap their buffers, at two copies a step.
 #
 # Versions: torch_xla 2.9.0, torch 2.9.1, on the XLA CPU device.
 #

@@ -9,7 +9,7 @@
 #   uint8: CPU 300 (int64), XLA 44 (uint8)
 #   int8:  CPU 300 (int64), XLA 44 (int8)
 #   int32: CPU 300 (int64), XLA 300 (int32)
-#   torch.where(sums > 1, sums, int64 zeros).long() of the last: Error while lowering ...
+#   torch.where(sums > 1, sums, int64 zeros).long(): Error while lowering ...
 #   Binary op shift-left with different element types: s64[] and s32[].
 #
 # Expected: int64 sums, as torch promises for integers of any width, and as `sum`,

@@ -13,7 +13,7 @@
 #   the doubling        yes                no
 #
 # No error and no warning: on a TPU the result would be x + 1 instead of 2 * (x + 1).
-# There is no TPU here, so only the graph is looked at, and JAX is told to lower for one.
+# The script needs no TPU: it tells JAX to lower for one, and looks at the graph only.
 #
 # Expected: the whole function, or an error that says that only the kernel is taken.
 # `trace_pallas` looks for the first custom call in the module and takes its payload;

@@ -5,12 +5,13 @@
 #
 # Seen: a small Mixtral.
 #
-#   grouped_mm, the default: NotImplementedError: "histogram_cpu" not implemented for 'Int'
+#   grouped_mm, the default: NotImplementedError: "histogram_cpu" not implemented for
+#   'Int'
 #   batched_mm: logits as on the CPU
 #
 # Expected: that the default runs, or that the error names the way out. It names neither
-# experts nor XLA: the implementation chosen for any device counts tokens per expert with
-# a histogram of int32, which torch_xla hands to the CPU, which has none for int32.
+# experts nor XLA. Off the CPU, transformers counts the tokens of each expert by a
+# histogram of int32; torch_xla hands it to the CPU, which has none for int32.
 #
 # Why it matters here: models with experts are among the tested families. Call
 # `model.set_experts_implementation("batched_mm")` before they are moved, as

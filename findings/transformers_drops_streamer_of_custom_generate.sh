@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# transformers: `streamer=` and `assistant_model=` do not reach a custom_generate function.
+# transformers: `streamer=` and `assistant_model=` do not reach custom_generate.
 #
 # Versions: transformers 5.24.0, torch 2.9.1, on the CPU. The same in 4.57.6.
 #
