@@ -27,7 +27,8 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3.11}" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --no-compile torch==2.9.1 torch_xla==2.9.0 numpy==2.4.6
+"$work/venv/bin/pip" install --quiet --no-compile \
+    torch==2.9.1 torch_xla==2.9.0 numpy==2.4.6
 
 cd "$work"
 export XLA_FLAGS="--xla_dump_to=$work/dump --xla_dump_hlo_as_text"

@@ -24,7 +24,8 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3.11}" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --no-compile torch==2.9.1 torch_xla==2.9.0 numpy==2.4.6
+"$work/venv/bin/pip" install --quiet --no-compile \
+    torch==2.9.1 torch_xla==2.9.0 numpy==2.4.6
 
 cd "$work"
 PJRT_DEVICE=CPU "$work/venv/bin/python" - <<'EOF'
