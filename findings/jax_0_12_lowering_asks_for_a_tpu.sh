@@ -16,7 +16,7 @@
 #
 # Why it matters here: PyTorch's bridge lowers the kernel in a process whose JAX has a
 # CPU only, since torch_xla holds the TPU; and all compile tests run without a TPU. This
-# project requires jax 0.10.2 (setup.py). A move to jax 0.12 needs the abstract mesh.
+# project's extra "xla" pins jax 0.10.2. A move to jax 0.12 needs the abstract mesh.
 set -euo pipefail
 
 work=$(mktemp -d)

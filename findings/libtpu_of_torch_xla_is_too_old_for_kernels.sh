@@ -15,7 +15,7 @@
 # pip has found no conflict.
 #
 # Why it matters here: this package installs libtpu 0.0.42 or newer beside torch_xla
-# (extra "tpu" of setup.py; README, section on versions) and must not be installed with
+# (its extra "tpu"; README, "On a TPU VM") and must not be installed together with
 # `torch_xla[tpu]`.
 set -euo pipefail
 

@@ -14,10 +14,10 @@
 # `bool` and not `bool?`. None is how Python callers say "the default", and here it is
 # the opposite of it.
 #
-# Why it matters here: `torch.ops.rpa.ragged_paged_attention` has a `bool` argument
-# whose default is True, `update_kv_cache`. With None it comes as False: nothing is
-# written to the cache, and no error is possible below torch's own dispatcher. Pass
-# True or False, or call `torch_rpa.ragged_paged_attention`, a Python function.
+# Why it matters here: `update_kv_cache` of `torch.ops.rpa.ragged_paged_attention` is
+# True by default. Declared as `bool`, None for it leaves the cache unwritten, and the
+# operator cannot notice, since False is what arrives. Pass True or False; only a schema
+# that says `bool?` lets an operator refuse None.
 set -euo pipefail
 
 work=$(mktemp -d)
