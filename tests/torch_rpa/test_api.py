@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import torch_rpa
+from tests.support import interpret
 from tests.torch_rpa.calls import (
     assert_matches_oracle,
     from_batch,
@@ -55,7 +56,10 @@ def test_pallas_interpret_runs_the_kernel_in_place(name):
     batch, options, oracle_options = make_scenario(name)
     call = from_batch(batch)
     address = call.kv_cache.data_ptr()
-    out = torch_rpa.ragged_paged_attention(*call, **options, impl="pallas_interpret")
+    with interpret.checked_interpret_mode():
+        out = torch_rpa.ragged_paged_attention(
+            *call, **options, impl="pallas_interpret"
+        )
     assert call.kv_cache.data_ptr() == address
     assert_matches_oracle(out, call, batch, **oracle_options)
 
