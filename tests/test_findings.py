@@ -36,6 +36,12 @@ def test_every_package_is_pinned(script):
     assert [name for name in packages if not re.fullmatch(r"\w+==[\d.]+", name)] == []
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_files_that_answer_it_are_there(script):
+    named = re.findall(r"\b(?:\w+/)+\w+\.(?:py|md)\b", script.read_text())
+    assert [name for name in named if not (FINDINGS.parent / name).exists()] == []
+
+
 def test_the_readme_lists_every_script_once():
     readme = (FINDINGS / "README.md").read_text()
     listed = re.findall(r"^- `(\w+\.sh)`: ", readme, re.M)
