@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 SERVING = ROOT / "torch_rpa" / "serving" / "README.md"
@@ -22,8 +24,10 @@ def run(example: str, document: Path, names: dict) -> list[str]:
     return re.findall(r"print\(.*\)  # (.*)", example)
 
 
-def test_the_example_runs_as_printed(capsys):
-    expected = run(block("example"), README, {})
+@pytest.mark.parametrize("marker", ["example", "jax example"])
+def test_the_example_runs_as_printed(marker, capsys):
+    expected = run(block(marker), README, {})
+    assert len(expected) == 1
     assert capsys.readouterr().out.splitlines() == expected
 
 
