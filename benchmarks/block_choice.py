@@ -28,7 +28,7 @@ def problem_of(shape: cases.StaticShape) -> tuple[Problem, AttentionSpec]:
             shape.page_size,
             model.num_kv_heads,
             model.head_dim,
-            jnp.dtype(shape.cache_dtype),
+            shape.cache_dtype,
         ),
     )
     spec = AttentionSpec(
@@ -38,7 +38,7 @@ def problem_of(shape: cases.StaticShape) -> tuple[Problem, AttentionSpec]:
         soft_cap=model.soft_cap,
         has_sinks=model.with_sinks,
     )
-    return problem, spec
+    return problem, spec.for_context(problem.max_kv_len)
 
 
 def explain(shape: cases.StaticShape, chip: str) -> block_sizes.Choice:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from torch_rpa import ops, validation
-from torch_rpa.options import AttentionOptions
+from torch_rpa.options import make_options
 from torch_rpa.validation import Inputs
 
 IMPLEMENTATIONS = (None, "reference", "pallas_interpret")
@@ -50,8 +52,9 @@ def ragged_paged_attention(
     Args:
         q: ``[T, Hq, D]`` bfloat16 or float32. Sequence ``s`` owns the rows
             ``cu_q_lens[s] .. cu_q_lens[s + 1]``.
-        k: ``[T, Hkv, D]``, dtype of ``q``; ``Hq`` is a multiple of ``Hkv``. May be None
-            if ``update_kv_cache`` is False.
+        k: ``[T, Hkv, D]``, dtype of ``q``; ``Hq`` is a multiple of ``Hkv``. If
+            ``update_kv_cache`` is False, both ``k`` and ``v`` may be None; they are not
+            used.
         v: Like ``k``.
         kv_cache: See :func:`torch_rpa.kv_cache_shape`. Changed in place: the slots of
             the new tokens, nothing else. bfloat16, float32, float8_e4m3fn, float8_e5m2
@@ -64,15 +67,24 @@ def ragged_paged_attention(
         cu_q_lens: ``[S + 1]`` int32, running sums of the numbers of new tokens.
         distribution: ``[3]`` int32 ``(i, j, k)``: sequences ``[0, i)`` have one new
             token, ``[i, j)`` have ``chunk_prefill_size``, ``[j, k)`` any number.
-            Entries of the other arguments at or past ``k`` are ignored.
-        sinks: ``[Hq]`` float32 logits of one extra key per head with a zero value.
-        sm_scale: Factor on the scores, usually ``D ** -0.5``.
+            A sequence without a new token is skipped wherever it stands. Entries of the
+            other arguments at or past ``k`` are ignored.
+        sinks: ``[Hq]`` float32 logits of one extra key per head with a zero value. +inf
+            takes all the weight, so that the head gives zeros; -inf takes none.
+        sm_scale: Factor on the scores, usually ``D ** -0.5``; any finite number, 0 and
+            negative ones included.
         causal: Hide keys after the query's own position.
-        sliding_window: See only the last ``sliding_window`` positions.
+        sliding_window: See only the last ``sliding_window`` positions. A window as long
+            as the context sees all.
         soft_cap: Replace scores by ``soft_cap * tanh(score / soft_cap)``.
-        q_scale: With a quantised cache, quantise ``q / q_scale`` to its dtype as well.
-        k_scale: The cache stores ``k / k_scale``, clipped.
-        v_scale: The cache stores ``v / v_scale``, clipped.
+        q_scale: With a quantised cache, quantise ``q`` as well, as
+            ``q * float32(1 / q_scale)`` in its dtype.
+        k_scale: The cache stores ``k * float32(1 / k_scale)``, and scores are
+            multiplied by ``k_scale``. The inverse is computed in float64, the product
+            in float32; it is clipped to the finite range of a quantised cache, then
+            rounded to nearest, ties to even. The same bytes come out on every device.
+        v_scale: The cache stores ``v * float32(1 / v_scale)`` likewise, and the output
+            is multiplied by ``v_scale``.
         update_kv_cache: False writes nothing and reads all keys from the cache.
         chunk_prefill_size: Tokens of each of the sequences ``[i, j)``.
         out_dtype: bfloat16 or float32; None is the dtype of ``q``.
@@ -83,14 +95,16 @@ def ragged_paged_attention(
             for debugging. Nothing falls back silently.
         validate: True checks the values of the metadata first, waiting for them.
             Otherwise they are checked if the environment variable
-            ``TORCH_RPA_VALIDATE`` is 1.
+            ``TORCH_RPA_VALIDATE`` is 1, true, yes or on. On CPU tensors, lengths and
+            page ids that lead out of a tensor are always refused.
 
     Returns:
         ``[T, Hq, D]``. Rows of no live sequence, and rows that see no key, are zeros.
 
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or value.
-        NotImplementedError: The device is not supported, or a gradient is asked for.
+        NotImplementedError: A dtype, head_dim, combination or device that is not
+            supported, or a gradient is asked for. The message names another way.
     """
     options = {
         "sm_scale": sm_scale,
@@ -110,25 +124,26 @@ def ragged_paged_attention(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     if validate:
-        validation.validate_values(inputs, AttentionOptions(**options))
+        validation.validate_values(inputs, make_options(options))
     if impl is None:
         return ops.ragged_paged_attention(*inputs, **options)
-    return _run_selected(impl, inputs, AttentionOptions(**options))
+    return _run_selected(impl, inputs, options)
 
 
-def _run_selected(impl: str, inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
+def _run_selected(impl: str, inputs: Inputs, options: dict[str, Any]) -> torch.Tensor:
     """Runs an implementation other than the device's own."""
     validation.validate_gradients(inputs)
     if impl == "pallas_interpret":
+        attention_options = make_options(options)
         if validation.values_requested():
-            validation.validate_values(inputs, options)
+            validation.validate_values(inputs, attention_options)
         from torch_rpa.bridges import interpret
 
-        return interpret.interpret_pallas_(inputs, options)
+        return interpret.interpret_pallas_(inputs, attention_options)
     if inputs.q.device.type != "xla":
-        return ops.ragged_paged_attention(*inputs, **vars(options))
+        return ops.ragged_paged_attention(*inputs, **options)
     from torch_rpa.bridges import torch_xla as bridge
 
     target = bridge.device_target(inputs.q.device)
     with bridge.lowering_target(target._replace(implementation="reference")):
-        return ops.ragged_paged_attention(*inputs, **vars(options))
+        return ops.ragged_paged_attention(*inputs, **options)

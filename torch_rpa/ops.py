@@ -20,8 +20,14 @@ from typing import Any
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from jax_kernels.contract.options import check_bool
 from torch_rpa import validation
-from torch_rpa.options import OPTIONS_SCHEMA, AttentionOptions
+from torch_rpa.options import (
+    OPTIONS_SCHEMA,
+    AttentionOptions,
+    make_options,
+    torch_dtype,
+)
 from torch_rpa.validation import Inputs
 
 TENSORS_SCHEMA = (
@@ -62,7 +68,7 @@ def _composite(*tensors: Any, **options: Any) -> torch.Tensor:
     """Any device but the CPU: the functional operator, then an update in place."""
     validation.validate_gradients(tensors)
     with torch._C._AutoDispatchBelowAutograd():
-        if not options.get("update_kv_cache", True):
+        if not _updates(options):
             return ragged_paged_attention_readonly(*tensors, **options)
         kv_cache = tensors[3]
         assert kv_cache is not None
@@ -115,7 +121,7 @@ def _cpu(*tensors: Any, **options: Any) -> torch.Tensor:
     """CPU: the eager reference."""
     from torch_rpa import reference
 
-    inputs, attention_options = Inputs(*tensors), AttentionOptions(**options)
+    inputs, attention_options = Inputs(*tensors), make_options(options)
     if validation.values_requested():
         validation.validate_values(inputs, attention_options)
     return reference.ragged_paged_attention_(inputs, attention_options)
@@ -142,6 +148,7 @@ def _functional_cpu(
     del donate_kv_cache  # a hint about memory
     _require_update(options)
     inputs = Inputs(*tensors)
+    validation.validate_static(inputs, make_options(options))
     inputs = inputs._replace(
         kv_cache=inputs.kv_cache.clone(memory_format=torch.contiguous_format)
     )
@@ -179,14 +186,14 @@ def _functional_fake(
     del donate_kv_cache
     _require_update(options)
     inputs = Inputs(*tensors)
-    return _fake_out(inputs, AttentionOptions(**options)), torch.empty_like(
+    return _fake_out(inputs, make_options(options)), torch.empty_like(
         inputs.kv_cache, memory_format=torch.contiguous_format
     )
 
 
 def _readonly_fake(*tensors: Any, **options: Any) -> torch.Tensor:
     _require_no_update(options)
-    return _fake_out(Inputs(*tensors), AttentionOptions(**options))
+    return _fake_out(Inputs(*tensors), make_options(options))
 
 
 def _unsupported_device(*tensors: Any, **options: Any) -> Any:
@@ -201,16 +208,20 @@ def _unsupported_device(*tensors: Any, **options: Any) -> Any:
 
 
 def _fake_out(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
-    validation.validate_static(inputs, options)
+    sizes = validation.validate_static(inputs, options)
     return torch.empty_like(
         inputs.q,
-        dtype=options.out_dtype or inputs.q.dtype,
+        dtype=torch_dtype(sizes.out_dtype),
         memory_format=torch.contiguous_format,
     )
 
 
+def _updates(options: dict[str, Any]) -> bool:
+    return check_bool("update_kv_cache", options.get("update_kv_cache", True))
+
+
 def _require_update(options: dict[str, Any]) -> None:
-    if not options.get("update_kv_cache", True):
+    if not _updates(options):
         raise ValueError(
             "update_kv_cache must be True for rpa::ragged_paged_attention_functional, "
             "got False; use rpa::ragged_paged_attention_readonly"
@@ -218,7 +229,7 @@ def _require_update(options: dict[str, Any]) -> None:
 
 
 def _require_no_update(options: dict[str, Any]) -> None:
-    if options.get("update_kv_cache", True):
+    if _updates(options):
         raise ValueError(
             "update_kv_cache must be False for rpa::ragged_paged_attention_readonly, "
             "got True; use rpa::ragged_paged_attention_functional"

@@ -1,80 +1,60 @@
-"""The non-tensor parameters of the operator: the one place where they are listed.
+"""The parameters of the operator that are not tensors, for PyTorch.
 
-The schema fragment below, the fields of :class:`AttentionOptions` and the keyword
-arguments of :func:`torch_rpa.ragged_paged_attention` name the same parameters in the
-same order; ``tests/torch_rpa/test_options.py`` holds them together.
+They are listed in :class:`jax_kernels.contract.AttentionOptions`, with the rules of
+their values. Here are only the schema made from that list, and dtypes of PyTorch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import types
+import typing
+from typing import Any
 
 import torch
 
-OPTIONS_SCHEMA = (
-    "float sm_scale=1.0, "
-    "bool causal=True, "
-    "int? sliding_window=None, "
-    "float? soft_cap=None, "
-    "float? q_scale=None, "
-    "float? k_scale=None, "
-    "float? v_scale=None, "
-    "bool update_kv_cache=True, "
-    "int? chunk_prefill_size=None, "
-    "ScalarType? out_dtype=None"
-)
+from jax_kernels.contract import AttentionOptions as AttentionOptions
 
-OUT_DTYPES = (torch.bfloat16, torch.float32)
+# Nullable, whatever the default is: the dispatcher makes None of a plain ``bool`` False
+# before anybody sees it, but here None comes through and is refused.
+_SCHEMA_TYPES = {bool: "bool?", int: "int?", float: "float?", str: "ScalarType?"}
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionOptions:
-    """Everything about one attention call that is not a tensor.
+def _schema() -> str:
+    hints = typing.get_type_hints(AttentionOptions)
+    parts = []
+    for field in dataclasses.fields(AttentionOptions):
+        kinds = {*typing.get_args(hints[field.name])} or {hints[field.name]}
+        (kind,) = kinds - {types.NoneType}
+        parts.append(f"{_SCHEMA_TYPES[kind]} {field.name}={field.default}")
+    return ", ".join(parts)
 
-    All values are static: a new value is a new program on an XLA device.
 
-    Attributes:
-        sm_scale: Factor on the scores ``q . k``, usually ``1 / sqrt(head_dim)``.
-        causal: Hide the keys after a query's own position.
-        sliding_window: Keep only the last ``sliding_window`` positions, the query's own
-            included. None keeps all.
-        soft_cap: Replace each score ``x`` by ``soft_cap * tanh(x / soft_cap)``.
-        q_scale: Quantise ``q`` too, as ``q / q_scale`` in the dtype of the cache.
-        k_scale: The cache stores ``key / k_scale``. None is 1.
-        v_scale: The cache stores ``value / v_scale``. None is 1.
-        update_kv_cache: Write ``k`` and ``v`` to the cache. False reads all keys and
-            values from the cache and leaves it alone.
-        chunk_prefill_size: Query tokens of each of the sequences ``[i, j)`` of the
-            distribution. None treats them like the mixed ones.
-        out_dtype: Dtype of the output. None is the dtype of ``q``.
+OPTIONS_SCHEMA = _schema()
+
+
+def make_options(keywords: dict[str, Any]) -> AttentionOptions:
+    """Returns checked options.
+
+    Args:
+        keywords: As the operator takes them, ``out_dtype`` a ``torch.dtype``. Those
+            that are left out have their defaults.
+
+    Raises:
+        ValueError: A value breaks its rule.
+        NotImplementedError: An output dtype that is not supported.
     """
+    keywords = dict(keywords)
+    out_dtype = keywords.pop("out_dtype", None)
+    name = None if out_dtype is None else dtype_name(out_dtype)
+    return AttentionOptions(**keywords, out_dtype=name)
 
-    sm_scale: float = 1.0
-    causal: bool = True
-    sliding_window: int | None = None
-    soft_cap: float | None = None
-    q_scale: float | None = None
-    k_scale: float | None = None
-    v_scale: float | None = None
-    update_kv_cache: bool = True
-    chunk_prefill_size: int | None = None
-    out_dtype: torch.dtype | None = None
 
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.sm_scale):
-            raise ValueError(f"sm_scale must be finite, got {self.sm_scale}")
-        for name in ("sliding_window", "chunk_prefill_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}")
-        for name in ("soft_cap", "q_scale", "k_scale", "v_scale"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0.0 and math.isfinite(value)):
-                raise ValueError(
-                    f"{name} must be positive and finite or None, got {value}"
-                )
-        if self.out_dtype is not None and self.out_dtype not in OUT_DTYPES:
-            raise ValueError(
-                f"out_dtype must be one of {OUT_DTYPES} or None, got {self.out_dtype}"
-            )
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name by which the contract knows a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns the dtype of a name."""
+    return getattr(torch, name)

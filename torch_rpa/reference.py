@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from torch_rpa import kv_cache as kv_cache_lib
-from torch_rpa.kv_cache import CacheGeometry
-from torch_rpa.options import AttentionOptions
-from torch_rpa.validation import Inputs, validate_static
+from jax_kernels.contract.cache import (
+    FUSED_VALUE_LANE,
+    QUANTIZED_DTYPES,
+    CacheGeometry,
+)
+from torch_rpa.options import AttentionOptions, dtype_name, torch_dtype
+from torch_rpa.validation import Inputs, validate_ranges, validate_static
 
 # Bounds the score matrix: queries are processed in blocks of at most this many rows.
 MAX_SCORES = 1 << 24
@@ -21,35 +24,33 @@ MAX_SCORES = 1 << 24
 def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
     """Writes new keys and values to ``inputs.kv_cache`` and returns the attention.
 
+    Everything is checked before the first write.
+
     Returns:
         ``[T, Hq, D]`` in ``options.out_dtype`` or the dtype of ``q``. Rows of no live
         sequence are zeros.
+
+    Raises:
+        ValueError: The arguments do not fit together, or a length or page id is out of
+            range.
     """
-    geometry = validate_static(inputs, options)
-    if not inputs.kv_cache.is_contiguous():
-        raise ValueError(
-            f"kv_cache must be contiguous, got strides {inputs.kv_cache.stride()}"
-        )
-    num_seqs = inputs.kv_lens.shape[0]
+    sizes = validate_static(inputs, options)
+    validate_ranges(inputs, sizes)
+    geometry = sizes.cache
     live = inputs.distribution.tolist()[2]
     kv_lens = inputs.kv_lens.tolist()
     cu_q_lens = inputs.cu_q_lens.tolist()
-    page_table = inputs.page_indices.view(num_seqs, -1).long()
+    page_table = inputs.page_indices.reshape(sizes.num_sequences, -1).long()
 
     out = torch.zeros_like(
         inputs.q,
-        dtype=options.out_dtype or inputs.q.dtype,
+        dtype=torch_dtype(sizes.out_dtype),
         memory_format=torch.contiguous_format,
     )
     for seq in range(live):
         start, stop, kv_len = cu_q_lens[seq], cu_q_lens[seq + 1], kv_lens[seq]
-        if stop <= start or kv_len <= 0:
+        if stop == start:
             continue
-        if kv_len < stop - start:
-            raise ValueError(
-                f"kv_lens[{seq}] must count the new tokens too: at least "
-                f"{stop - start}, got {kv_len}"
-            )
         pages = page_table[seq, : -(-kv_len // geometry.page_size)]
         if options.update_kv_cache:
             assert inputs.k is not None and inputs.v is not None
@@ -70,14 +71,16 @@ def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.
 
 
 def encode(x: torch.Tensor, dtype: torch.dtype, scale: float | None) -> torch.Tensor:
-    """Returns ``x / scale`` as a cache of this dtype stores it.
+    """Returns ``x * float32(1 / scale)`` as a cache of this dtype stores it.
 
+    The inverse is rounded to float32 and the product computed in it, because compilers
+    differ in how they divide. The product is rounded to nearest, ties to even.
     Quantised dtypes are clipped to their finite range first: float8_e4m3fn would turn
     449 into NaN and int8 would wrap.
     """
     if scale is not None:
-        x = x.float() / scale
-    if dtype not in kv_cache_lib.QUANTIZED_DTYPES:
+        x = x.float() * torch.tensor(1.0 / scale, dtype=torch.float32)
+    if dtype_name(dtype) not in QUANTIZED_DTYPES:
         return x.to(dtype)
     limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     clipped = x.float().clamp(limits.min, limits.max)
@@ -108,8 +111,8 @@ def write_tokens(
             x.view(torch.uint8)
             for x in (kv_cache, keys.contiguous(), values.contiguous())
         )
-    if geometry.shares_lanes:
-        pad = kv_cache_lib.LANES // 2 - geometry.head_dim
+    if geometry.is_fused_kv:
+        pad = FUSED_VALUE_LANE - geometry.head_dim
         rows = torch.cat([F.pad(keys, (0, pad)), F.pad(values, (0, pad))], dim=-1)
     else:
         pad = geometry.lanes - geometry.head_dim
@@ -118,7 +121,7 @@ def write_tokens(
     slots = positions % geometry.page_size
     slot_pages = pages[positions // geometry.page_size]
     slot_rows = kv_cache.view(
-        geometry.num_pages, geometry.rows, geometry.page_size, geometry.lanes
+        geometry.num_pages, geometry.heads_per_page, geometry.page_size, geometry.lanes
     )
     slot_rows[slot_pages, :, slots] = rows
 
@@ -131,12 +134,13 @@ def read_tokens(
     if dtype.itemsize == 1:
         kv_cache = kv_cache.view(torch.uint8)
     slot_rows = kv_cache.view(
-        geometry.num_pages, geometry.rows, geometry.page_size, geometry.lanes
+        geometry.num_pages, geometry.heads_per_page, geometry.page_size, geometry.lanes
     )
     rows = slot_rows[pages].transpose(0, 1)  # [rows, pages, page_size, lanes]
-    rows = rows.reshape(geometry.rows, -1, geometry.lanes)[:, :kv_len].view(dtype)
-    depth, half = geometry.head_dim, kv_cache_lib.LANES // 2
-    if geometry.shares_lanes:
+    rows = rows.reshape(geometry.heads_per_page, -1, geometry.lanes)
+    rows = rows[:, :kv_len].view(dtype)
+    depth, half = geometry.head_dim, FUSED_VALUE_LANE
+    if geometry.is_fused_kv:
         return rows[..., :depth], rows[..., half : half + depth]
     heads = geometry.num_kv_heads
     return rows[:heads, :, :depth], rows[heads:, :, :depth]
@@ -164,10 +168,8 @@ def attend(
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, kv_len, _ = keys.shape
     group = num_heads // num_kv_heads
-    score_scale = options.sm_scale * (options.k_scale or 1.0)
     if options.q_scale is not None:
         q = encode(q, keys.dtype, options.q_scale)
-        score_scale *= options.q_scale
     keys, values = keys.float(), values.float()
     grouped = q.float().view(num_queries, num_kv_heads, group, head_dim)
     grouped = grouped.permute(1, 2, 0, 3)  # [Hkv, G, n, D]
@@ -179,7 +181,7 @@ def attend(
         positions = torch.arange(start, stop) + kv_len - num_queries
         first, last = visible_range(positions, kv_len, options)
         scores = grouped[:, :, start:stop] @ keys[:, None, first:last].mT
-        scores = scores * score_scale
+        scores = scores * options.score_factor
         if options.soft_cap is not None:
             scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
         mask = visible(positions[:, None], torch.arange(first, last)[None, :], options)
@@ -218,7 +220,8 @@ def visible(
 def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """Softmax over the last axis of ``[Hkv, G, n, K]``; zeros where nothing is visible.
 
-    The sink of a head takes part in the sum and has no column of its own.
+    The sink of a head takes part in the sum and has no column of its own. One of +inf
+    takes all the weight.
     """
     peak = scores.amax(dim=-1, keepdim=True)
     if sinks is not None:
@@ -228,5 +231,6 @@ def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     weights = torch.exp(scores - peak)
     total = weights.sum(dim=-1, keepdim=True)
     if sinks is not None:
-        total = total + torch.exp(sink - peak)
+        # inf - inf is NaN
+        total = total + torch.exp((sink - peak).masked_fill(sink.isposinf(), 0.0))
     return weights / total.masked_fill(total == 0.0, 1.0)

@@ -8,6 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from jax_kernels import chips
+from jax_kernels.contract import Arguments, AttentionOptions
 from jax_kernels.ragged_paged_attention import (
     block_sizes as block_sizes_lib,
 )
@@ -23,9 +24,9 @@ from jax_kernels.ragged_paged_attention.layout import dtype_packing
 
 
 def ragged_paged_attention(
-    queries: jax.Array,
-    keys: jax.Array | None,
-    values: jax.Array | None,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     kv_cache: jax.Array,
     kv_lens: jax.Array,
     page_indices: jax.Array,
@@ -43,6 +44,7 @@ def ragged_paged_attention(
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
     out_dtype: DTypeLike | None = None,
+    validate: bool = False,
     block_sizes: BlockSizes | None = None,
     vmem_limit_bytes: int | None = None,
     chip: str | None = None,
@@ -52,8 +54,8 @@ def ragged_paged_attention(
 
     Let T be query tokens (padded), S sequences (padded), P pages per sequence, N
     pages, Hq and Hkv heads, G = Hq // Hkv, D head_dim. Sequence s owns the rows
-    ``cu_q_lens[s] .. cu_q_lens[s + 1]`` of queries, keys and values; its new tokens
-    are the last of its ``kv_lens[s]`` positions. The token at position t lives in
+    ``cu_q_lens[s] .. cu_q_lens[s + 1]`` of q, k and v; its new tokens are the last of
+    its ``kv_lens[s]`` positions. The token at position t lives in
     slot ``t % page_size`` of page ``page_indices[s * P + t // page_size]``.
 
     For a query at position i and head h, with g = h // G::
@@ -65,9 +67,10 @@ def ragged_paged_attention(
     ``j > i - sliding_window`` if there is a window.
 
     Args:
-      queries: bf16 or f32 [T, Hq, D], Hq a multiple of Hkv, 32 <= D <= 256.
-      keys: [T, Hkv, D], the dtype of ``queries``; None only without an update.
-      values: Likewise.
+      q: bf16 or f32 [T, Hq, D], Hq a multiple of Hkv, 32 <= D <= 256.
+      k: [T, Hkv, D], the dtype of ``q``. Without an update both ``k`` and ``v`` may be
+        None; they are not used.
+      v: Like ``k``.
       kv_cache: ``kv_cache_shape(...)``; bf16, f32, float8_e4m3fn, float8_e5m2 or
         int8. Donate it: the output is the same memory. Dead slots may hold anything,
         NaN included. A NaN in a live slot of float8_e4m3fn counts as 480 on v5e and
@@ -77,19 +80,31 @@ def ragged_paged_attention(
       cu_q_lens: i32[S + 1], increasing from 0.
       distribution: i32[3] (i, j, k): sequences [0, i) have one query, [i, j) have
         ``chunk_prefill_size``, [j, k) any number; the rest is padding, whose metadata
-        is ignored. Without a chunk size, [i, j) is served like [j, k).
-      sinks: f32[Hq], a logit per head that joins the denominator, or None.
-      sm_scale: Factor of the scores, usually D ** -0.5.
+        is ignored. Without a chunk size, [i, j) is served like [j, k). A sequence
+        without a query is skipped wherever it stands.
+      sinks: f32[Hq], a logit per head that joins the denominator, or None. +inf takes
+        all the weight, so that the head gives zeros; -inf takes none.
+      sm_scale: Factor of the scores, usually D ** -0.5; any finite number, 0 and
+        negative ones included.
       causal: Whether queries see only keys up to their own position.
-      sliding_window: Number of positions seen, the query's own included.
+      sliding_window: Number of positions seen, the query's own included. A window as
+        long as the context sees all.
       soft_cap: Bound of the scores.
-      q_scale: Quantises queries to the dtype of an 8-bit cache and multiplies there.
-      k_scale: New keys are stored divided by it, scores are multiplied by it.
-      v_scale: New values are stored divided by it, the output is multiplied by it.
+      q_scale: Quantises queries to the dtype of an 8-bit cache, as
+        ``q * float32(1 / q_scale)``, and multiplies there.
+      k_scale: New keys are stored as ``k * float32(1 / k_scale)``, and scores are
+        multiplied by ``k_scale``. The inverse is computed in float64, the product in
+        float32; it is clipped to the finite range of an 8-bit cache, then rounded to
+        nearest, ties to even. The same bytes come out of every implementation.
+      v_scale: New values are stored as ``v * float32(1 / v_scale)`` likewise, and the
+        output is multiplied by ``v_scale``.
       update_kv_cache: Whether new keys and values are written. If not, everything is
         read from the cache, which is returned as it is and not aliased.
       chunk_prefill_size: Query tokens of each sequence in [i, j).
-      out_dtype: bf16 or f32; that of ``queries`` by default.
+      out_dtype: bf16 or f32; that of ``q`` by default.
+      validate: Also check the numbers in lengths, page table and distribution, such as
+        a slot that one sequence writes and another reads. It waits for the arrays, so
+        it is for debugging, outside ``jax.jit``.
       block_sizes: Tile sizes; by default chosen to fit ``chip``.
       vmem_limit_bytes: VMEM for the kernel; by default most of what ``chip`` has.
       chip: ``"v5e"``, ``"v6e"``, ``"tpu7x"`` or a device kind. By default limits
@@ -101,41 +116,21 @@ def ragged_paged_attention(
       key; and the cache.
 
     Raises:
-      ValueError: A bad argument, or sizes that do not fit VMEM or SMEM.
-      NotImplementedError: A combination that is not supported; names another way.
+      ValueError: An argument is wrong, or sizes do not fit VMEM or SMEM.
+      NotImplementedError: An argument that has a meaning but is not supported; the
+        message names another way.
     """
-    problem = validation.validate_static(
-        queries,
-        keys,
-        values,
-        kv_cache,
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        distribution,
-        sinks,
-        sm_scale=sm_scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        update_kv_cache=update_kv_cache,
-        chunk_prefill_size=chunk_prefill_size,
-        out_dtype=out_dtype,
+    options = AttentionOptions.named_in(
+        locals() | {"out_dtype": validation.dtype_name(out_dtype)}
     )
-    spec = AttentionSpec(
-        sm_scale=float(sm_scale),
-        causal=causal,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        has_sinks=sinks is not None,
-        update_kv_cache=update_kv_cache,
+    arguments = Arguments(
+        q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks
     )
+    problem = validation.validate_static(arguments, options)
+    if validate:
+        validation.validate_values(arguments, options)
+    options = options.for_context(problem.max_kv_len)
+    spec = AttentionSpec(**vars(options), has_sinks=sinks is not None)
     chip_spec = chips.find_chip(chip)
     if vmem_limit_bytes is not None:
         chip_spec = dataclasses.replace(
@@ -147,16 +142,21 @@ def ragged_paged_attention(
     if block_sizes is None:
         block_sizes = block_sizes_lib.choose(problem, spec, chip_spec)
     config = block_sizes_lib.make_config(
-        problem, spec, block_sizes, chunk_prefill_size, bool(interpret), chip_spec
+        problem,
+        spec,
+        block_sizes,
+        spec.chunk_prefill_size,
+        bool(interpret),
+        chip_spec,
     )
     block_sizes_lib.check_fits(problem, config, chip_spec, vmem_limit_bytes)
 
     result = launch_lib.launch(
         refs.ScalarRefs(kv_lens, page_indices, cu_q_lens, distribution),
         refs.HbmInputs(
-            queries=_heads_by_word(queries, config),
-            keys=_heads_by_word(keys if update_kv_cache else None, config),
-            values=_heads_by_word(values if update_kv_cache else None, config),
+            queries=_heads_by_word(q, config),
+            keys=_heads_by_word(k if spec.update_kv_cache else None, config),
+            values=_heads_by_word(v if spec.update_kv_cache else None, config),
             kv_cache=kv_cache,
             sinks=sinks,
         ),
@@ -164,9 +164,9 @@ def ragged_paged_attention(
         vmem_limit_bytes=vmem_limit_bytes,
         interpret_params=_interpret_params(interpret),
     )
-    out = result.out.reshape(*queries.shape[:2], config.io_lanes)
+    out = result.out.reshape(*q.shape[:2], config.io_lanes)
     out = out[..., : config.head_dim].astype(problem.out_dtype)
-    return out, result.kv_cache if update_kv_cache else kv_cache
+    return out, result.kv_cache if spec.update_kv_cache else kv_cache
 
 
 def _heads_by_word(x: jax.Array | None, config: KernelConfig) -> jax.Array | None:

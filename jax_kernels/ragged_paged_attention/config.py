@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_kernels import chips
 from jax_kernels.chips import Chip
+from jax_kernels.contract import AttentionOptions
 from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout, align_to
 
 LOG2_E = math.log2(math.e)
@@ -33,18 +34,14 @@ class Phase(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-    """What is computed. See ``api.ragged_paged_attention`` for each meaning."""
+class AttentionSpec(AttentionOptions):
+    """What is computed: the options, and whether there are sinks.
 
-    sm_scale: float = 1.0
-    causal: bool = True
-    sliding_window: int | None = None
-    soft_cap: float | None = None
-    q_scale: float | None = None
-    k_scale: float | None = None
-    v_scale: float | None = None
+    Attributes:
+      has_sinks: Whether ``sinks`` are given.
+    """
+
     has_sinks: bool = False
-    update_kv_cache: bool = True
 
     @property
     def query_multiplier(self) -> float:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jax_kernels.contract import Arguments, AttentionOptions
 from jax_kernels.ragged_paged_attention import layout, validation
 
 # Keys per inner step, and the most queries per block. Neither changes the result
@@ -42,9 +43,7 @@ class _Plan:
     """Everything about the attention that is static."""
 
     problem: validation.Problem
-    causal: bool
-    sliding_window: int | None
-    soft_cap: float | None
+    options: AttentionOptions
 
     @property
     def block_q(self) -> int:
@@ -84,9 +83,9 @@ class _AttentionState(NamedTuple):
 
 
 def ragged_paged_attention_reference(
-    queries: jax.Array,
-    keys: jax.Array | None,
-    values: jax.Array | None,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     kv_cache: jax.Array,
     kv_lens: jax.Array,
     page_indices: jax.Array,
@@ -104,16 +103,18 @@ def ragged_paged_attention_reference(
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
     out_dtype: DTypeLike | None = None,
+    validate: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Appends new keys and values to a paged cache and attends to it, without Pallas.
 
-    The arguments mean what they mean for the kernel; ``chunk_prefill_size`` and the
-    first two numbers of ``distribution`` do not affect the result.
+    The arguments mean what they mean for ``api.ragged_paged_attention``, where each is
+    described; ``chunk_prefill_size`` and the first two numbers of ``distribution`` do
+    not affect the result.
 
     Args:
-      queries: [T, Hq, D]. Rows at or past ``cu_q_lens[k]`` are padding.
-      keys: [T, Hkv, D], or None when ``update_kv_cache`` is False.
-      values: [T, Hkv, D], or None when ``update_kv_cache`` is False.
+      q: [T, Hq, D]. Rows at or past ``cu_q_lens[k]`` are padding.
+      k: [T, Hkv, D]. Without an update both ``k`` and ``v`` may be None.
+      v: [T, Hkv, D].
       kv_cache: Paged cache, see ``layout.py``.
       kv_lens: i32[S]. Tokens of each sequence, the new ones included.
       page_indices: i32[S * P]. Row-major page table; entries past the live pages of a
@@ -121,72 +122,60 @@ def ragged_paged_attention_reference(
       cu_q_lens: i32[S + 1]. Sequence s owns query rows
         ``cu_q_lens[s]:cu_q_lens[s + 1]``, its last positions.
       distribution: i32[3], (i, j, k): k sequences are live.
-      sinks: f32[Hq]. Logit per head of an extra key whose value is zero.
-      sm_scale: Factor of ``q . k``.
+      sinks: f32[Hq]. Logit per head of an extra key whose value is zero. +inf takes all
+        the weight, so that the head gives zeros.
+      sm_scale: Factor of ``q . k``, any finite number.
       causal: Whether a query sees only keys at or before its own position.
       sliding_window: Number of latest positions seen, the query's own included.
       soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``.
-      q_scale: Scale with which queries are quantised to the cache dtype.
-      k_scale: Scale of the keys in the cache.
-      v_scale: Scale of the values in the cache.
+      q_scale: Queries are quantised as ``q * float32(1 / q_scale)``.
+      k_scale: Keys are stored as ``k * float32(1 / k_scale)``, the inverse computed in
+        float64, the product in float32, clipped, rounded to nearest even.
+      v_scale: Values are stored as ``v * float32(1 / v_scale)`` likewise.
       update_kv_cache: Whether keys and values are written to the cache first.
       chunk_prefill_size: Ignored.
-      out_dtype: Dtype of the output, that of ``queries`` by default.
+      out_dtype: Dtype of the output, that of ``q`` by default.
+      validate: Also check the numbers in the metadata; not under ``jax.jit``.
 
     Returns:
       The output [T, Hq, D] and the updated cache. Padding rows, and rows that see no
       key, are zeros. Without an update the cache is ``kv_cache`` itself.
+
+    Raises:
+      ValueError: An argument is wrong.
+      NotImplementedError: An argument that has a meaning but is not supported.
     """
-    problem = validation.validate_static(
-        queries,
-        keys,
-        values,
-        kv_cache,
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        distribution,
-        sinks,
-        sm_scale=sm_scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        update_kv_cache=update_kv_cache,
-        chunk_prefill_size=chunk_prefill_size,
-        out_dtype=out_dtype,
+    options = AttentionOptions.named_in(
+        locals() | {"out_dtype": validation.dtype_name(out_dtype)}
     )
+    arguments = Arguments(
+        q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks
+    )
+    problem = validation.validate_static(arguments, options)
+    if validate:
+        validation.validate_values(arguments, options)
+    options = options.for_context(problem.max_kv_len)
     sequences = _live_sequences(problem, kv_lens, page_indices, cu_q_lens, distribution)
     bits = _cache_to_bits(kv_cache, problem.cache)
-    if update_kv_cache:
-        assert keys is not None and values is not None  # validated
-        stored_keys = _store(keys, problem.cache, k_scale)
-        stored_values = _store(values, problem.cache, v_scale)
+    if options.update_kv_cache:
+        assert k is not None and v is not None  # validated
+        stored_keys = _store(k, problem.cache, options.k_scale)
+        stored_values = _store(v, problem.cache, options.v_scale)
         rows = _cache_rows(stored_keys, stored_values, problem.cache)
         bits = _write_rows(bits, rows, sequences, problem)
         kv_cache = _cache_from_bits(bits, problem.cache)
 
-    scale = sm_scale
-    if q_scale is not None:
-        scale *= q_scale
-        queries = _store(queries, problem.cache, q_scale)
-    if k_scale is not None:
-        scale *= k_scale
-    # A wider window sees the same keys, and could overflow int32.
-    window = None
-    if sliding_window is not None:
-        window = min(sliding_window, problem.max_kv_len)
+    if options.q_scale is not None:
+        q = _store(q, problem.cache, options.q_scale)
     out = _attend(
-        queries.astype(jnp.float32) * scale,
+        q.astype(jnp.float32) * options.score_factor,
         bits,
         sequences,
         sinks,
-        _Plan(problem, causal, window, soft_cap),
+        _Plan(problem, options),
     )
-    if v_scale is not None:
-        out = out * v_scale
+    if options.v_scale is not None:
+        out = out * options.v_scale
     return out.astype(problem.out_dtype), kv_cache
 
 
@@ -228,17 +217,19 @@ def _cache_from_bits(bits: jax.Array, cache: layout.CacheLayout) -> jax.Array:
 def _store(
     values: jax.Array, cache: layout.CacheLayout, scale: float | None
 ) -> jax.Array:
-    """Values as the cache holds them: divided by the scale, clipped, cast."""
-    if not layout.is_quantized(cache.dtype) and scale is None:
+    """Values as the cache holds them: times ``1 / scale``, clipped, cast.
+
+    Compilers differ in how they divide; they agree on a product.
+    """
+    if not cache.is_quantized and scale is None:
         return values.astype(cache.dtype)
     scaled = values.astype(jnp.float32)
     if scale is not None:
-        # Compilers differ in how they divide; they agree on a product.
         scaled = scaled * (1.0 / scale)
     if cache.dtype == jnp.int8:
         limits = jnp.iinfo(cache.dtype)
         scaled = jnp.clip(jnp.round(scaled), limits.min, limits.max)
-    elif layout.is_quantized(cache.dtype):
+    elif cache.is_quantized:
         limits = jnp.finfo(cache.dtype)
         scaled = jnp.clip(scaled, float(limits.min), float(limits.max))
     return scaled.astype(cache.dtype)
@@ -371,10 +362,10 @@ def _query_block(
     num_rows = jnp.minimum(q_len - offset, plan.block_q)
     first_position = kv_len - q_len + offset
     first_key, end_key = jnp.int32(0), kv_len
-    if plan.causal:
+    if plan.options.causal:
         end_key = jnp.minimum(kv_len, first_position + num_rows)
-    if plan.sliding_window is not None:
-        first_key = jnp.maximum(first_position - plan.sliding_window + 1, 0)
+    if plan.options.sliding_window is not None:
+        first_key = jnp.maximum(first_position - plan.options.sliding_window + 1, 0)
     tile = lax.dynamic_slice_in_dim(queries, first_row, plan.block_q)
     return _QueryBlock(
         first_row=first_row,
@@ -416,14 +407,14 @@ def _attend_to_pages(
     scores = jnp.einsum(
         "qhgd,hkd->hgqk", block.tile, keys, precision=lax.Precision.HIGHEST
     )
-    if plan.soft_cap is not None:
-        scores = plan.soft_cap * jnp.tanh(scores / plan.soft_cap)
+    if plan.options.soft_cap is not None:
+        scores = plan.options.soft_cap * jnp.tanh(scores / plan.options.soft_cap)
     query_position = block.positions[:, None]
     is_visible = jnp.broadcast_to(is_used, (plan.block_q, plan.block_kv))
-    if plan.causal:
+    if plan.options.causal:
         is_visible &= position <= query_position
-    if plan.sliding_window is not None:
-        is_visible &= position > query_position - plan.sliding_window
+    if plan.options.sliding_window is not None:
+        is_visible &= position > query_position - plan.options.sliding_window
     return _accumulate(state, jnp.where(is_visible, scores, -jnp.inf), values)
 
 
@@ -448,7 +439,9 @@ def _accumulate(
     # While nothing is visible the maximum is -inf, and -inf - (-inf) is NaN.
     finite_max = jnp.where(jnp.isneginf(row_max), 0.0, row_max)
     probabilities = jnp.exp(scores - finite_max[..., None])
-    correction = jnp.exp(state.row_max - finite_max)
+    # A sink of +inf stays the maximum, and inf - inf is NaN as well.
+    is_same = state.row_max == row_max
+    correction = jnp.exp(jnp.where(is_same, 0.0, state.row_max - finite_max))
     update = jnp.einsum(
         "hgqk,hkd->hgqd", probabilities, values, precision=lax.Precision.HIGHEST
     )

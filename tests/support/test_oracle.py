@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kernels.ragged_paged_attention import validation
+import jax_kernels.ragged_paged_attention as rpa
 from tests.support import oracle
 from tests.support.ragged_batches import make_ragged_batch
 
@@ -163,13 +163,6 @@ def test_batches_are_valid_in_value():
         shared_prefix_pages=1,
         distribution=(2, 4, 7),
     )
-    validation.validate_dynamic(
-        batch.kv_lens,
-        batch.page_indices,
-        batch.cu_q_lens,
-        batch.distribution,
-        page_size=batch.page_size,
-        num_pages=len(batch.kv_cache),
-        num_tokens=len(batch.queries),
-        chunk_prefill_size=16,
+    rpa.ragged_paged_attention_reference(
+        *batch.jax_arguments, chunk_prefill_size=16, validate=True
     )

@@ -4,7 +4,13 @@ import subprocess
 import sys
 import textwrap
 
-HEAVY = ("jax", "jaxlib", "torch_xla", "transformers", "jax_kernels")
+HEAVY = (
+    "jax",
+    "jaxlib",
+    "torch_xla",
+    "transformers",
+    "jax_kernels.ragged_paged_attention",
+)
 
 
 def run_in_new_interpreter(code: str) -> str:

@@ -121,13 +121,18 @@ def test_other_kinds_of_tensors_are_an_error_that_names_the_alternatives():
         ops.ragged_paged_attention_functional(*call)
 
 
-def test_a_cache_that_is_not_contiguous_is_an_error():
-    call = make_call()
-    call = call._replace(
-        kv_cache=call.kv_cache.transpose(1, 2).contiguous().transpose(1, 2)
-    )
-    with pytest.raises(ValueError, match="kv_cache must be contiguous, got strides"):
-        ops.ragged_paged_attention(*call)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", ["update_kv_cache", "causal", "sm_scale"])
+def test_none_for_an_option_that_has_a_value_is_refused(device, name):
+    call = to_device(make_call(), device)
+    before = raw_bytes(call.kv_cache) if device == "cpu" else None
+    for operator in (ops.ragged_paged_attention, ops.ragged_paged_attention_functional):
+        with pytest.raises(ValueError, match=f"{name} must be .* got None"):
+            operator(*call, **{name: None})
+    with pytest.raises(ValueError, match=f"{name} must be .* got None"):
+        torch_rpa.ragged_paged_attention(*call, **{name: None})
+    if before is not None:
+        assert torch.equal(raw_bytes(call.kv_cache), before)
 
 
 def test_inputs_may_be_views():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import torch_rpa
-from tests.torch_rpa.calls import make_call
-from torch_rpa import validation
+from tests.torch_rpa.calls import make_call, to_device
+from torch_rpa import ops, validation
 from torch_rpa.options import AttentionOptions
 
 I32 = torch.int32
@@ -16,93 +16,111 @@ def i32(*values):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "error", "message"),
     [
-        ({"q": torch.zeros(24, 4)}, r"q must have shape \[T, Hq, D\]"),
-        ({"q": torch.zeros(24, 4, 128, dtype=torch.float16)}, "q must have one of"),
-        ({"q": torch.zeros(24, 3, 128)}, "multiple of the 2 heads"),
-        ({"q": torch.zeros(24, 4, 264)}, "head_dim must be from 32 to 256"),
-        ({"k": torch.zeros(23, 2, 128)}, r"k must be .* \[24, 2, 128\], got"),
-        ({"v": torch.zeros(24, 2, 128, dtype=torch.bfloat16)}, "v must be torch.float"),
-        ({"k": None}, "k must be a tensor, got None; pass update_kv_cache=False"),
-        ({"kv_cache": torch.zeros(4, 4, 8, 128)}, "kv_cache of .* must have shape"),
-        ({"kv_cache": torch.zeros(4, 4, 8, 2, 128)}, r"1, 128\], got \[4, 4, 8, 2"),
-        ({"kv_cache": torch.zeros(4, 4, 12, 1, 128)}, "page_size must be a power"),
-        ({"kv_cache": torch.zeros(4, 3, 8, 1, 128)}, "kv_cache of .* 2 \\* Hkv"),
-        ({"kv_lens": torch.zeros(5, dtype=torch.int64)}, "kv_lens must be torch.int32"),
-        ({"kv_lens": torch.zeros(5, 1, dtype=I32)}, r"kv_lens must have shape \[S\]"),
-        ({"page_indices": torch.zeros(21, dtype=I32)}, r"page_indices must .* S = 5"),
-        ({"page_indices": torch.zeros(5, 4, dtype=I32)}, "page_indices must have"),
-        ({"cu_q_lens": torch.zeros(5, dtype=I32)}, r"cu_q_lens must be .* \[6\], got"),
-        ({"distribution": torch.zeros(2, dtype=I32)}, r"distribution must be .* \[3\]"),
-        ({"sinks": torch.zeros(2)}, r"sinks must be torch.float32 \[4\], got"),
-        ({"sinks": torch.zeros(4, dtype=torch.bfloat16)}, "sinks must be torch.float"),
-        ({"k": torch.zeros(24, 2, 128, device="meta")}, "k must be on the device of q"),
+        ({"q": torch.zeros(24, 4)}, ValueError, r"q must have shape \[T, Hq, D\]"),
+        ({"q": torch.zeros(24, 4, 300)}, NotImplementedError, "head_dim 300 .*; use"),
+        ({"k": None, "v": None}, ValueError, "pass update_kv_cache=False"),
+        ({"sinks": torch.zeros(4).half()}, ValueError, "sinks must be float32"),
+        (
+            {"q": torch.zeros(24, 4, 128, dtype=torch.float16)},
+            NotImplementedError,
+            "q of float16 .* cast",
+        ),
+        (
+            {"k": torch.zeros(24, 2, 128, device="meta")},
+            ValueError,
+            "k must be on the device of q",
+        ),
     ],
 )
-def test_static_errors_name_the_argument(changes, message):
+def test_arguments_are_checked_by_the_contract(changes, error, message):
     call = make_call()._replace(**changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         validation.validate_static(call, AttentionOptions())
 
 
-def test_q_scale_needs_a_quantised_cache():
-    options = AttentionOptions(q_scale=0.5)
-    with pytest.raises(ValueError, match="q_scale must be None unless kv_cache"):
-        validation.validate_static(make_call(), options)
-    validation.validate_static(make_call(cache_dtype=torch.int8), options)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_cache_that_is_not_contiguous_is_refused(device):
+    call = to_device(make_call(), device)
+    other_order = call.kv_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    call = call._replace(kv_cache=other_order)
+    for operator in (ops.ragged_paged_attention, ops.ragged_paged_attention_functional):
+        with pytest.raises(ValueError, match="kv_cache must be contiguous"):
+            operator(*call)
+    with pytest.raises(ValueError, match="kv_cache must be contiguous"):
+        torch_rpa.ragged_paged_attention(*call, impl="pallas_interpret")
 
 
-def test_keys_and_values_may_be_missing_if_nothing_is_written():
-    call = make_call()._replace(k=None, v=None)
-    validation.validate_static(call, AttentionOptions(update_kv_cache=False))
+def test_metadata_may_be_views():
+    call, expected_call = make_call(), make_call()
+    wide = torch.stack([call.page_indices, call.page_indices], dim=1)
+    out = ops.ragged_paged_attention(*call._replace(page_indices=wide[:, 0]))
+    assert torch.equal(out, ops.ragged_paged_attention(*expected_call))
 
 
+@pytest.mark.parametrize("impl", [None, "pallas_interpret"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"distribution": i32(2, 1, 4)}, "distribution must satisfy"),
+        ({"page": -1}, r"\(page 0 of sequence 3\) must be in \[0, 32\), got -1"),
+        ({"page": 32}, r"\(page 0 of sequence 3\) must be in \[0, 32\), got 32"),
+        ({"kv_lens": i32(13, 8, 9, 6, 0)}, r"kv_lens\[3\] must count the new tokens"),
+        ({"kv_lens": i32(13, 8, 9, 33, 0)}, r"kv_lens\[3\] must be in \[0, 32\]"),
         ({"distribution": i32(2, 2, 6)}, "distribution must satisfy"),
-        ({"distribution": i32(3, 3, 4)}, "among the decode ones: .* 1 new tok.* got 9"),
-        ({"cu_q_lens": i32(1, 2, 3, 11, 18, 0)}, r"cu_q_lens\[0\] must be 0, got 1"),
-        ({"cu_q_lens": i32(0, 1, 2, 1, 8, 0)}, "cu_q_lens must not decrease"),
-        ({"cu_q_lens": i32(0, 1, 2, 11, 41, 0)}, "cu_q_lens.* at most the 24 tokens"),
-        ({"kv_lens": i32(13, 8, 8, 30, 0)}, r"kv_lens\[2\] must count the new tokens"),
-        ({"kv_lens": i32(33, 8, 9, 30, 0)}, r"kv_lens\[0\] must be in \[0, 32\]"),
-        ({"kv_lens": i32(-1, 8, 9, 30, 0)}, r"kv_lens\[0\] must be in"),
-        ({"page_indices": i32(*range(14), 32, *range(15, 20))}, r"page_indices\[14\]"),
-        ({"page_indices": i32(*[0] * 20)}, "page_indices must give each new token its"),
+        ({"cu_q_lens": i32(0, 1, 2, 11, 25, 0)}, "cu_q_lens.* at most the 24 tokens"),
     ],
 )
-def test_value_errors_name_the_argument(changes, message):
+def test_numbers_out_of_range_on_cpu_tensors_are_refused_before_a_write(
+    changes, message, impl
+):
     call = make_call()
-    validation.validate_values(call, AttentionOptions())
+    changes = dict(changes)
+    if "page" in changes:
+        call.page_indices[3 * 4] = changes.pop("page")
+    call = call._replace(**changes)
+    before = call.kv_cache.clone()
     with pytest.raises(ValueError, match=message):
-        validation.validate_values(call._replace(**changes), AttentionOptions())
+        torch_rpa.ragged_paged_attention(*call, impl=impl)
+    assert torch.equal(call.kv_cache, before)
 
 
-def test_a_chunk_of_another_size_is_refused():
-    call = make_call([(1, 5), (4, 4), (5, 9)])._replace(distribution=i32(1, 3, 3))
-    validation.validate_values(call, AttentionOptions())
-    with pytest.raises(ValueError, match=r"among the prefill ones: .* 4 new .* got 5"):
-        validation.validate_values(call, AttentionOptions(chunk_prefill_size=4))
-
-
-def test_sequences_may_share_pages_that_neither_writes():
+def test_values_that_clash_are_refused_on_request():
     call = make_call([(1, 9), (1, 10)])
     table = call.page_indices.view(5, 4)
     table[1, 0] = table[0, 0]
     validation.validate_values(call, AttentionOptions())
-    table[1, 1] = table[0, 1]  # slots 0 and 1 of the same page: still apart
-    validation.validate_values(call, AttentionOptions())
+    table[1, 1] = table[0, 1]
+    with pytest.raises(ValueError, match=r"slot 0 of page .* which sequence 0 writes"):
+        validation.validate_values(call, AttentionOptions())
+
+
+@pytest.mark.parametrize(
+    ("word", "meaning"),
+    [
+        *[(word, False) for word in ("", "0", "false", "No", "OFF", " off ")],
+        *[(word, True) for word in ("1", "true", "Yes", "ON")],
+    ],
+)
+def test_usual_words_switch_the_checks_of_values(monkeypatch, word, meaning):
+    monkeypatch.setenv(validation.VALIDATE_ENV, word)
+    assert validation.values_requested() == meaning
+
+
+def test_a_word_that_is_neither_on_nor_off_is_refused(monkeypatch):
+    monkeypatch.setenv(validation.VALIDATE_ENV, "maybe")
+    with pytest.raises(
+        ValueError, match=r"TORCH_RPA_VALIDATE must be one of .*'maybe'"
+    ):
+        torch.ops.rpa.ragged_paged_attention(*make_call())
 
 
 def test_values_are_checked_on_request_and_by_environment(monkeypatch):
-    call = make_call()._replace(kv_lens=i32(33, 8, 9, 24, 0))
-    with pytest.raises(ValueError, match=r"kv_lens\[0\] must be in"):
+    call = make_call()._replace(distribution=i32(3, 3, 4))
+    with pytest.raises(ValueError, match="distribution puts sequence 2"):
         torch_rpa.ragged_paged_attention(*call, validate=True)
     monkeypatch.setenv(validation.VALIDATE_ENV, "1")
-    with pytest.raises(ValueError, match=r"kv_lens\[0\] must be in"):
+    with pytest.raises(ValueError, match="distribution puts sequence 2"):
         torch.ops.rpa.ragged_paged_attention(*call)
     monkeypatch.setenv(validation.VALIDATE_ENV, "0")
-    assert not validation.values_requested()
+    torch.ops.rpa.ragged_paged_attention(*call)

@@ -26,7 +26,6 @@ from tests.torch_rpa.scenarios import SCENARIOS, make_scenario  # noqa: E402
 from torch_rpa import ops, validation  # noqa: E402
 from torch_rpa.bridges import lowering  # noqa: E402
 from torch_rpa.bridges import torch_xla as xla_bridge  # noqa: E402
-from torch_rpa.options import AttentionOptions  # noqa: E402
 
 on_xla_cpu = pytest.mark.skipif(
     xla_runtime.device_type() != "CPU", reason="for the XLA CPU device"
@@ -232,11 +231,3 @@ def test_asking_for_a_gradient_is_an_error():
     for operator in (ops.ragged_paged_attention, ops.ragged_paged_attention_functional):
         with pytest.raises(NotImplementedError, match="no backward"):
             operator(*call)
-
-
-def test_options_become_keywords_of_the_jax_function():
-    options = AttentionOptions(k_scale=0.5)
-    keywords = lowering.jax_keywords(options, torch.bfloat16)
-    assert keywords["k_scale"] == 0.5
-    # Always explicit, so that quantised queries do not decide the output's dtype.
-    assert keywords["out_dtype"] == lowering.jax_dtype(torch.bfloat16)

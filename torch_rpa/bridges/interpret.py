@@ -10,7 +10,7 @@ import torch
 
 from torch_rpa import validation
 from torch_rpa.bridges import lowering
-from torch_rpa.options import AttentionOptions
+from torch_rpa.options import AttentionOptions, torch_dtype
 from torch_rpa.validation import Inputs
 
 
@@ -21,29 +21,28 @@ def interpret_pallas_(
 
     Slow: it simulates the TPU's memories and DMAs. Needs JAX and no bridge to a device.
     """
-    validation.validate_static(inputs, options)
+    sizes = validation.validate_static(inputs, options)
     if inputs.q.device.type != "cpu":
         raise NotImplementedError(
             f'impl="pallas_interpret" runs on CPU tensors, got {inputs.q.device}; '
             "use impl=None there, or move the tensors with .cpu()"
         )
+    validation.validate_ranges(inputs, sizes)
     jax = lowering.import_jax()
     arguments = [None if t is None else jax.numpy.asarray(_to_numpy(t)) for t in inputs]
-    out, new_cache = _interpreted(options, inputs.q.dtype, chip)(*arguments)
+    out, new_cache = _interpreted(options, chip)(*arguments)
     if options.update_kv_cache:
         inputs.kv_cache.copy_(_from_numpy(new_cache, inputs.kv_cache.dtype))
-    return _from_numpy(out, options.out_dtype or inputs.q.dtype)
+    return _from_numpy(out, torch_dtype(sizes.out_dtype))
 
 
 @functools.cache
-def _interpreted(
-    options: AttentionOptions, q_dtype: torch.dtype, chip: str | None
-) -> Callable:
+def _interpreted(options: AttentionOptions, chip: str | None) -> Callable:
     from jax_kernels.ragged_paged_attention import ragged_paged_attention
 
     return functools.partial(
         ragged_paged_attention,
-        **lowering.jax_keywords(options, q_dtype),
+        **vars(options),
         chip=chip,
         interpret=True,
     )

@@ -31,13 +31,12 @@ class Target(NamedTuple):
 
 
 def jax_function(
-    options: AttentionOptions, q_dtype: torch.dtype, target: Target
+    options: AttentionOptions, target: Target
 ) -> Callable[..., tuple[Any, ...]]:
     """Returns the JAX function of one call.
 
     Args:
         options: All that is no tensor.
-        q_dtype: Dtype of the queries.
         target: Says which implementation.
 
     Returns:
@@ -45,8 +44,7 @@ def jax_function(
         order, None where a tensor is None. It returns ``(out, new_cache)``, or
         ``(out,)`` if the cache is not updated.
     """
-    keywords = jax_keywords(options, q_dtype)
-    return functools.partial(_results, _implementation(target), keywords)
+    return functools.partial(_results, _implementation(target), vars(options))
 
 
 def _results(
@@ -64,11 +62,6 @@ def _implementation(target: Target) -> Callable:
     from jax_kernels.ragged_paged_attention import ragged_paged_attention
 
     return functools.partial(ragged_paged_attention, chip=target.chip)
-
-
-def jax_keywords(options: AttentionOptions, q_dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the options as keyword arguments of the JAX functions."""
-    return vars(options) | {"out_dtype": jax_dtype(options.out_dtype or q_dtype)}
 
 
 def jax_dtype(dtype: torch.dtype) -> Any:

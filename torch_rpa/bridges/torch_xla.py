@@ -23,7 +23,7 @@ from jax_kernels import chips
 from torch_rpa import validation
 from torch_rpa.bridges import lowering
 from torch_rpa.bridges.lowering import Target
-from torch_rpa.options import AttentionOptions
+from torch_rpa.options import AttentionOptions, make_options
 from torch_rpa.validation import Inputs
 
 CALL_NAME = "xla::ragged_paged_attention"
@@ -43,8 +43,7 @@ def call(tensors: Sequence[Any], options: dict[str, Any]) -> list[torch.Tensor]:
 
     Args:
         tensors: The tensors of :class:`Inputs`; trailing ones may be left out.
-        options: Keyword arguments of :class:`AttentionOptions`; defaults may be left
-            out.
+        options: Keyword arguments of the operator; defaults may be left out.
 
     Returns:
         ``[out, new_cache]``, or ``[out]`` if the cache is not updated.
@@ -58,7 +57,7 @@ def call(tensors: Sequence[Any], options: dict[str, Any]) -> list[torch.Tensor]:
     if entry is None:
         entry = _prepare(signature, tensors, options)
     if validation.values_requested():
-        validation.validate_values(Inputs(*tensors), AttentionOptions(**options))
+        validation.validate_values(Inputs(*tensors), make_options(options))
     user_computation, computation = entry
     operands = [t for t in _in_call_order(tensors) if t is not None]
     return user_computation(CALL_NAME, operands, computation)
@@ -139,7 +138,7 @@ def _prepare(
     signature: tuple, tensors: Sequence[Any], options: dict[str, Any]
 ) -> tuple[Callable, Any]:
     """Validates and lowers a new signature."""
-    inputs, attention_options = Inputs(*tensors), AttentionOptions(**options)
+    inputs, attention_options = Inputs(*tensors), make_options(options)
     validation.validate_static(inputs, attention_options)
     target = _state.target or device_target(inputs.q.device)
     with _lock:
@@ -160,7 +159,7 @@ def _lower(inputs: Inputs, options: AttentionOptions, target: Target) -> Any:
     import torch_xla.core.xla_builder as xla_builder
 
     torch_xla._XLAC._init_computation_client()  # before JAX looks for devices
-    function = lowering.jax_function(options, inputs.q.dtype, target)
+    function = lowering.jax_function(options, target)
     structs = lowering.shape_structs(_in_call_order(inputs))
     module = lowering.hlo_module(
         functools.partial(_in_call_order_of, function), structs, target.platform

@@ -1,0 +1,158 @@
+"""The parameters of a call that are not arrays, and the rules of their values.
+
+This is the list of them. The schemas of the PyTorch operators are made from it, and
+``tests/torch_rpa/test_signatures.py`` holds the documented functions to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+INPUT_DTYPES = ("bfloat16", "float32")
+
+# Factors and their inverses must be normal float32 numbers, also after the few powers
+# of two that the kernel may add to them (see KernelConfig).
+LARGEST_FACTOR = 2.0**120
+_FACTOR_RANGE = "from 2**-120 to 2**120 (about 7.5e-37 to 1.3e36)"
+
+# The schema of a PyTorch operator holds integers of 64 bits.
+LARGEST_INT = 2**63 - 1
+
+_Options = TypeVar("_Options", bound="AttentionOptions")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """Everything about one attention call that is not an array.
+
+    All values are static: a new value is a new compiled program on an XLA device.
+
+    Attributes:
+      sm_scale: Factor of the scores ``q . k``, usually ``head_dim ** -0.5``: any
+        number, 0 and negative ones included, whose size is a normal float32.
+      causal: Hide the keys after a query's own position.
+      sliding_window: Keep only the last ``sliding_window`` positions, the query's own
+        included. None keeps all, and so does a window as long as the context.
+      soft_cap: Replace each score ``x`` by ``soft_cap * tanh(x / soft_cap)``.
+      q_scale: With an 8-bit cache, queries are quantised as well: stored as
+        ``q * float32(1 / q_scale)`` in the dtype of the cache (see ``k_scale``), and
+        scores multiplied by ``q_scale``.
+      k_scale: The cache stores ``k * float32(1 / k_scale)``, and scores are multiplied
+        by ``k_scale``. None is 1. The inverse is computed in float64 and rounded, the
+        product is in float32; it is clipped to the finite range of an 8-bit cache, then
+        rounded to nearest, ties to even. The same bytes come out on every path.
+      v_scale: The cache stores ``v * float32(1 / v_scale)`` likewise, and outputs are
+        multiplied by ``v_scale``. None is 1.
+      update_kv_cache: Write new keys and values to the cache. False reads all from the
+        cache and leaves it alone.
+      chunk_prefill_size: Query tokens of each of the sequences ``[i, j)`` of the
+        distribution. None treats them like the mixed ones.
+      out_dtype: Name of the dtype of the output, bfloat16 or float32. None is that of
+        the queries.
+
+    Raises:
+      ValueError: A value breaks its rule.
+      NotImplementedError: An output dtype that is not supported.
+    """
+
+    sm_scale: float = 1.0
+    causal: bool = True
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    q_scale: float | None = None
+    k_scale: float | None = None
+    v_scale: float | None = None
+    update_kv_cache: bool = True
+    chunk_prefill_size: int | None = None
+    out_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sm_scale", _score_scale("sm_scale", self.sm_scale))
+        for name in ("causal", "update_kv_cache"):
+            check_bool(name, getattr(self, name))
+        for name in ("sliding_window", "chunk_prefill_size"):
+            _check_count(name, getattr(self, name))
+        for name in ("soft_cap", "q_scale", "k_scale", "v_scale"):
+            object.__setattr__(self, name, _factor(name, getattr(self, name)))
+        self._check_factor_of_scores()
+        if self.out_dtype is not None and self.out_dtype not in INPUT_DTYPES:
+            raise NotImplementedError(
+                f"out_dtype {self.out_dtype} is not supported: use bfloat16, float32 "
+                "or None and cast the output"
+            )
+
+    @classmethod
+    def named_in(cls: type[_Options], values: Mapping[str, Any]) -> _Options:
+        """The options among the ``locals()`` of a function that has them all."""
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
+
+    def for_context(self: _Options, max_kv_len: int) -> _Options:
+        """The same options without a window that sees all of ``max_kv_len`` tokens.
+
+        It means the same, costs less, and such a number may not fit the integers of the
+        device.
+        """
+        if self.sliding_window is None or self.sliding_window < max_kv_len:
+            return self
+        return dataclasses.replace(self, sliding_window=None)
+
+    @property
+    def score_factor(self) -> float:
+        """Factor of the products of stored queries and stored keys."""
+        return self.sm_scale * (self.q_scale or 1.0) * (self.k_scale or 1.0)
+
+    def _check_factor_of_scores(self) -> None:
+        for factor in (self.score_factor, self.score_factor / (self.soft_cap or 1.0)):
+            if self.sm_scale and not _is_factor(abs(factor)):
+                raise ValueError(
+                    "sm_scale * q_scale * k_scale, and that / soft_cap, must be "
+                    f"{_FACTOR_RANGE} in size, got {factor} from {self.sm_scale=}, "
+                    f"{self.q_scale=}, {self.k_scale=}, {self.soft_cap=}"
+                )
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Returns a flag; raises unless it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_factor(value: Any) -> bool:
+    return 1.0 / LARGEST_FACTOR <= value <= LARGEST_FACTOR
+
+
+def _score_scale(name: str, value: Any) -> float:
+    if not _is_number(value) or not (value == 0 or _is_factor(abs(value))):
+        raise ValueError(
+            f"{name} must be a Python number, 0 or {_FACTOR_RANGE} in size, "
+            f"got {value!r}"
+        )
+    return float(value)
+
+
+def _factor(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if not _is_number(value) or not _is_factor(value):
+        raise ValueError(
+            f"{name} must be a positive Python number {_FACTOR_RANGE}, such that it "
+            f"and its inverse are normal in float32, or None, got {value!r}"
+        )
+    return float(value)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is None:
+        return
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not 1 <= value <= LARGEST_INT:
+        raise ValueError(
+            f"{name} must be a Python int from 1 to 2**63 - 1 or None, got {value!r}"
+        )
