@@ -114,8 +114,9 @@ def test_wrong_arguments_are_named(change, message):
 
 @pytest.mark.parametrize("missing", ["k", "v"])
 def test_one_of_keys_and_values_is_refused_without_an_update_too(missing):
+    arguments = make_arguments()._replace(**{missing: None})
     with pytest.raises(ValueError, match=f"{missing} must be given because"):
-        check(make_arguments(**{missing: None}), update_kv_cache=False)
+        check(arguments, update_kv_cache=False)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Rules of lengths, page tables and distributions."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,9 +51,14 @@ def make_metadata(**changes):
     return Metadata(**{name: np.array(v, np.int32) for name, v in values.items()})
 
 
-def check(metadata=None, sizes=SIZES, chunk_prefill_size=8, **options):
-    options = AttentionOptions(chunk_prefill_size=chunk_prefill_size, **options)
-    check_metadata(metadata or make_metadata(), sizes, options)
+def check(
+    metadata: Metadata | None = None,
+    sizes: CallSizes = SIZES,
+    chunk_prefill_size: int | None = 8,
+    **options: Any,
+):
+    given = AttentionOptions(chunk_prefill_size=chunk_prefill_size, **options)
+    check_metadata(metadata or make_metadata(), sizes, given)
 
 
 def pages(*, sequence, column, page):

@@ -43,9 +43,7 @@ def make_problem(
         num_q_heads=num_kv_heads * group,
         q_dtype=jnp.dtype(q_dtype),
         out_dtype=jnp.dtype(q_dtype),
-        cache=CacheLayout(
-            1000, page_size, num_kv_heads, head_dim, jnp.dtype(cache_dtype)
-        ),
+        cache=CacheLayout(1000, page_size, num_kv_heads, head_dim, cache_dtype),
     )
 
 

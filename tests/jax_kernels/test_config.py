@@ -81,7 +81,7 @@ def make_config(
 ) -> KernelConfig:
     return KernelConfig(
         spec=AttentionSpec(**spec),
-        cache=CacheLayout(4, 16, heads[1], head_dim, jnp.dtype(cache_dtype)),
+        cache=CacheLayout(4, 16, heads[1], head_dim, cache_dtype),
         phases=(),
         num_tokens=64,
         pages_per_sequence=8,

@@ -1,5 +1,7 @@
 """The registered operators on CPU, fake and unsupported tensors."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -126,11 +128,12 @@ def test_other_kinds_of_tensors_are_an_error_that_names_the_alternatives():
 def test_none_for_an_option_that_has_a_value_is_refused(device, name):
     call = to_device(make_call(), device)
     before = raw_bytes(call.kv_cache) if device == "cpu" else None
+    option: dict[str, Any] = {name: None}
     for operator in (ops.ragged_paged_attention, ops.ragged_paged_attention_functional):
         with pytest.raises(ValueError, match=f"{name} must be .* got None"):
-            operator(*call, **{name: None})
+            operator(*call, **option)
     with pytest.raises(ValueError, match=f"{name} must be .* got None"):
-        torch_rpa.ragged_paged_attention(*call, **{name: None})
+        torch_rpa.ragged_paged_attention(*call, **option)
     if before is not None:
         assert torch.equal(raw_bytes(call.kv_cache), before)
 

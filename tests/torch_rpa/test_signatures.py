@@ -63,6 +63,6 @@ def test_only_the_public_operator_mutates_and_only_the_cache():
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__module__)
 def test_docstrings_describe_every_parameter(function):
-    documented = inspect.getdoc(function)
+    documented = inspect.getdoc(function) or ""
     for name in inspect.signature(function).parameters:
         assert f"\n    {name}: " in documented or f"\n  {name}: " in documented, name

@@ -109,9 +109,7 @@ def test_usual_words_switch_the_checks_of_values(monkeypatch, word, meaning):
 
 def test_a_word_that_is_neither_on_nor_off_is_refused(monkeypatch):
     monkeypatch.setenv(validation.VALIDATE_ENV, "maybe")
-    with pytest.raises(
-        ValueError, match=r"RPA_VALIDATE must be one of .*'maybe'"
-    ):
+    with pytest.raises(ValueError, match=r"RPA_VALIDATE must be one of .*'maybe'"):
         torch.ops.rpa.ragged_paged_attention(*make_call())
 
 

@@ -24,7 +24,6 @@ from tests.torch_rpa.calls import (  # noqa: E402
 )
 from tests.torch_rpa.scenarios import SCENARIOS, make_scenario  # noqa: E402
 from torch_rpa import ops, validation  # noqa: E402
-from torch_rpa.bridges import lowering  # noqa: E402
 from torch_rpa.bridges import torch_xla as xla_bridge  # noqa: E402
 
 on_xla_cpu = pytest.mark.skipif(

@@ -50,7 +50,7 @@ def make_schedule(
         spec=AttentionSpec(
             causal=causal, sliding_window=window, update_kv_cache=update
         ),
-        cache=CacheLayout(4, page_size, 2, 128, np.dtype(CACHE_DTYPES[packing])),
+        cache=CacheLayout(4, page_size, 2, 128, CACHE_DTYPES[packing]),
         phases=(),
         num_tokens=64,
         pages_per_sequence=8,

@@ -160,7 +160,7 @@ def test_new_tokens_are_packed_as_the_cache_lays_them_out(dtype, head_dim, scale
     spec = AttentionSpec(**scales)
     config = KernelConfig(
         spec=spec,
-        cache=CacheLayout(1, num_tokens, 1, head_dim, jnp.dtype(dtype)),
+        cache=CacheLayout(1, num_tokens, 1, head_dim, dtype),
         phases=(),
         num_tokens=num_tokens,
         pages_per_sequence=1,
@@ -211,7 +211,7 @@ def test_only_negative_zeros_lose_their_sign():
 
 @pytest.mark.parametrize("head_dim, lane", [(40, 64), (64, 64), (96, 0), (256, 0)])
 def test_values_are_moved_to_the_first_lane(head_dim, lane):
-    cache = CacheLayout(1, 16, 1, head_dim, jnp.dtype(jnp.bfloat16))
+    cache = CacheLayout(1, 16, 1, head_dim, "bfloat16")
     x = jnp.arange(cache.lanes, dtype=jnp.float32)[None]
     moved = np.asarray(compiled(tile_io.value_lanes_first, x, cache=cache))
     np.testing.assert_array_equal(moved[0, :head_dim], np.arange(head_dim) + lane)
