@@ -87,3 +87,17 @@ def test_long_pages_have_contents():
     long = {"README.md", "benchmarks/README.md", "jax_kernels/README.md"}
     long |= {f"torch_rpa/{name}/README.md" for name in ("serving", "transformers")}
     assert [d for d in sorted(long) if "## Contents" not in text_of(Path(d))] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_modules_that_a_page_names_exist(document):
+    kernel = ROOT / "jax_kernels" / "ragged_paged_attention"
+    folders = ROOT, ROOT / document.parent, ROOT / "jax_kernels", kernel
+    named = re.findall(r"`([\w.]+/[\w/.]+\.(?:py|json|sh))`", prose_of(document))
+    missing = [
+        path
+        for path in named
+        if not any((folder / path).is_file() for folder in folders)
+        and not (kernel / path.removeprefix("rpa/")).is_file()
+    ]
+    assert missing == []
