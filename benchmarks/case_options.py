@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import cases
+from jax_kernels.contract.cache import CACHE_DTYPES
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def add_model_arguments(shape: argparse._ArgumentGroup) -> None:
     shape.add_argument("--soft-cap", type=float)
     shape.add_argument("--sinks", action="store_true")
     shape.add_argument("--q-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    shape.add_argument("--cache-dtype", choices=cases.ITEM_BYTES, default="bfloat16")
+    shape.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="bfloat16")
     shape.add_argument("--page-size", type=int, default=128)
 
 

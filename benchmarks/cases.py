@@ -14,14 +14,8 @@ import numpy as np
 
 from benchmarks.tpu_timing import workloads
 from benchmarks.tpu_timing.workloads import Sequence
+from jax_kernels.contract.cache import ITEMSIZES
 
-ITEM_BYTES = {
-    "bfloat16": 2,
-    "float32": 4,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int8": 1,
-}
 # After four scalars, queries, keys, values and the cache.
 SINKS_OPERAND = 8
 
@@ -109,8 +103,8 @@ class StaticShape:
             num_q_heads=self.model.num_q_heads,
             num_kv_heads=self.model.num_kv_heads,
             head_dim=self.model.head_dim,
-            q_bytes=ITEM_BYTES[self.q_dtype],
-            kv_bytes=ITEM_BYTES[self.cache_dtype],
+            q_bytes=ITEMSIZES[self.q_dtype],
+            kv_bytes=ITEMSIZES[self.cache_dtype],
         )
 
 

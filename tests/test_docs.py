@@ -8,6 +8,7 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
+    "jax_kernels.contract": "jax.rst",
     "jax_kernels.ragged_paged_attention": "jax.rst",
     "torch_rpa": "torch.rst",
     "torch_rpa.transformers": "transformers.rst",

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from jax_kernels.contract.cache import ITEMSIZES
+
 DATA_FILE = Path(__file__).with_name("tuned_block_sizes.json")
 # What a record says of each phase; the mixed loop has the blocks of prefill.
 PHASES = {
@@ -28,13 +30,6 @@ MAX_DOUBLINGS = {
 }
 # Of another dtype of the same size: e4m3 is preferred to e5m2 for e4m3, no more.
 OTHER_DTYPE = 0.25
-_ITEM_BYTES = {
-    "bfloat16": 2,
-    "float32": 4,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int8": 1,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +56,9 @@ class TunedShape:
 
     def __post_init__(self):
         for name in ("q_dtype", "cache_dtype"):
-            if getattr(self, name) not in _ITEM_BYTES:
+            if getattr(self, name) not in ITEMSIZES:
                 raise ValueError(
-                    f"{name}: expected one of {', '.join(_ITEM_BYTES)}, got "
+                    f"{name}: expected one of {', '.join(ITEMSIZES)}, got "
                     f"{getattr(self, name)!r}"
                 )
 
@@ -75,7 +70,7 @@ class TunedShape:
     @property
     def cache_bytes(self) -> int:
         """Of one element of the cache."""
-        return _ITEM_BYTES[self.cache_dtype]
+        return ITEMSIZES[self.cache_dtype]
 
     def __str__(self) -> str:
         window = f", window {self.sliding_window}" if self.sliding_window else ""
