@@ -153,7 +153,7 @@ def ragged_paged_attention(
 
     result = launch_lib.launch(
         refs.ScalarRefs(kv_lens, page_indices, cu_q_lens, distribution),
-        refs.HbmInputs(
+        refs.Inputs(
             queries=_heads_by_word(q, config),
             keys=_heads_by_word(k if spec.update_kv_cache else None, config),
             values=_heads_by_word(v if spec.update_kv_cache else None, config),

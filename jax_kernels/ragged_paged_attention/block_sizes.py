@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
+import jax
 import jax.numpy as jnp
 
 from jax_kernels import chips
@@ -17,7 +18,9 @@ from jax_kernels.ragged_paged_attention.config import (
     Phase,
     PhaseConfig,
 )
-from jax_kernels.ragged_paged_attention.kernel import refs
+from jax_kernels.ragged_paged_attention.kernel import padding, refs
+from jax_kernels.ragged_paged_attention.kernel.decode import buffers as decode_buffers
+from jax_kernels.ragged_paged_attention.kernel.tiles import buffers as tile_buffers
 from jax_kernels.ragged_paged_attention.validation import Problem
 
 # Share of VMEM given to the kernel; the rest is left to the program around it.
@@ -72,7 +75,7 @@ class Choice:
 
 
 def choose(problem: Problem, spec: AttentionSpec, chip: Chip) -> BlockSizes:
-    """Default block sizes: the tuned ones, or else the model's, that fit ``chip``."""
+    """Default block sizes that fit ``chip``: the tuned ones, or the cost model's."""
     return explain(problem, spec, chip).blocks
 
 
@@ -124,7 +127,7 @@ def tuned_shape(problem: Problem, spec: AttentionSpec) -> tuned.TunedShape:
 
 
 def preferred(problem: Problem, spec: AttentionSpec) -> BlockSizes:
-    """The sizes that the model gives, before they are cut to what there is.
+    """The sizes that the cost model gives, before they are cut to what there is.
 
     With a window, a block is no larger than all that a decode query, or a tile of
     prefill, may see.
@@ -260,19 +263,20 @@ def _phase(
 
 def vmem_bytes(config: KernelConfig) -> int:
     """VMEM that the kernel's buffers take: the phases never run together."""
-    zeros_shape, zeros_dtype = refs.zero_rows_shape(config)
-    zeros = math.prod(zeros_shape) * jnp.dtype(zeros_dtype).itemsize
-    return zeros + max(_phase_bytes(config, phase) for phase in config.phases)
+    zeros = padding.zeros_shape(config)
+    zeros_bytes = math.prod(zeros.shape) * jnp.dtype(zeros.dtype).itemsize
+    return zeros_bytes + max(_phase_bytes(config, phase) for phase in config.phases)
 
 
 def _phase_bytes(config: KernelConfig, phase: PhaseConfig) -> int:
-    entries = [e for e in refs.buffer_shapes(config, phase) if e is not None]
+    buffers = decode_buffers if phase.is_decode else tile_buffers
+    shapes = jax.tree.leaves(buffers.shapes(config, phase), is_leaf=refs.is_shaped)
     # A row shorter than a register takes a whole one.
     total = sum(
-        math.prod(shape[:-1])
-        * layout.align_to(shape[-1], layout.LANES)
-        * jnp.dtype(dtype).itemsize
-        for shape, dtype in entries
+        math.prod(buffer.shape[:-1])
+        * layout.align_to(buffer.shape[-1], layout.LANES)
+        * jnp.dtype(buffer.dtype).itemsize
+        for buffer in shapes
     )
     scores = config.softmax_rows(phase) * phase.block_kv * phase.cells_per_step
     num_tiles = DECODE_SPILLED_TILES if phase.is_decode else SPILLED_TILES

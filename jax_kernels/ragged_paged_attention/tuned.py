@@ -90,7 +90,7 @@ class TunedBlocks:
       phase: A key of ``PHASES``.
       shape: What was tuned.
       blocks: The best sizes of the phase, by the names of ``BlockSizes``.
-      default_blocks: The sizes that the model gives.
+      default_blocks: The sizes that the cost model gives.
       kind: "prediction" or "measurement".
       cycles: Of each step of the workload, in cycles of the chip's clock.
       default_cycles: The same with the default sizes.
@@ -136,9 +136,9 @@ class TunedBlocks:
         return (self.chip, self.phase, *dataclasses.astuple(self.shape))
 
     def carried_over(self, model: Mapping[str, int]) -> dict[str, int]:
-        """Sizes for another shape, for which the model gives ``model``.
+        """Sizes for another shape, for which the cost model gives ``model``.
 
-        What was learned is how far the best sizes are from the model's: the model
+        What was learned is how far the best sizes are from the cost model's, which
         already scales with group size and bytes of a token.
         """
         return {
@@ -148,7 +148,7 @@ class TunedBlocks:
 
     @property
     def speedup(self) -> float:
-        """Over the model's sizes; geometric mean over the steps of the workload."""
+        """Over the cost model's sizes; geometric mean over the workload's steps."""
         ratios = [self.default_cycles[step] / self.cycles[step] for step in self.cycles]
         return math.prod(ratios) ** (1 / len(ratios))
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_kernels.ragged_paged_attention.kernel.refs import ZERO_ROWS
+from jax_kernels.ragged_paged_attention.kernel.padding import ZERO_TOKENS
 from tests.support.interpret import (
     SMALL_BLOCKS,
     assert_kernel_matches_oracle,
@@ -106,13 +106,13 @@ def test_queries_without_any_key_give_zeros_and_write_nothing(distribution, sequ
             assert not np.any(rows.astype(np.float32))
 
 
-# They are cleared in pieces of ZERO_ROWS and a rest.
+# They are cleared in pieces of ZERO_TOKENS and a rest.
 @pytest.mark.parametrize(
-    "num_live", [0, 1, ZERO_ROWS - 1, ZERO_ROWS, ZERO_ROWS + 1, MAX_TOKENS]
+    "num_live", [0, 1, ZERO_TOKENS - 1, ZERO_TOKENS, ZERO_TOKENS + 1, MAX_TOKENS]
 )
 def test_rows_past_the_last_sequence_are_zeros(num_live):
     """Rule 5."""
-    assert MAX_TOKENS % ZERO_ROWS == 0
+    assert MAX_TOKENS % ZERO_TOKENS == 0
     sequences = [(min(num_live, 128), 130)] if num_live else []
     if num_live > 128:
         sequences.append((num_live - 128, 150))
@@ -222,3 +222,28 @@ def test_block_sizes_change_only_the_order_of_rounding():
         small.astype(np.float32), default.astype(np.float32), atol=0.02
     )
     assert_same_bytes(small_cache, default_cache)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 20}], ids=["all", "window"])
+def test_infinite_sinks_give_zeros_or_change_nothing(layout, options):
+    """exp(inf) in the denominator leaves nothing, exp(-inf) is no sink. In decode and
+    in tiles, where rows of several query heads share registers; a window leaves whole
+    blocks without a key that a row sees."""
+    batch = make_batch([(1, 90), (1, 20), (70, 161), (3, 3)], (2, 2, 4), layout=layout)
+    num_heads = batch.queries.shape[1]
+    arguments = batch.jax_arguments[:8]
+
+    def run(*sinks):
+        repeated = np.resize(np.array(sinks, np.float32), num_heads)
+        out, _ = run_kernel((*arguments, repeated), **OPTIONS, **options)
+        return out
+
+    mixed, finite = run(np.inf, -np.inf, 0.5), run(0.5, 0.5, 0.5)
+    without, _ = run_kernel((*arguments, None), **OPTIONS, **options)
+    kind = np.arange(num_heads) % 3
+    live = batch.num_live_tokens
+    assert not np.any(mixed[:, kind == 0].astype(np.float32))
+    assert_same_bytes(mixed[:live, kind == 1], without[:live, kind == 1])
+    assert_same_bytes(mixed[:, kind == 2], finite[:, kind == 2])
+    assert np.any(finite[:live, kind == 0].astype(np.float32))

@@ -29,7 +29,7 @@ def load_keys(
       first_row: Row of the first token.
     """
     words = _load_words(kv, head, size, config, first_row)
-    return _to_tokens(words, config.multiply_dtype, config, few_queries)
+    return _to_tokens(words, config.numerics.multiply_dtype, config, few_queries)
 
 
 def load_values(
@@ -42,7 +42,7 @@ def load_values(
     few_queries: bool,
     first_row: int = 0,
 ) -> jax.Array:
-    """[size, lanes], with zeros in dead slots. Arguments as in ``load_keys``.
+    """[size, lanes], with zeros at dead positions. Arguments as in ``load_keys``.
 
     ``words_mask`` is of the last words; those before it are live.
     """
@@ -52,14 +52,14 @@ def load_values(
         num_live = words.shape[0] - words_mask.shape[0]
         masked = words[num_live:] & words_mask
         words = jnp.concatenate([words[:num_live], masked]) if num_live else masked
-    return _to_tokens(words, config.value_dtype, config, few_queries)
+    return _to_tokens(words, config.numerics.value_dtype, config, few_queries)
 
 
 def _to_tokens(
     words: jax.Array, dtype, config: KernelConfig, few_queries: bool
 ) -> jax.Array:
     stored_dtype = config.cache.dtype
-    if config.reads_e4m3_shifted and dtype == jnp.bfloat16:
+    if config.numerics.reads_e4m3_shifted and dtype == jnp.bfloat16:
         words = tile_io.without_negative_zeros(words)
         stored_dtype = jnp.dtype(jnp.float8_e4m3b11fnuz)
     is_left_to_compiler = config.chip.multiplies_float8 or few_queries
@@ -79,7 +79,7 @@ def value_words_mask(
 
     u32[(size - first) // packing, 1].
 
-    Dead slots of V may hold NaN or infinity, which a zero probability does not
+    Dead positions of V may hold NaN or infinity, which a zero probability does not
     cancel. Rows before the window were not fetched at all.
 
     Args:

@@ -1,6 +1,7 @@
 """The Pallas kernel: one launch that runs a specialised loop for each phase.
 
-Every step of a loop does, for one cell (schedule.py):
+The two loops, decode/ and tiles/, are the same design. Every step of a loop does, for
+one cell (schedule.py) or, in decode, for some cells:
 
     issue    start the DMAs of the cell ``lookahead`` steps ahead
     wait     for this cell's pages, queries and new tokens
@@ -14,7 +15,6 @@ import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from jax_kernels.ragged_paged_attention.config import (
@@ -24,54 +24,53 @@ from jax_kernels.ragged_paged_attention.config import (
 )
 from jax_kernels.ragged_paged_attention.kernel import refs
 from jax_kernels.ragged_paged_attention.kernel.decode import loop as decode_loop
-from jax_kernels.ragged_paged_attention.kernel.phase import (
-    Copies,
+from jax_kernels.ragged_paged_attention.kernel.padding import (
     OutputClearer,
-    StepCopies,
+    ZeroScratch,
 )
-from jax_kernels.ragged_paged_attention.kernel.schedule import EMPTY_CELL, Int, Schedule
-from jax_kernels.ragged_paged_attention.kernel.tiles import compute as tiles
-from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import Fetcher, store_cell
+from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Schedule
+from jax_kernels.ragged_paged_attention.kernel.tiles import loop as tiles_loop
 
 
 def rpa_kernel(
     scalars: refs.ScalarRefs,
-    inputs: refs.HbmInputs,
-    outputs: refs.HbmOutputs,
-    zeros,  # VMEM, refs.zero_rows_shape
-    clear_semaphore,
+    inputs: refs.Inputs,
+    outputs: refs.Outputs,
+    scratch: ZeroScratch,
     *,
     config: KernelConfig,
 ) -> None:
-    """Runs every phase, and clears the rows of the output that no sequence owns."""
+    """Runs every phase, and clears the tokens of the output that no sequence owns."""
     num_live = scalars.distribution[2]
     num_live_tokens = jnp.where(num_live > 0, scalars.cu_q_lens[num_live], 0)
-    clearer = OutputClearer(config, outputs.out, zeros, clear_semaphore)
+    clearer = OutputClearer(config.num_tokens, outputs.out, scratch)
 
     def clear() -> None:
         @pl.when(num_live_tokens < config.num_tokens)
         def _():
-            zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
+            scratch.zeros[...] = jnp.zeros(scratch.zeros.shape, scratch.zeros.dtype)
             clearer.start(num_live_tokens)
 
     is_first = jnp.bool(True)
     for phase in config.phases:
         begin, end = _sequences_of(phase, scalars, config)
-        # The first fetches must not queue behind the zeros of many rows.
+        loop = decode_loop if phase.is_decode else tiles_loop
+        # The first fetches must not queue behind the zeros of many tokens.
         run = functools.partial(
             _run_phase,
+            loop.run,
             begin,
             end,
             functools.partial(pl.when(is_first), clear),
-            scalars,
-            inputs,
-            outputs,
-            Schedule(config, phase),
+            functools.partial(
+                PhaseContext, Schedule(config, phase), scalars, inputs, outputs
+            ),
         )
 
         @pl.when(end > begin)
-        def _(run=run, phase=phase):
-            pl.run_scoped(run, *refs.allocate_phase(config, phase))
+        def _(run=run, loop=loop, phase=phase):
+            pl.run_scoped(run, *loop.allocate(config, phase))
 
         is_first &= end <= begin
 
@@ -92,66 +91,15 @@ def _sequences_of(phase: PhaseConfig, scalars, config: KernelConfig):
 
 
 def _run_phase(
-    begin,
-    end,
-    after_first_fetches,
-    scalars,
-    inputs,
-    outputs,
-    schedule,
+    loop: Callable[..., None],
+    begin: Int,
+    end: Int,
+    after_first_fetches: Callable[[], None],
+    make_context: Callable[..., PhaseContext],
     buffers,
-    bookkeeping,
-    semaphores,
-):
-    """The pipelined loop over the cells of sequences begin .. end."""
-    operands = (
-        schedule,
-        scalars,
-        inputs,
-        outputs,
-        buffers,
-        bookkeeping,
-        semaphores,
-    )
-    if schedule.phase.is_decode:
-        decode_loop.run(StepCopies(*operands), begin, end, after_first_fetches)
-    else:
-        _run_tiles(Copies(*operands), begin, end, after_first_fetches)
-
-
-def _run_tiles(
-    copies: Copies, begin: Int, end: Int, after_first_fetches: Callable[[], None]
+    bookkeeping: refs.Bookkeeping,
+    semaphores: refs.Semaphores,
 ) -> None:
-    """The loop of prefill and mixed: a cell is computed while the next is received.
-
-    It begins one step early, at an empty cell, and so receives the first.
-    """
-    copies.reset()
-    fetcher = Fetcher(copies, end)
-
-    def is_unfinished(carry):
-        num_done, _, progress = carry
-        return num_done < progress.num_cells
-
-    def run_step(carry):
-        num_done, here, progress = carry
-        following, progress = tiles.process(
-            copies,
-            here,
-            has_following=num_done + 1 < progress.num_cells,
-            start_queries=functools.partial(fetcher.start_queries, progress),
-            start=functools.partial(fetcher.start, progress),
-            plan=functools.partial(fetcher.plan, progress),
-            when_empty=functools.partial(pl.when(num_done < 0), after_first_fetches),
-        )
-        return num_done + 1, following, progress
-
-    last_slot = jnp.int32(copies.schedule.phase.num_slots - 1)
-    store_cell(copies.bookkeeping.notes, last_slot, EMPTY_CELL)
-    here = tiles.Place(slot=last_slot, query_slot=jnp.int32(0))
-    progress = fetcher.begin(begin)
-    fetcher.start_queries(progress)
-    fetcher.start(progress)
-    progress = fetcher.plan(progress)
-    lax.while_loop(is_unfinished, run_step, (jnp.int32(-1), here, progress))
-    copies.drain()
+    """The loop over the cells of sequences begin .. end."""
+    context = make_context(buffers, bookkeeping, semaphores)
+    loop(context, begin, end, after_first_fetches)

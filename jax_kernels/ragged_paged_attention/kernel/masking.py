@@ -50,7 +50,7 @@ def decode_mask(
 
 
 def needs_mask(cell: Cell, block_kv: int, spec: AttentionSpec) -> Bool:
-    """Whether some query of the cell does not see some slot of the block.
+    """Whether some query of the cell does not see some position of the block.
 
     False for the interior blocks, which then run without any mask arithmetic.
     """

@@ -1,8 +1,9 @@
 """Softmax over keys that arrive block by block, on plain arrays.
 
 Scores are in units of log2 (the scale holds log2(e)), so ``exp2`` is exp. For every
-row the state holds the running maximum ``m``, the sum ``l`` of ``exp2(s - m)`` and
-the weighted values ``acc``. Milakov and Gimelshein, arXiv 1805.02867.
+query row (here just *row*) the state holds the running maximum ``m``, the sum ``l`` of
+``exp2(s - m)`` and the weighted values ``acc``. Milakov and Gimelshein, arXiv
+1805.02867.
 """
 
 from typing import NamedTuple
@@ -12,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_kernels.ragged_paged_attention.config import LOG2_E, AttentionSpec
+from jax_kernels.ragged_paged_attention.numerics import LOG2_E, Numerics
 
 # The maximum of a row that has seen no key. It is finite, so that a masked score
 # of -inf gives exp2(-inf - m) = 0 and never (-inf) - (-inf).
 NO_KEY_MAX = float(np.finfo(np.float32).min) / 2
 MASKED_SCORE = float("-inf")
+# The largest logit of a sink; no score comes near it.
+SINK_MAX = float(np.finfo(np.float32).max)
 
 
 class SoftmaxState(NamedTuple):
-    """Running state of some rows; f32 whatever the output is."""
+    """Running state of some query rows; f32 whatever the output is."""
 
     m: jax.Array  # f32[rows, 128], all lanes equal
     l: jax.Array  # noqa: E741  f32[rows, 128], all lanes equal
@@ -47,12 +50,12 @@ def dot_f32(lhs: jax.Array, rhs: jax.Array, rhs_contract: int) -> jax.Array:
 
 
 def score_tile(
-    q: jax.Array,  # [rows, lanes], already multiplied
+    q: jax.Array,  # [query rows, lanes], already multiplied
     k: jax.Array,  # [block_kv, lanes]
-    spec: AttentionSpec,
+    numerics: Numerics,
 ) -> jax.Array:  # f32[rows, block_kv], units of log2
-    """Scores of one tile."""
-    return finish_scores(products(q, k), spec)
+    """Scores of some query rows with one block."""
+    return finish_scores(products(q, k), numerics)
 
 
 def products(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -60,20 +63,29 @@ def products(q: jax.Array, k: jax.Array) -> jax.Array:
     return dot_f32(q, k, rhs_contract=1)
 
 
-def finish_scores(scores: jax.Array, spec: AttentionSpec) -> jax.Array:
+def finish_scores(scores: jax.Array, numerics: Numerics) -> jax.Array:
     """What is left to do to products before the softmax."""
-    if spec.score_multiplier != 1.0:
-        scores = scores * spec.score_multiplier
-    if spec.soft_cap is not None:
-        scores = jnp.tanh(scores) * (spec.soft_cap * LOG2_E)
+    if numerics.score_multiplier != 1.0:
+        scores = scores * numerics.score_multiplier
+    if numerics.score_cap is not None:
+        scores = jnp.tanh(scores) * numerics.score_cap
     return scores
+
+
+def sink_logit(sink: jax.Array) -> jax.Array:
+    """The logit of a sink in units of log2, as the maximum that a row starts from.
+
+    It is made finite, so that no maximum is taken from itself: infinity leaves every
+    key without weight, and minus infinity is less than every key.
+    """
+    return jnp.clip(sink * LOG2_E, NO_KEY_MAX, SINK_MAX)
 
 
 def probabilities(
     scores: jax.Array,  # f32[rows, block_kv]
     m_before: jax.Array,  # f32[rows, 128]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Unnormalised probabilities of one tile.
+    """Unnormalised probabilities of some query rows with one block.
 
     Returns:
       p f32[rows, block_kv]; the new maximum; and the correction that brings sums to
@@ -91,7 +103,7 @@ def accumulate(
     acc: jax.Array,  # f32[rows, lanes]
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of the probabilities and the weighted values, with this tile's added.
+    """The sum of the probabilities and the weighted values, with this block's added.
 
     ``dtype`` is that of the probabilities in the product.
     """

@@ -26,7 +26,7 @@ Worked example, ``block_q = 4``, ``block_kv = 8``, packing 2, causal, two sequen
   Above, no write has ended yet when cells 2 and 3 are issued, and nothing is carried.
 * The row 6 | 7 holds an old and a new token (the *seam*). Tile 0 reads it, merges it
   and keeps it for later tiles, which must not read what tile 0 is writing.
-* The row 12 | 13 holds a new token and a dead slot (the *tail*). The tile that
+* The row 12 | 13 holds a new token and a dead position (the *tail*). The tile that
   writes it reads it first, so that the dead bytes stay as they were.
 """
 
@@ -51,7 +51,7 @@ from jax_kernels.ragged_paged_attention.kernel.ints import (
 class Lengths(NamedTuple):
     """The three numbers that describe a sequence."""
 
-    q_start: Int  # first row in the flat query array
+    q_start: Int  # first token in the flat query array
     q_len: Int
     kv_len: Int  # new tokens included
 
@@ -82,16 +82,16 @@ class Cell(NamedTuple):
     num_tiles: Int
     block: Int
     num_blocks: Int
-    query_token: Int  # first row of the tile in the flat query array
+    query_token: Int  # first token of the tile in the flat query array
     query_position: Int
     num_queries: Int  # 0: nothing to do
     new_start: Int  # position of the first new token of the sequence
-    block_start: Int  # position of the first slot of the block
+    block_start: Int  # first position of the block
     visible_begin: Int  # first position that any query of the tile may see
     visible_end: Int
     cache_row_begin: Int  # rows fetched from the cache
     cache_row_end: Int
-    tail_row: Int  # row fetched for the sake of its dead slots, or -1
+    tail_row: Int  # row fetched for the sake of its dead positions, or -1
     carried_begin: Int  # from here to new_begin, taken from a slot of an earlier cell
     new_begin: Int  # positions taken from keys and values
     new_end: Int
@@ -136,8 +136,8 @@ class Block(NamedTuple):
     """A block of keys and values, as far as the tile that meets it sees it."""
 
     num_blocks: Int  # that the tile meets
-    start: Int  # position of the first slot
-    end: Int  # position after the last slot that is visible; at least ``start``
+    start: Int  # first position
+    end: Int  # position after the last that is visible; at least ``start``
 
 
 class NewTokens(NamedTuple):
@@ -291,7 +291,7 @@ class Schedule:
         if not self.config.spec.update_kv_cache:
             return ceil_to(visible.end, self.packing)
         if self.phase.is_decode:
-            # One row at the most holds new or dead slots: read it with the rest.
+            # One row at the most holds new or dead positions: read it with the rest.
             return ceil_to(new.end, self.packing)
         # Only the first tile reads the seam. It keeps it for the others.
         return ints.where(

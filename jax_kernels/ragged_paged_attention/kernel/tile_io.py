@@ -1,4 +1,4 @@
-"""VMEM buffers seen as arrays: strided rows, heads, packing and unpacking.
+"""VMEM buffers seen as arrays: word rows with a stride, heads, packing and unpacking.
 
 Nothing here knows of DMA, sequences or masks. A buffer is ``[..., packing, lanes]``
 with ``packing * itemsize == 4``; its last two axes are one *word row*: ``lanes``
@@ -39,12 +39,12 @@ class WordRows:
         if self._interpret:
             rows = start + stride * jnp.arange(size, dtype=jnp.int32)
             return jnp.take(to_words(self._ref[...]), rows, axis=0, mode="clip")
-        view, tiles = self._lane_tiles()
+        view, columns = self._columns()
         parts = [
-            view[pl.ds(start * tiles + tile, size, stride * tiles), :]
-            for tile in range(tiles)
+            view[pl.ds(start * columns + column, size, stride * columns), :]
+            for column in range(columns)
         ]
-        return parts[0] if tiles == 1 else jnp.concatenate(parts, axis=1)
+        return parts[0] if columns == 1 else jnp.concatenate(parts, axis=1)
 
     def store(self, words: jax.Array, start, stride: int = 1) -> None:
         """Stores u32[size, lanes] to rows start, start + stride, ..."""
@@ -54,16 +54,16 @@ class WordRows:
             everything = to_words(self._ref[...]).at[rows].set(words)
             self._ref[...] = from_words(everything, self._ref.shape, self._ref.dtype)
             return
-        view, tiles = self._lane_tiles()
-        for tile in range(tiles):
-            part = words[:, tile * LANES : (tile + 1) * LANES]
-            view[pl.ds(start * tiles + tile, size, stride * tiles), :] = part
+        view, columns = self._columns()
+        for column in range(columns):
+            part = words[:, column * LANES : (column + 1) * LANES]
+            view[pl.ds(start * columns + column, size, stride * columns), :] = part
 
-    def _lane_tiles(self):
-        """The buffer as [rows * tiles, up to 128] words: strides need one register."""
-        tiles = max(self._lanes // LANES, 1)
+    def _columns(self):
+        """The buffer as [rows * columns, up to 128] words, for loads with a stride."""
+        columns = max(self._lanes // LANES, 1)
         view = self._ref.bitcast(jnp.uint32)
-        return view.reshape(self._num_rows * tiles, min(self._lanes, LANES)), tiles
+        return view.reshape(self._num_rows * columns, min(self._lanes, LANES)), columns
 
 
 def to_words(value: jax.Array) -> jax.Array:
@@ -135,10 +135,10 @@ def widen(x: jax.Array, lanes: int) -> jax.Array:
 
 def prepare_queries(x: jax.Array, config: KernelConfig) -> jax.Array:
     """f32 queries, multiplied and cast to what meets the keys."""
-    x = x * config.query_multiplier
+    x = x * config.numerics.query_multiplier
     if config.spec.q_scale is not None:
-        return quantise(x, config.multiply_dtype)
-    return x.astype(config.multiply_dtype)
+        return quantise(x, config.numerics.multiply_dtype)
+    return x.astype(config.numerics.multiply_dtype)
 
 
 def quantise(x: jax.Array, dtype) -> jax.Array:
@@ -157,7 +157,7 @@ def pack_tokens(
     values: jax.Array,  # f32[tokens, io_lanes]
     config: KernelConfig,
 ) -> list[jax.Array]:
-    """Cache word rows of consecutive tokens of one head.
+    """Packed rows of consecutive tokens of one head.
 
     Returns:
       u32[tokens // packing, lanes]: keys and values apart, or one array that holds
@@ -174,7 +174,7 @@ def pack_tokens(
         values = pltpu.roll(values, cache.value_lane, 1)
         lane = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1)
         rows = [jnp.where(lane < cache.value_lane, keys, values)]
-    if config.rounds_in_16_bits:
+    if config.numerics.rounds_in_16_bits:
         return [bfloat16_to_e4m3fn(x.astype(jnp.bfloat16)) for x in rows]
     return [pltpu.bitcast(quantise(x, cache.dtype), jnp.uint32) for x in rows]
 
@@ -231,7 +231,7 @@ def words_to_tokens(
     """u32[rows, lanes] of the cache to [rows * packing, lanes] for a product.
 
     Args:
-      words: Cache rows.
+      words: Packed rows.
       stored_dtype: That of the cache.
       dtype: That of the other operand.
       keep_float8: Leave float8 as it is beside bf16. The product is the same, and

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jax_kernels import chips
+from jax_kernels.ragged_paged_attention import numerics
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
 from jax_kernels.ragged_paged_attention.kernel import online_softmax
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
@@ -14,7 +16,19 @@ ROWS, LANES = 8, 128
 F32_EPS = np.finfo(np.float32).eps
 
 
-def first_state(sink: float | None = None) -> SoftmaxState:
+def numerics_of(dtype: str = "float32", **spec) -> numerics.Numerics:
+    """With queries and cache of one dtype."""
+    return numerics.choose(
+        AttentionSpec(**spec),
+        chips.UNKNOWN,
+        q_dtype=jnp.dtype(dtype),
+        io_dtype=jnp.dtype(dtype),
+        cache_dtype=jnp.dtype(dtype),
+        lanes=LANES,
+    )
+
+
+def first_state(sink=None) -> SoftmaxState:
     """Before any key; a sink is one key with a zero value."""
     m = online_softmax.NO_KEY_MAX if sink is None else sink
     return SoftmaxState(
@@ -118,6 +132,26 @@ def test_a_sink_takes_its_share_of_the_weight():
     np.testing.assert_array_equal(online_softmax.normalise(state, 0.5), 2.0)
 
 
+@pytest.mark.parametrize("sink, left", [(np.inf, 0.0), (3e38, 0.0), (-np.inf, 8.0)])
+@pytest.mark.parametrize("with_masked_block", [False, True])
+def test_infinite_sinks_take_everything_or_nothing(sink, left, with_masked_block):
+    """Also where a block comes first of which a row sees no key."""
+    sink = online_softmax.sink_logit(jnp.float32(sink))
+    assert np.isfinite(sink)
+    scores = np.full((ROWS, 1), 3.0, np.float32)
+    values = np.full((1, LANES), 8.0, np.float32)
+    state = first_state(sink)
+    if with_masked_block:
+        state = fold(state, np.full_like(scores, online_softmax.MASKED_SCORE), values)
+    state = fold(state, scores, values)
+    np.testing.assert_array_equal(online_softmax.normalise(state, 1.0), left)
+
+
+def test_the_logit_of_a_sink_is_in_units_of_log2():
+    logits = online_softmax.sink_logit(jnp.array([0.0, 1.0, -5.0], jnp.float32))
+    np.testing.assert_allclose(logits, np.log2(np.e) * np.array([0.0, 1.0, -5.0]))
+
+
 @pytest.mark.parametrize("lanes", [128, 256])
 def test_wide_values_use_the_same_weights(lanes):
     rng = np.random.default_rng(0)
@@ -137,7 +171,7 @@ def test_scores_are_products_in_float32(q_dtype, k_dtype):
     rng = np.random.default_rng(0)
     q = rng.standard_normal((ROWS, LANES)).astype(jnp.dtype(q_dtype))
     k = rng.standard_normal((32, LANES)).astype(jnp.dtype(k_dtype))
-    scores = online_softmax.score_tile(jnp.asarray(q), jnp.asarray(k), AttentionSpec())
+    scores = online_softmax.score_tile(jnp.asarray(q), jnp.asarray(k), numerics_of())
     assert scores.dtype == jnp.float32
     expected = q.astype(np.float64) @ k.astype(np.float64).T
     np.testing.assert_allclose(scores, expected, atol=1e-4)
@@ -146,8 +180,8 @@ def test_scores_are_products_in_float32(q_dtype, k_dtype):
 def test_integers_are_multiplied_exactly():
     rng = np.random.default_rng(0)
     q, k = (rng.integers(-128, 128, (n, LANES)).astype(np.int8) for n in (ROWS, 32))
-    spec = AttentionSpec(q_scale=1.0, sm_scale=float(np.log(2.0)))
-    scores = online_softmax.score_tile(jnp.asarray(q), jnp.asarray(k), spec)
+    values = numerics_of("int8", q_scale=1.0, sm_scale=float(np.log(2.0)))
+    scores = online_softmax.score_tile(jnp.asarray(q), jnp.asarray(k), values)
     # sm_scale * log2(e) = 1
     expected = q.astype(np.int64) @ k.astype(np.int64).T
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
@@ -157,6 +191,6 @@ def test_a_soft_cap_bounds_the_scores():
     """Scores arrive in units of the cap and leave in units of log2."""
     q = jnp.full((ROWS, LANES), 1.0, jnp.float32)
     k = jnp.full((32, LANES), 0.5 / LANES, jnp.float32)
-    scores = online_softmax.score_tile(q, k, AttentionSpec(soft_cap=5.0))
+    scores = online_softmax.score_tile(q, k, numerics_of(soft_cap=5.0))
     expected = 5.0 * np.tanh(0.5) * np.log2(np.e)
     np.testing.assert_allclose(scores, expected, rtol=1e-6)

@@ -1,125 +1,47 @@
-"""The loop of decode: plans steps (steps.py), starts their DMAs, computes them.
+"""The loop of decode: a step is computed while the next ones are fetched."""
 
-Planning a step is scalar arithmetic and a note in SMEM, so the compiler can run it in
-the shadow of vector work. Starting it issues its DMAs, which the compiler keeps in
-order with everything around them.
-"""
-
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
+from jax_kernels.ragged_paged_attention.kernel import notes
 from jax_kernels.ragged_paged_attention.kernel.decode import compute
-from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
-    Step,
-    describe_step,
-    step_structure,
+from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
+    DecodeContext,
+    allocate,
 )
-from jax_kernels.ragged_paged_attention.kernel.phase import StepCopies
-from jax_kernels.ragged_paged_attention.kernel.schedule import (
-    Cursor,
-    Int,
-    Schedule,
-    next_slot,
+from jax_kernels.ragged_paged_attention.kernel.decode.copies import StepCopies
+from jax_kernels.ragged_paged_attention.kernel.decode.fetch import (
+    Fetcher,
+    Progress,
+    load_step,
 )
-from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import read_lengths
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int, next_slot
 
-
-class Progress(NamedTuple):
-    """How far the fetching side is."""
-
-    cursor: Cursor  # of the first cell that is not planned
-    num_planned: Int  # steps with a live cell
-    num_started: Int
-    slot: Int  # of the next step to start
-
-
-@dataclasses.dataclass(frozen=True)
-class Stepper:
-    """Plans and starts one step after the other, of sequences up to ``end``."""
-
-    copies: StepCopies
-    end: Int
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.copies.schedule
-
-    def begin(self, sequence: Int) -> Progress:
-        zero = jnp.int32(0)
-        return Progress(Cursor(jnp.int32(sequence), zero, zero), zero, zero, zero)
-
-    def plan(self, progress: Progress) -> Progress:
-        """Notes the step at the cursor, and moves the cursor behind it."""
-        is_live = progress.cursor.sequence < self.end
-        step, cursor = describe_step(
-            self.schedule,
-            progress.cursor,
-            self.end,
-            functools.partial(read_lengths, self.copies.scalars),
-        )
-        _store_step(self.copies, progress.slot, step)
-        return progress._replace(
-            cursor=cursor,
-            num_planned=progress.num_planned + is_live.astype(jnp.int32),
-        )
-
-    def start(self, progress: Progress) -> Progress:
-        """Starts the DMAs of the planned step, if there is one."""
-        copies, slot = self.copies, progress.slot
-        copies.wait_output(slot)
-        if copies.updates:
-            copies.wait_write_back(slot)
-        is_live = progress.num_planned > progress.num_started
-
-        @pl.when(is_live)
-        def _():
-            copies.start(_load_step(copies, slot), slot)
-
-        return progress._replace(
-            num_started=progress.num_planned,
-            slot=next_slot(slot, self.schedule.phase.num_slots, is_live),
-        )
-
-
-def _store_step(copies: StepCopies, slot: Int, step: Step) -> None:
-    leaves = jax.tree.leaves(step)
-    for index, value in enumerate(leaves):
-        copies.bookkeeping.notes[slot * len(leaves) + index] = jnp.asarray(
-            value, jnp.int32
-        )
-
-
-def _load_step(copies: StepCopies, slot: Int) -> Step:
-    structure = step_structure(copies.schedule.phase.cells_per_step)
-    size = structure.num_leaves
-    return jax.tree.unflatten(
-        structure,
-        [copies.bookkeeping.notes[slot * size + index] for index in range(size)],
-    )
+__all__ = ["allocate", "run"]
 
 
 def run(
-    copies: StepCopies, begin: Int, end: Int, after_first_fetches: Callable[[], None]
+    context: DecodeContext,
+    begin: Int,
+    end: Int,
+    after_first_fetches: Callable[[], None],
 ) -> None:
-    """Computes the decode sequences begin .. end; at least one."""
-    copies.reset()
-    stepper, phase = Stepper(copies, end), copies.schedule.phase
+    """Computes the sequences begin .. end; at least one."""
+    notes.forget_writes(context.bookkeeping)
+    copies, phase = StepCopies(context), context.phase
+    fetcher = Fetcher(context, copies, end)
     progress = lax.fori_loop(
         0,
         phase.lookahead,
-        lambda _, progress: stepper.start(stepper.plan(progress)),
-        stepper.begin(begin),
+        lambda _, progress: fetcher.start(fetcher.plan(progress)),
+        fetcher.begin(begin),
     )
     after_first_fetches()
-    compute.prepare(copies)
-    progress = stepper.plan(progress)
+    compute.lay_out_sinks(context)
+    progress = fetcher.plan(progress)
 
     def is_unfinished(carry):
         num_done, _, progress = carry
@@ -127,17 +49,29 @@ def run(
 
     def run_step(carry):
         num_done, slot, progress = carry
-        progress = stepper.start(progress)
-        step = _load_step(copies, slot)
-        copies.wait(step, slot)
-        progress = compute.compute(
-            copies, step.cells, slot, functools.partial(stepper.plan, progress)
-        )
-        if copies.updates:
-            copies.start_write_back(step, slot)
-        copies.start_outputs(step, slot)
+        progress = _process(context, copies, fetcher, slot, progress)
         return num_done + 1, next_slot(slot, phase.num_slots), progress
 
     zero = jnp.int32(0)
     lax.while_loop(is_unfinished, run_step, (zero, zero, progress))
-    copies.drain()
+    copies.wait_all_writes()
+
+
+def _process(
+    context: DecodeContext,
+    copies: StepCopies,
+    fetcher: Fetcher,
+    slot: Int,
+    progress: Progress,
+) -> Progress:
+    """Starts the planned step and computes the one in a slot, planning on the way."""
+    progress = fetcher.start(progress)
+    step = load_step(context, slot)
+    copies.wait(step, slot)
+    progress = compute.attend(
+        context, step.cells, slot, functools.partial(fetcher.plan, progress)
+    )
+    if context.updates:
+        copies.start_write_back(step, slot)
+    copies.start_outputs(step, slot)
+    return progress

@@ -1,0 +1,88 @@
+"""VMEM and SMEM of decode."""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+
+from jax_kernels.ragged_paged_attention.config import (
+    SUBLANES,
+    KernelConfig,
+    PhaseConfig,
+)
+from jax_kernels.ragged_paged_attention.kernel import refs, tile_io
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import step_structure
+from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
+from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
+from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
+
+
+class Buffers(NamedTuple):
+    """VMEM; a slot of the rings holds the cells of one step side by side."""
+
+    rings: refs.Rings
+    sinks: Any  # f32[softmax tiles, query rows, 128]: where rows start, or None
+    m: Any  # f32[1, softmax tiles, query rows, 128]
+    l: Any  # noqa: E741  f32[1, softmax tiles, query rows, 128]
+    acc: Any  # f32[1, softmax tiles, query rows, lanes]
+
+
+DecodeContext: TypeAlias = PhaseContext[Buffers]
+
+
+def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
+    """``Shaped`` in the place of each buffer, or None."""
+    io_packing = dtype_packing(config.io_dtype)
+    out_packing = dtype_packing(config.out_dtype)
+    cache, slots, cells = config.cache, phase.num_slots, phase.cells_per_step
+    query_rows = config.query_rows(phase)
+    new_heads = tile_io.io_word_rows(config.num_kv_heads, io_packing)
+    new_tokens = Shaped(
+        (slots, cells, new_heads, io_packing, config.io_lanes), config.io_dtype
+    )
+    updates = config.spec.update_kv_cache
+    heads = tile_io.io_word_rows(config.num_q_heads, io_packing)
+    # Whole registers are loaded from the first word row of any key head.
+    heads += query_rows + SUBLANES
+    out_heads = tile_io.io_word_rows(config.num_q_heads, out_packing)
+    block_rows = phase.block_kv // cache.packing
+    num_softmax_tiles = config.num_kv_heads // config.heads_per_softmax_tile(phase)
+    state = num_softmax_tiles, query_rows
+    return Buffers(
+        rings=refs.Rings(
+            queries=Shaped(
+                (slots, cells, heads, io_packing, config.io_lanes), config.io_dtype
+            ),
+            keys=new_tokens if updates else None,
+            values=new_tokens if updates else None,
+            kv=Shaped(
+                (
+                    slots,
+                    cache.heads_per_page,
+                    cells * block_rows,
+                    cache.packing,
+                    cache.lanes,
+                ),
+                cache.dtype,
+            ),
+            out=Shaped(
+                (slots, cells + 1, out_heads, out_packing, config.io_lanes),
+                config.out_dtype,
+            ),
+        ),
+        sinks=Shaped((*state, LANES), jnp.float32) if config.spec.has_sinks else None,
+        m=Shaped((1, *state, LANES), jnp.float32),
+        l=Shaped((1, *state, LANES), jnp.float32),
+        acc=Shaped((1, *state, config.lanes), jnp.float32),
+    )
+
+
+def allocate(
+    config: KernelConfig, phase: PhaseConfig
+) -> tuple[Buffers, refs.Bookkeeping, refs.Semaphores]:
+    """Scratch types of the phase."""
+    numbers_per_step = step_structure(phase.cells_per_step).num_leaves
+    return (
+        refs.allocate_buffers(shapes(config, phase)),
+        refs.allocate_bookkeeping(phase, phase.num_slots * numbers_per_step),
+        refs.allocate_semaphores(phase),
+    )

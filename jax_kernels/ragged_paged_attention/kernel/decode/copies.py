@@ -1,0 +1,97 @@
+"""Copies of decode."""
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_kernels.ragged_paged_attention.kernel.copies import (
+    PhaseCopies,
+    new_token_rings,
+    pages_of,
+    some_tokens,
+)
+from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
+    Buffers,
+    DecodeContext,
+)
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import Step
+from jax_kernels.ragged_paged_attention.kernel.pages import wait_for
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
+
+
+class StepCopies(PhaseCopies[Buffers]):
+    """Starts the copies of steps and waits for them."""
+
+    def start(self, step: Step, slot: Int) -> None:
+        """Fetches all that a step needs.
+
+        Its sequences follow each other in the flat arrays, so their queries, new keys
+        and new values are one range each.
+        """
+
+        @pl.when(step.num_tokens > 0)
+        def _():
+            for source, ring, semaphores in _token_rings(self.context):
+                pltpu.make_async_copy(
+                    source.at[pl.ds(step.first_token, step.num_tokens)],
+                    some_tokens(ring.at[slot], 0, step.num_tokens, source.shape[1]),
+                    semaphores.at[slot],
+                ).start()
+
+        for index, cell in enumerate(step.cells):
+            pages_of(self.context).start_fetch(
+                cell.place,
+                cell.row_begin,
+                cell.row_end,
+                _block(self.context, slot, index),
+                self.context.semaphores.kv.at[slot],
+            )
+
+    def wait(self, step: Step, slot: Int) -> None:
+        """Waits for all that ``start`` fetches."""
+
+        @pl.when(step.num_tokens > 0)
+        def _():
+            for source, ring, semaphores in _token_rings(self.context):
+                tokens = some_tokens(ring.at[slot], 0, step.num_tokens, source.shape[1])
+                wait_for(tokens, semaphores.at[slot])
+
+        self.wait_rows(slot, step.num_rows, self.context.semaphores.kv)
+
+    def start_write_back(self, step: Step, slot: Int) -> None:
+        """Writes the rows that hold new tokens to their pages."""
+        context = self.context
+        for index, cell in enumerate(step.cells):
+
+            @pl.when(cell.new_place >= 0)
+            def _(index=index, cell=cell):
+                pages_of(context).start_write_row(
+                    cell.place,
+                    cell.new_place >> log2(context.config.cache.packing),
+                    _block(context, slot, index),
+                    context.semaphores.write_back.at[slot],
+                )
+
+        context.bookkeeping.written_rows[slot] = step.num_written
+
+    def start_outputs(self, step: Step, slot: Int) -> None:
+        """Sends the outputs of the sequences that end in a step."""
+
+        @pl.when(step.num_ended > 0)
+        def _():
+            self.start_output(slot, step.first_token, step.num_ended)
+
+
+def _block(context: DecodeContext, slot: Int, index: int):
+    """The block of the cell ``index`` of a step."""
+    rows = context.schedule.block_rows
+    return context.rings.kv.at[slot, :, pl.ds(index * rows, rows)]
+
+
+def _token_rings(context: DecodeContext):
+    """Arrays in HBM that steps fetch tokens of, with their rings and semaphores."""
+    semaphores = context.semaphores
+    queries = (context.inputs.queries, context.rings.queries, semaphores.queries)
+    if not context.updates:
+        return [queries]
+    new_tokens = new_token_rings(context)
+    return [queries, *((*pair, semaphores.new_kv) for pair in new_tokens)]

@@ -1,0 +1,103 @@
+"""VMEM and SMEM of prefill and mixed."""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jax_kernels.ragged_paged_attention.config import KernelConfig, PhaseConfig
+from jax_kernels.ragged_paged_attention.kernel import refs, tile_io
+from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
+from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
+from jax_kernels.ragged_paged_attention.kernel.schedule import EMPTY_CELL
+from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
+
+# Prepared queries: of the present cell and of the following one.
+NUM_QUERY_SLOTS = 2
+# Fetched queries, new tokens and outputs: each is used up before the next is needed.
+ONLY_SLOT = 0
+
+# How the numbers of a cell are noted.
+CELL_STRUCTURE = jax.tree.structure(EMPTY_CELL)
+
+
+class Buffers(NamedTuple):
+    """VMEM; a slot of ``rings.kv`` holds the block of one cell."""
+
+    rings: refs.Rings
+    scores: Any  # f32[softmax rows, block_kv]: of the next softmax tile
+    seam: Any  # [heads_per_page, 1, packing, lanes]: the row of old and new tokens
+    q: Any  # [2, Hkv, query rows, lanes]: multiplied and cast
+    m: Any  # f32[1, Hkv, query rows, 128]
+    l: Any  # noqa: E741  f32[1, Hkv, query rows, 128]
+    acc: Any  # f32[1, Hkv, query rows, lanes]
+
+
+TileContext: TypeAlias = PhaseContext[Buffers]
+
+
+def new_token_capacity(config: KernelConfig, phase: PhaseConfig) -> int:
+    """Tokens that there is room for in ``keys`` and in ``values``.
+
+    A tile brings block_q new tokens to a block, and up to twice as many of earlier
+    tiles whose writes have not been seen to end. More of them come in pieces, as they
+    do in wide rows, which are dear to keep.
+    """
+    if config.lanes <= LANES:
+        return phase.block_kv
+    return min(phase.block_kv, 2 * phase.block_q)
+
+
+def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
+    """``Shaped`` in the place of each buffer, or None."""
+    cache, slots = config.cache, phase.num_io_slots
+    updates = config.spec.update_kv_cache
+
+    def tokens(number: int, num_heads: int, dtype) -> Shaped:
+        packing = dtype_packing(dtype)
+        word_rows = tile_io.io_word_rows(num_heads, packing)
+        return Shaped((slots, number, word_rows, packing, config.io_lanes), dtype)
+
+    new_tokens = tokens(
+        new_token_capacity(config, phase), config.num_kv_heads, config.io_dtype
+    )
+    block = (
+        cache.heads_per_page,
+        phase.block_kv // cache.packing,
+        cache.packing,
+        cache.lanes,
+    )
+    state = config.num_kv_heads, config.query_rows(phase)
+    return Buffers(
+        rings=refs.Rings(
+            queries=tokens(phase.block_q, config.num_q_heads, config.io_dtype),
+            keys=new_tokens if updates else None,
+            values=new_tokens if updates else None,
+            kv=Shaped((phase.num_slots, *block), cache.dtype),
+            out=tokens(phase.block_q, config.num_q_heads, config.out_dtype),
+        ),
+        scores=Shaped((config.softmax_rows(phase), phase.block_kv), jnp.float32),
+        seam=(
+            Shaped((cache.heads_per_page, 1, cache.packing, cache.lanes), cache.dtype)
+            if updates
+            else None
+        ),
+        q=Shaped(
+            (NUM_QUERY_SLOTS, *state, config.lanes), config.numerics.multiply_dtype
+        ),
+        m=Shaped((1, *state, LANES), jnp.float32),
+        l=Shaped((1, *state, LANES), jnp.float32),
+        acc=Shaped((1, *state, config.lanes), jnp.float32),
+    )
+
+
+def allocate(
+    config: KernelConfig, phase: PhaseConfig
+) -> tuple[Buffers, refs.Bookkeeping, refs.Semaphores]:
+    """Scratch types of the phase."""
+    num_noted_cells = phase.num_slots + 1  # and the planned one
+    return (
+        refs.allocate_buffers(shapes(config, phase)),
+        refs.allocate_bookkeeping(phase, num_noted_cells * CELL_STRUCTURE.num_leaves),
+        refs.allocate_semaphores(phase),
+    )

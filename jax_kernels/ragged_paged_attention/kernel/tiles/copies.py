@@ -1,0 +1,132 @@
+"""Copies of prefill and mixed."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_kernels.ragged_paged_attention.kernel.copies import (
+    PhaseCopies,
+    new_token_rings,
+    pages_of,
+    some_tokens,
+)
+from jax_kernels.ragged_paged_attention.kernel.pages import wait_for
+from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int, floor_to
+from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
+    ONLY_SLOT,
+    Buffers,
+    TileContext,
+)
+
+
+class TileCopies(PhaseCopies[Buffers]):
+    """Starts the copies of cells and waits for them."""
+
+    # Pages of keys and values.
+
+    def start_block(self, cell: Cell, slot: Int) -> None:
+        """Fetches the packed rows that a cell needs."""
+        context, pages = self.context, pages_of(self.context)
+        block = context.rings.kv.at[slot]
+        semaphore = context.semaphores.kv.at[slot]
+        place = context.schedule.block_place(cell)
+        pages.start_fetch(
+            place, cell.cache_row_begin, cell.cache_row_end, block, semaphore
+        )
+        if context.updates:
+
+            @pl.when(cell.tail_row >= 0)
+            def _():
+                pages.start_fetch_row(place, cell.tail_row, block, semaphore)
+
+    def wait_block(self, cell: Cell, slot: Int) -> None:
+        num_rows = cell.cache_row_end - cell.cache_row_begin
+        if self.context.updates:
+            num_rows += jnp.where(cell.tail_row >= 0, 1, 0)
+        self.wait_rows(slot, num_rows, self.context.semaphores.kv)
+
+    def start_write_back(self, cell: Cell, slot: Int) -> None:
+        """Writes the changed rows of a block to their pages."""
+        context = self.context
+        pages_of(context).start_write(
+            context.schedule.block_place(cell),
+            cell.write_row_begin,
+            cell.write_row_end,
+            context.rings.kv.at[slot],
+            context.semaphores.write_back.at[slot],
+        )
+        num_rows = cell.write_row_end - cell.write_row_begin
+        context.bookkeeping.written_rows[slot] = num_rows
+
+    # New keys and values.
+
+    def start_new_tokens(self, cell: Cell, index: Int = 0) -> None:
+        """Fetches a piece of the new tokens of a cell, if there is one."""
+        context = self.context
+        origin, begin, end = new_tokens_piece(context, cell, index)
+
+        @pl.when(end > begin)
+        def _():
+            first = cell.query_token + (begin - cell.query_position)
+            for source, ring in new_token_rings(context):
+                pltpu.make_async_copy(
+                    source.at[pl.ds(first, end - begin)],
+                    some_tokens(
+                        ring.at[ONLY_SLOT],
+                        begin - origin,
+                        end - begin,
+                        source.shape[1],
+                    ),
+                    context.semaphores.new_kv.at[ONLY_SLOT],
+                ).start()
+
+    def wait_new_tokens(self, piece: "NewTokensPiece") -> None:
+        for source, ring in new_token_rings(self.context):
+            word_rows = source.shape[1]
+            tokens = some_tokens(
+                ring.at[ONLY_SLOT], 0, piece.end - piece.begin, word_rows
+            )
+            wait_for(tokens, self.context.semaphores.new_kv.at[ONLY_SLOT])
+
+    # Queries.
+
+    def start_queries(self, cell: Cell) -> None:
+        source = self.context.inputs.queries
+        pltpu.make_async_copy(
+            source.at[pl.ds(cell.query_token, cell.num_queries)],
+            _query_tokens(self.context, cell),
+            self.context.semaphores.queries.at[ONLY_SLOT],
+        ).start()
+
+    def wait_queries(self, cell: Cell) -> None:
+        tokens = _query_tokens(self.context, cell)
+        wait_for(tokens, self.context.semaphores.queries.at[ONLY_SLOT])
+
+
+class NewTokensPiece(NamedTuple):
+    """New tokens that are in the buffers at once, as positions."""
+
+    origin: Int  # of the start of the buffers, a multiple of a chunk into the block
+    begin: Int
+    end: Int
+
+
+def new_tokens_piece(context: TileContext, cell: Cell, index: Int) -> NewTokensPiece:
+    """Some of the new tokens of a cell: as many as the buffers hold."""
+    size = context.rings.keys.shape[1]
+    first = floor_to(cell.new_begin - cell.block_start, context.config.tokens_per_chunk)
+    origin = cell.block_start + first + index * size
+    return NewTokensPiece(
+        origin,
+        begin=jnp.maximum(cell.new_begin, origin),
+        end=jnp.minimum(cell.new_end, origin + size),
+    )
+
+
+def _query_tokens(context: TileContext, cell: Cell):
+    """Where the queries of a tile are fetched to."""
+    word_rows = context.inputs.queries.shape[1]
+    ring = context.rings.queries
+    return some_tokens(ring.at[ONLY_SLOT], 0, cell.num_queries, word_rows)

@@ -1,0 +1,106 @@
+"""In which dtypes numbers meet, and by which factors: it changes speed and rounding."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_kernels.chips import E4M3FN_BIAS, Chip
+from jax_kernels.contract import AttentionOptions
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """How one launch computes with the numbers that it is given.
+
+    Scores are kept in units of log2, since the hardware has exp2 and not exp.
+
+    Attributes:
+      query_multiplier: Factor folded into the queries before they meet the keys. With
+        quantised queries it is the inverse of their scale. Otherwise it holds every
+        factor of the score, so that the score needs no further arithmetic.
+      score_multiplier: Factor left for the product of multiplied queries and stored
+        keys. With a soft cap the product is then in units of the cap.
+      score_cap: The soft cap in units of log2, or None.
+      output_scale: Factor of the weighted values.
+      multiply_dtype: Dtype in which queries meet keys: the cache's if queries are
+        quantised.
+      value_dtype: Dtype in which probabilities meet values: the wider of queries and
+        cache.
+      reads_e4m3_shifted: Whether e4m3fn is multiplied as e4m3b11fnuz, the e4m3 of the
+        chip. The same bits are a power of two less there. Other factors make up for
+        it, which the compiler would apply to every score and every product instead.
+      rounds_in_software: Whether the chip has no instruction that packs new tokens for
+        the cache.
+      rounds_in_16_bits: Whether ``tile_io.bfloat16_to_e4m3fn`` packs the new tokens.
+      sums_in_matrix_unit: Whether the matrix units have columns to spare for sums.
+    """
+
+    query_multiplier: float
+    score_multiplier: float
+    score_cap: float | None
+    output_scale: float
+    multiply_dtype: np.dtype
+    value_dtype: np.dtype
+    reads_e4m3_shifted: bool
+    rounds_in_software: bool
+    rounds_in_16_bits: bool
+    sums_in_matrix_unit: bool
+
+
+def choose(
+    options: AttentionOptions,
+    chip: Chip,
+    *,
+    q_dtype: np.dtype,
+    io_dtype: np.dtype,
+    cache_dtype: np.dtype,
+    lanes: int,
+) -> Numerics:
+    """The numerics of a launch.
+
+    Args:
+      options: What is computed.
+      chip: What it is compiled for.
+      q_dtype: Dtype of queries, keys and values as the caller has them.
+      io_dtype: Dtype in which the kernel sees them.
+      cache_dtype: Dtype of the cache.
+      lanes: Length of a packed row.
+    """
+    is_wide = jnp.float32 in (q_dtype, cache_dtype)
+    value_dtype = jnp.dtype(jnp.float32 if is_wide else jnp.bfloat16)
+    is_bfloat16 = value_dtype == jnp.bfloat16
+    is_e4m3fn = cache_dtype == jnp.float8_e4m3fn
+
+    is_shifted = is_e4m3fn and is_bfloat16 and chip.e4m3_bias != E4M3FN_BIAS
+    shift = 2.0 ** (chip.e4m3_bias - E4M3FN_BIAS) if is_shifted else 1.0
+    # Quantised queries meet keys in the dtype of the cache.
+    query_shift = 1.0 if options.q_scale else shift
+
+    # With a soft cap, scores are first in units of the cap.
+    unit = LOG2_E if options.soft_cap is None else 1.0 / options.soft_cap
+    score_factor = options.sm_scale * (options.k_scale or 1.0) * unit
+    if options.q_scale:
+        query_multiplier = 1.0 / options.q_scale
+        score_multiplier = options.q_scale * score_factor
+    else:
+        query_multiplier, score_multiplier = score_factor, 1.0
+
+    in_software = is_e4m3fn and not chip.rounds_to_e4m3fn
+    has_scale = options.k_scale is not None or options.v_scale is not None
+    in_16_bits = chip.adds_in_16_bits and io_dtype == jnp.bfloat16 and not has_scale
+    return Numerics(
+        query_multiplier=query_multiplier * query_shift,
+        score_multiplier=score_multiplier,
+        score_cap=None if options.soft_cap is None else options.soft_cap * LOG2_E,
+        output_scale=(options.v_scale or 1.0) * shift,
+        multiply_dtype=cache_dtype if options.q_scale else value_dtype,
+        value_dtype=value_dtype,
+        reads_e4m3_shifted=is_shifted,
+        rounds_in_software=in_software,
+        rounds_in_16_bits=in_software and in_16_bits,
+        sums_in_matrix_unit=is_bfloat16 and lanes < chip.matrix_columns,
+    )

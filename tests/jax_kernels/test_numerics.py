@@ -1,0 +1,150 @@
+"""In which dtypes numbers meet, and by which factors."""
+
+import math
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jax_kernels import chips
+from jax_kernels.ragged_paged_attention import numerics
+from jax_kernels.ragged_paged_attention.config import AttentionSpec
+
+
+def numerics_of(
+    *,
+    chip=chips.UNKNOWN,
+    q_dtype="bfloat16",
+    io_dtype=None,
+    cache_dtype="bfloat16",
+    lanes=128,
+    **spec,
+) -> numerics.Numerics:
+    return numerics.choose(
+        AttentionSpec(**spec),
+        chip,
+        q_dtype=jnp.dtype(q_dtype),
+        io_dtype=jnp.dtype(io_dtype or q_dtype),
+        cache_dtype=jnp.dtype(cache_dtype),
+        lanes=lanes,
+    )
+
+
+SPEC_OPTIONS = [
+    {},
+    {"soft_cap": 5.0},
+    {"k_scale": 0.25},
+    {"q_scale": 0.5, "k_scale": 0.25},
+    {"q_scale": 0.5, "soft_cap": 5.0},
+]
+
+
+@pytest.mark.parametrize("options", SPEC_OPTIONS, ids=str)
+def test_the_two_multipliers_hold_every_factor_of_the_score_once(options):
+    """exp(sm_scale * q . k) is exp2 of the product in units of log2; a soft cap takes
+    its argument in units of the cap. q stands for stored q times q_scale."""
+    values = numerics_of(sm_scale=0.125, **options)
+    unit = 1 / options["soft_cap"] if "soft_cap" in options else math.log2(math.e)
+    expected = 0.125 * options.get("k_scale", 1.0) * unit
+    product = values.query_multiplier * values.score_multiplier
+    assert product == pytest.approx(expected, rel=1e-12)
+
+
+def test_queries_that_are_quantised_take_no_other_factor():
+    """Otherwise the factor would change what is clipped."""
+    values = numerics_of(sm_scale=0.125, q_scale=0.5, k_scale=3.0)
+    assert values.query_multiplier == 2.0
+    assert numerics_of(sm_scale=0.125).score_multiplier == 1.0
+
+
+def test_a_soft_cap_is_kept_in_units_of_log2():
+    assert numerics_of().score_cap is None
+    assert numerics_of(soft_cap=5.0).score_cap == 5.0 * math.log2(math.e)
+
+
+@pytest.mark.parametrize(
+    "chip, lanes, dtype, expected",
+    [
+        (chips.TPU7X, 128, "bfloat16", True),
+        (chips.V6E, 128, "bfloat16", True),
+        (chips.TPU7X, 256, "bfloat16", False),
+        (chips.V5E, 128, "bfloat16", False),
+        (chips.TPU7X, 128, "float32", False),
+    ],
+)
+def test_matrix_units_sum_where_they_are_wider_than_values(
+    chip, lanes, dtype, expected
+):
+    values = numerics_of(chip=chip, lanes=lanes, q_dtype=dtype)
+    assert values.sums_in_matrix_unit == expected
+
+
+@pytest.mark.parametrize(
+    "q_dtype, cache_dtype, q_scale, multiply, value",
+    [
+        ("bfloat16", "bfloat16", None, "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", None, "float32", "float32"),
+        ("bfloat16", "float32", None, "float32", "float32"),
+        ("bfloat16", "float8_e4m3fn", None, "bfloat16", "bfloat16"),
+        ("float32", "int8", None, "float32", "float32"),
+        ("bfloat16", "float8_e4m3fn", 0.5, "float8_e4m3fn", "bfloat16"),
+        ("bfloat16", "int8", 0.5, "int8", "bfloat16"),
+    ],
+)
+def test_multiplications_take_the_wider_dtype_unless_queries_are_quantised(
+    q_dtype, cache_dtype, q_scale, multiply, value
+):
+    values = numerics_of(q_dtype=q_dtype, cache_dtype=cache_dtype, q_scale=q_scale)
+    assert values.multiply_dtype == jnp.dtype(multiply)
+    assert values.value_dtype == jnp.dtype(value)
+
+
+def test_heads_that_are_widened_for_their_layout_are_multiplied_in_their_own_dtype():
+    assert numerics_of(io_dtype="float32").value_dtype == jnp.bfloat16
+
+
+def test_the_e4m3_of_v6e_is_a_power_of_two_of_the_usual_one():
+    """The factor that the output makes up for, over every finite number."""
+    every_byte = np.arange(256, dtype=np.uint8)
+    usual = every_byte.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    shifted = every_byte.view(ml_dtypes.float8_e4m3b11fnuz).astype(np.float32)
+    is_plain = np.isfinite(usual) & (every_byte != 0x80)
+    assert numerics_of(cache_dtype="float8_e4m3fn").output_scale == 1.0
+    values = numerics_of(cache_dtype="float8_e4m3fn", chip=chips.V6E)
+    assert values.reads_e4m3_shifted
+    np.testing.assert_array_equal(
+        usual[is_plain], shifted[is_plain] * values.output_scale
+    )
+
+
+@pytest.mark.parametrize("q_scale", [None, 0.5])
+def test_quantised_queries_meet_keys_as_they_are_stored(q_scale):
+    options = {"cache_dtype": "float8_e4m3fn", "q_scale": q_scale}
+    shifted = numerics_of(chip=chips.V6E, **options)
+    ratio = shifted.query_multiplier / numerics_of(**options).query_multiplier
+    assert ratio == (1.0 if q_scale else 16.0)
+    assert shifted.output_scale == 16.0
+
+
+@pytest.mark.parametrize(
+    "chip, q_dtype, cache_dtype, scale, in_software, in_16_bits",
+    [
+        (chips.V6E, "bfloat16", "float8_e4m3fn", None, True, True),
+        (chips.V6E, "bfloat16", "float8_e4m3fn", 0.5, True, False),
+        (chips.V6E, "float32", "float8_e4m3fn", None, True, False),
+        (chips.V6E, "bfloat16", "float8_e5m2", None, False, False),
+        (chips.V5E, "bfloat16", "float8_e4m3fn", None, True, False),
+        (chips.TPU7X, "bfloat16", "float8_e4m3fn", None, False, False),
+    ],
+)
+@pytest.mark.parametrize("scaled", ["k_scale", "v_scale"])
+def test_new_tokens_are_rounded_as_the_chip_can(
+    chip, q_dtype, cache_dtype, scale, in_software, in_16_bits, scaled
+):
+    """A scaled bfloat16 is none any more."""
+    values = numerics_of(
+        chip=chip, q_dtype=q_dtype, cache_dtype=cache_dtype, **{scaled: scale}
+    )
+    assert values.rounds_in_software == in_software
+    assert values.rounds_in_16_bits == in_16_bits
