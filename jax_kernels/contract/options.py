@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 INPUT_DTYPES = ("bfloat16", "float32")
 
 # Factors and their inverses must be normal float32 numbers, also after the few powers
-# of two that the kernel may add to them (see KernelConfig).
+# of two that the kernel may add to them (numerics.py).
 LARGEST_FACTOR = 2.0**120
 _FACTOR_RANGE = "from 2**-120 to 2**120 (about 7.5e-37 to 1.3e36)"
 

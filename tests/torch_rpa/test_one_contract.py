@@ -77,7 +77,7 @@ def run_xla(call: Inputs, options: dict[str, Any]) -> torch.Tensor:
 
 def run_jax(call: Inputs, options: dict[str, Any]) -> torch.Tensor:
     jnp = lowering.import_jax().numpy
-    arrays = [None if t is None else jnp.asarray(array_of(t)) for t in call]
+    arrays: list[Any] = [None if t is None else jnp.asarray(array_of(t)) for t in call]
     out, kv_cache = rpa.ragged_paged_attention_reference(*arrays, **options)
     stored = torch.from_numpy(np.array(kv_cache).view(np.uint8))
     call.kv_cache.copy_(stored.view(call.kv_cache.dtype))
@@ -119,7 +119,7 @@ def test_the_smallest_case_is_stored_as_28():
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_path_stores_the_same_bytes(name, path, scales):
     call = make_wide_call(name)
-    options = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+    options = {"k_scale": scales[0], "v_scale": scales[1]}
     expected = expected_bytes(call, **options)
     PATHS[path](call, options)
     np.testing.assert_array_equal(raw_bytes(call.kv_cache).numpy(), expected)
