@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torch_rpa import ops, validation
+from torch_rpa import bridges, ops, validation
 from torch_rpa.options import make_options
 from torch_rpa.validation import Inputs
 
@@ -140,10 +140,8 @@ def _run_selected(impl: str, inputs: Inputs, options: dict[str, Any]) -> torch.T
         from torch_rpa.bridges import interpret
 
         return interpret.interpret_pallas_(inputs, attention_options)
-    if inputs.q.device.type != "xla":
+    bridge = bridges.find(inputs.q.device.type)
+    if bridge is None:  # the reference is all there is
         return ops.ragged_paged_attention(*inputs, **options)
-    from torch_rpa.bridges import torch_xla as bridge
-
-    target = bridge.device_target(inputs.q.device)
-    with bridge.lowering_target(target._replace(implementation="reference")):
+    with bridge.reference(inputs.q.device):
         return ops.ragged_paged_attention(*inputs, **options)

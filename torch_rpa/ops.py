@@ -10,18 +10,19 @@ On CPU tensors the public operator is the eager reference. Everywhere else it is
 composite: it calls a functional operator and makes the new cache the value of
 ``kv_cache``, which is how PyTorch/XLA expresses an update in place (its
 functionalization refuses custom operators that mutate). This module imports torch only;
-torch_xla and JAX come in with the first call on an XLA device.
+the bridge of a device comes in, with its framework and JAX, with the first call there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from jax_kernels.contract.options import check_bool
-from torch_rpa import validation
+from torch_rpa import bridges, validation
 from torch_rpa.options import (
     OPTIONS_SCHEMA,
     AttentionOptions,
@@ -72,8 +73,10 @@ def _composite(*tensors: Any, **options: Any) -> torch.Tensor:
             return ragged_paged_attention_readonly(*tensors, **options)
         kv_cache = tensors[3]
         assert kv_cache is not None
-        # Lazy torch_xla finds the update by itself, a graph of torch.compile does not.
-        donate = isinstance(kv_cache, FunctionalTensor)
+        donate = isinstance(kv_cache, FunctionalTensor)  # in a graph of torch.compile
+        if not donate:
+            bridge = bridges.find(kv_cache.device.type)
+            donate = bridge is not None and bridge.DONATES_EAGERLY
         out, new_cache = ragged_paged_attention_functional(
             *tensors, **options, donate_kv_cache=donate
         )
@@ -82,33 +85,23 @@ def _composite(*tensors: Any, **options: Any) -> torch.Tensor:
 
 
 def update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:
-    """Makes ``new_cache`` the value of ``kv_cache``.
+    """Makes ``new_cache`` the value of ``kv_cache``, in the way of its device.
 
-    Where tensors are functionalized this does what functionalization makes of any
-    ``foo_``, and it matters that it is not ``copy_``:
-
-    * In lazy mode torch_xla's ``copy_`` keeps the id of the tensor. XLA pairs donated
-      parameters with outputs of their size in order, and torch_xla orders outputs by
-      id: with a fresh id that is the order of execution, which is the order of the
-      parameters too (see ``bridges.torch_xla``). A cache paired with the buffer of
-      another layer's would be copied in every step.
-    * In a graph of torch.compile, ``copy`` would make torch_xla output each cache
-      twice, and XLA copy it for the second.
+    In a graph of torch.compile this does what functionalization makes of any ``foo_``.
+    ``copy_`` there would make the framework output each cache twice, and XLA copy it
+    for the second.
     """
     if isinstance(kv_cache, FunctionalTensor):
         assert isinstance(new_cache, FunctionalTensor)
         kv_cache.replace_(torch._from_functional_tensor(new_cache.elem))
         kv_cache.commit_update()
         kv_cache.sync()
-    elif torch._is_functional_tensor(kv_cache):
-        value = torch._from_functional_tensor(new_cache)
-        old_value = torch._from_functional_tensor(kv_cache)
-        torch.ops.aten._propagate_xla_data(old_value, value)
-        torch._functionalize_replace(kv_cache, value)
-        torch._functionalize_commit_update(kv_cache)
-        torch._functionalize_sync(kv_cache)
-    else:
+        return
+    bridge = bridges.find(kv_cache.device.type)
+    if bridge is None:
         kv_cache.copy_(new_cache)
+    else:
+        bridge.update_in_place(kv_cache, new_cache)
 
 
 def _autograd_cpu(*tensors: Any, **options: Any) -> torch.Tensor:
@@ -160,23 +153,19 @@ def _readonly_cpu(*tensors: Any, **options: Any) -> torch.Tensor:
     return _cpu(*tensors, **options)
 
 
-def _functional_xla(
+def _functional_bridged(
     *tensors: Any, donate_kv_cache: bool = False, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from torch_rpa.bridges import torch_xla as bridge
-
+    """Every device but the CPU: what its bridge computes."""
     _require_update(options)
-    out, new_cache = bridge.call(tensors, options)
-    if donate_kv_cache:
-        bridge.donate(tensors[3])
+    bridge = _bridge_of(tensors)
+    out, new_cache = bridge.call(tensors, options, donate_kv_cache=donate_kv_cache)
     return out, new_cache
 
 
-def _readonly_xla(*tensors: Any, **options: Any) -> torch.Tensor:
-    from torch_rpa.bridges import torch_xla as bridge
-
+def _readonly_bridged(*tensors: Any, **options: Any) -> torch.Tensor:
     _require_no_update(options)
-    (out,) = bridge.call(tensors, options)
+    (out,) = _bridge_of(tensors).call(tensors, options)
     return out
 
 
@@ -196,14 +185,19 @@ def _readonly_fake(*tensors: Any, **options: Any) -> torch.Tensor:
     return _fake_out(Inputs(*tensors), make_options(options))
 
 
-def _unsupported_device(*tensors: Any, **options: Any) -> Any:
-    del options
+def _bridge_of(tensors: Sequence[torch.Tensor | None]) -> bridges.Bridge:
+    """Returns the bridge of the device of q; raises if there is none."""
+    q = tensors[0]
+    assert q is not None
+    bridge = bridges.find(q.device.type)
+    if bridge is not None:
+        return bridge
     devices = sorted({str(t.device) for t in tensors if t is not None})
     layouts = sorted({str(t.layout) for t in tensors if t is not None})
+    supported = " or ".join(repr(name) for name in (*bridges.BRIDGES, "cpu"))
     raise NotImplementedError(
-        f"rpa::ragged_paged_attention supports dense tensors on XLA devices (TPU or "
-        f"CPU) and on the CPU, got {layouts} on {devices}; move the tensors to "
-        "torch_xla.device() or to 'cpu'"
+        f"rpa::ragged_paged_attention supports dense tensors on {supported}, got "
+        f"{layouts} on {devices}; move the tensors to {supported}"
     )
 
 
@@ -240,24 +234,24 @@ _library.impl("ragged_paged_attention", _composite, "CompositeImplicitAutograd")
 _library.impl("ragged_paged_attention", _cpu, "CPU")
 _library.impl("ragged_paged_attention", _autograd_cpu, "AutogradCPU")
 
-for _name, _autograd, _on_cpu, _on_xla, _fake in (
+for _name, _autograd, _on_cpu, _bridged, _fake in (
     (
         "ragged_paged_attention_functional",
         _functional_autograd,
         _functional_cpu,
-        _functional_xla,
+        _functional_bridged,
         _functional_fake,
     ),
     (
         "ragged_paged_attention_readonly",
         _readonly_autograd,
         _readonly_cpu,
-        _readonly_xla,
+        _readonly_bridged,
         _readonly_fake,
     ),
 ):
     _library.impl(_name, _autograd, "Autograd")
     _library.impl(_name, _on_cpu, "CPU")
-    _library.impl(_name, _on_xla, "XLA")
-    _library.impl(_name, _unsupported_device, "CompositeExplicitAutograd")
+    # For every kind of device that has no implementation of its own here.
+    _library.impl(_name, _bridged, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rpa::{_name}", _fake, lib=_library)

@@ -78,17 +78,17 @@ def _measured(
     run: Callable[[float, list[list[int]], list[float]], object],
 ) -> Outcome:
     """Times a run, which fills in the tokens of each job and when it ended."""
-    from torch_rpa.transformers.model_runner import num_compilations
+    from torch_rpa import devices
 
     tokens: list[list[int]] = [[] for _ in jobs]
     ends = [0.0] * len(jobs)
-    compilations = num_compilations()
+    compilations = devices.num_compilations(model.device)
     with counted_positions(model) as positions:
         start = time.perf_counter()
         run(start, tokens, ends)
         seconds = time.perf_counter() - start
     latencies = [end - start - job.arrival for job, end in zip(jobs, ends, strict=True)]
-    compiled = num_compilations() - compilations
+    compiled = devices.num_compilations(model.device) - compilations
     return Outcome(tokens, seconds, latencies, positions(), compiled)
 
 

@@ -119,7 +119,7 @@ def test_asking_for_a_gradient_is_an_error(device, name):
 def test_other_kinds_of_tensors_are_an_error_that_names_the_alternatives():
     call = make_call()
     call = call._replace(q=call.q.to_sparse())
-    with pytest.raises(NotImplementedError, match="move the tensors to torch_xla"):
+    with pytest.raises(NotImplementedError, match="move the tensors to 'xla'"):
         ops.ragged_paged_attention_functional(*call)
 
 

@@ -15,9 +15,16 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch_xla
+import torch_xla.backends
+import torch_xla.core.xla_builder as xla_builder
+import torch_xla.debug.metrics
+import torch_xla.runtime
+from torch_xla._dynamo import dynamo_bridge
 
 from jax_kernels import chips
 from torch_rpa import validation
@@ -27,6 +34,9 @@ from torch_rpa.options import AttentionOptions, make_options
 from torch_rpa.validation import Inputs
 
 CALL_NAME = "xla::ragged_paged_attention"
+IS_LAZY = True
+# Lazy mode sees that a cache is overwritten, and lets the new one have its buffer.
+DONATES_EAGERLY = False
 
 
 class _State(threading.local):
@@ -38,32 +48,52 @@ _lock = threading.Lock()
 _computations: dict[tuple, Any] = {}
 
 
-def call(tensors: Sequence[Any], options: dict[str, Any]) -> list[torch.Tensor]:
-    """Adds the attention to torch_xla's graph.
+# ---- the operator
 
-    Args:
-        tensors: The tensors of :class:`Inputs`; trailing ones may be left out.
-        options: Keyword arguments of the operator; defaults may be left out.
 
-    Returns:
-        ``[out, new_cache]``, or ``[out]`` if the cache is not updated.
-    """
+def call(
+    tensors: Sequence[Any], options: dict[str, Any], *, donate_kv_cache: bool = False
+) -> list[torch.Tensor]:
+    """Adds the attention to torch_xla's graph; see :meth:`torch_rpa.bridges.Bridge`."""
     signature = (
         _state.target,
         tuple(options.items()),
         *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
     )
-    entry = _computations.get(signature)
-    if entry is None:
-        entry = _prepare(signature, tensors, options)
+    computation = _computations.get(signature)
+    if computation is None:
+        computation = _prepare(signature, tensors, options)
     if validation.values_requested():
         validation.validate_values(Inputs(*tensors), make_options(options))
-    user_computation, computation = entry
     operands = [t for t in _in_call_order(tensors) if t is not None]
-    return user_computation(CALL_NAME, operands, computation)
+    results = torch_xla._XLAC._xla_user_computation(CALL_NAME, operands, computation)
+    if donate_kv_cache:
+        _donate(tensors[3])
+    return results
 
 
-def donate(kv_cache: torch.Tensor | None) -> None:
+def update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:
+    """Makes ``new_cache`` the value of ``kv_cache`` in lazy mode.
+
+    Where torch_xla's tensors are functionalized this does what functionalization makes
+    of any ``foo_``, and it matters that it is not ``copy_``, which keeps the id of the
+    tensor. XLA pairs donated parameters with outputs of their size in order, and
+    torch_xla orders outputs by id: with a fresh id that is the order of execution,
+    which is the order of the parameters too (see :func:`_in_call_order`). A cache
+    paired with the buffer of another layer's would be copied in every step.
+    """
+    if not torch._is_functional_tensor(kv_cache):
+        kv_cache.copy_(new_cache)
+        return
+    value = torch._from_functional_tensor(new_cache)
+    old_value = torch._from_functional_tensor(kv_cache)
+    torch.ops.aten._propagate_xla_data(old_value, value)
+    torch._functionalize_replace(kv_cache, value)
+    torch._functionalize_commit_update(kv_cache)
+    torch._functionalize_sync(kv_cache)
+
+
+def _donate(kv_cache: torch.Tensor) -> None:
     """Lets the graph being compiled reuse the buffer of this cache.
 
     Under ``torch.compile(backend="openxla")`` torch_xla aliases only the inputs that
@@ -73,8 +103,6 @@ def donate(kv_cache: torch.Tensor | None) -> None:
     input of the graph, or that shares the buffer of another tensor (a lazy clone), is
     left alone.
     """
-    import torch_xla
-
     if not _is_extracting_graph():
         return
     xlac = torch_xla._XLAC
@@ -85,8 +113,6 @@ def donate(kv_cache: torch.Tensor | None) -> None:
 
 def _is_extracting_graph() -> bool:
     """Whether the caller is run by torch_xla's dynamo bridge to extract its graph."""
-    from torch_xla._dynamo import dynamo_bridge
-
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is dynamo_bridge.extract_graph_helper.__code__:
@@ -95,12 +121,17 @@ def _is_extracting_graph() -> bool:
     return False
 
 
+def reference(device: torch.device) -> AbstractContextManager[None]:
+    """Inside the block calls take the plain computation. Lazy mode only."""
+    return lowering_target(device_target(device)._replace(implementation="reference"))
+
+
 @contextlib.contextmanager
 def lowering_target(target: Target | None) -> Iterator[None]:
     """Lowers the calls in this block for a target other than the device of the tensors.
 
     For tests, which compile the graph of a CPU process for a TPU, and for
-    ``impl="reference"`` on a TPU. Lazy mode only.
+    :func:`reference`. Lazy mode only.
     """
     previous, _state.target = _state.target, target
     try:
@@ -112,9 +143,6 @@ def lowering_target(target: Target | None) -> Iterator[None]:
 @functools.cache
 def device_target(device: torch.device) -> Target:
     """Returns what to lower for on an XLA device of this process."""
-    import torch_xla
-    import torch_xla.runtime
-
     platform = torch_xla.runtime.device_type()
     # With SPMD all tensors are on one virtual device, of no kind.
     is_virtual = torch_xla.runtime.is_spmd()
@@ -131,33 +159,58 @@ def device_target(device: torch.device) -> Target:
     )
 
 
+# ---- the device
+
+
+def open_device(device: torch.device) -> torch.device:
+    """Opens the XLA device of this process."""
+    opened = torch_xla.device()
+    if device.index not in (None, opened.index):
+        raise ValueError(
+            f"device must be {opened}, which is the XLA device of this process, got "
+            f"{device}"
+        )
+    return opened
+
+
+def sync(*, wait: bool = False) -> None:
+    """Starts all that is pending; see :meth:`torch_rpa.bridges.Bridge.sync`."""
+    torch_xla.sync(wait=wait)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function: what it does between two syncs is compiled anyway."""
+    return function
+
+
+def num_compilations() -> int:
+    """Returns how many programs torch_xla has compiled in this process so far."""
+    compile_times = torch_xla.debug.metrics.metric_data("CompileTime")
+    return compile_times[0] if compile_times else 0
+
+
+def multiply_in_float32() -> None:
+    """Makes a TPU multiply float32 matrices in float32, from now on."""
+    if torch_xla.runtime.device_type() == "TPU":
+        torch_xla.backends.set_mat_mul_precision("highest")
+
+
 # ---- lowering
 
 
-def _prepare(
-    signature: tuple, tensors: Sequence[Any], options: dict[str, Any]
-) -> tuple[Callable, Any]:
-    """Validates and lowers a new signature."""
+def _prepare(signature: tuple, tensors: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Validates and lowers a new signature; returns its computation."""
     inputs, attention_options = Inputs(*tensors), make_options(options)
     validation.validate_static(inputs, attention_options)
     target = _state.target or device_target(inputs.q.device)
     with _lock:
         if signature not in _computations:
-            import torch_xla
-
-            computation = _lower(inputs, attention_options, target)
-            _computations[signature] = (
-                torch_xla._XLAC._xla_user_computation,
-                computation,
-            )
+            _computations[signature] = _lower(inputs, attention_options, target)
     return _computations[signature]
 
 
 def _lower(inputs: Inputs, options: AttentionOptions, target: Target) -> Any:
     """Lowers the kernel or its reference to an XLA computation of torch_xla."""
-    import torch_xla
-    import torch_xla.core.xla_builder as xla_builder
-
     torch_xla._XLAC._init_computation_client()  # before JAX looks for devices
     function = lowering.jax_function(options, target)
     structs = lowering.shape_structs(_in_call_order(inputs))

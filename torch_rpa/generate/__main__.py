@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from torch_rpa import devices
 from torch_rpa.generate import check, models, report
 from torch_rpa.generate.console import StreamPrinter, printable
 from torch_rpa.generate.tokenizer import Tokenizer
@@ -79,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a model saved by transformers, with its tokenizer; without it the small "
         "built-in one",
     )
-    parser.add_argument("--device", choices=("xla", "cpu"), default="xla")
+    parser.add_argument(
+        "--device", choices=devices.names(), default=devices.usual_name()
+    )
     parser.add_argument("--dtype", choices=MODEL_DTYPES, default="float32")
     parser.add_argument(
         "--check",
@@ -190,8 +193,8 @@ def _positive(text: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.plot:
         report.require_matplotlib()
-    if args.check and args.device == "xla":
-        _multiply_in_float32()
+    if args.check:
+        devices.multiply_in_float32(devices.open_device(args.device))
     tokenizer = models.load_tokenizer(args.model)
     model = models.load_model(args.model, ATTENTION_NAME, MODEL_DTYPES[args.dtype])
     workload = _workload(args, tokenizer, model)
@@ -222,15 +225,6 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     del model, engine
     return _check(args, results)
-
-
-def _multiply_in_float32() -> None:
-    """Tells a TPU, which would otherwise multiply float32 in bfloat16."""
-    import torch_xla.backends
-    import torch_xla.runtime
-
-    if torch_xla.runtime.device_type() == "TPU":
-        torch_xla.backends.set_mat_mul_precision("highest")
 
 
 def _workload(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from torch_rpa import devices
 from torch_rpa.scheduling import (
     OutOfPagesError,
     PageAllocator,
@@ -25,7 +26,7 @@ from torch_rpa.serving.options import EngineOptions
 from torch_rpa.serving.outputs import GenerationOutput, RequestStatus, RequestUpdate
 from torch_rpa.serving.sampling_params import SamplingParams
 from torch_rpa.serving.stats import EngineStats, StepRecord
-from torch_rpa.transformers.model_runner import ModelRunner, num_compilations
+from torch_rpa.transformers.model_runner import ModelRunner
 from torch_rpa.transformers.step_inputs import build_step_inputs
 
 Params = SamplingParams | GenerationConfig | None
@@ -102,17 +103,18 @@ class Engine:
             lookahead=options.lookahead,
         )
         self._generation_config: Any = model.generation_config
-        compilations = num_compilations()
+        self._device = devices.open_device(options.device or model.device)
+        compilations = devices.num_compilations(self._device)
         self._runner = ModelRunner(
             model,
             num_pages=num_pages,
             page_size=options.page_size,
-            device=options.device,
+            device=self._device,
             cache_dtype=options.cache_dtype,
         )
         self._last_generated = torch.zeros(
             options.max_num_sequences, dtype=torch.int64
-        ).to(self._runner.device)
+        ).to(self._device)
         self._tokenizer = tokenizer
         self._on_step = on_step
         self._random = random.Random(options.seed)
@@ -122,7 +124,7 @@ class Engine:
         self._updates: list[RequestUpdate] = []
         self._num_named = 0
         self.stats = EngineStats(max_compilations=self._max_compilations())
-        self.stats.num_compilations = num_compilations() - compilations
+        self.stats.num_compilations = self._num_compilations() - compilations
 
     @property
     def has_unfinished(self) -> bool:
@@ -178,7 +180,7 @@ class Engine:
             An update for each request that got a token or ended; none after the first
             step, whose tokens come with the second.
         """
-        start, compilations = time.perf_counter(), num_compilations()
+        start, compilations = time.perf_counter(), self._num_compilations()
         generated = self.stats.num_generated
         rows = self.scheduler.schedule()
         if rows:
@@ -201,7 +203,7 @@ class Engine:
                 num_waiting=len(self.scheduler.waiting),
                 num_pages_held=self.scheduler.allocator.num_held,
                 num_generated=self.stats.num_generated - generated,
-                num_compilations=num_compilations() - compilations,
+                num_compilations=self._num_compilations() - compilations,
             )
             self.stats.add(record)
             self._on_step(record)
@@ -263,12 +265,12 @@ class Engine:
         """
         if self.has_unfinished:
             raise RuntimeError("warm_up must be called before requests are added")
-        before = num_compilations()
+        before = self._num_compilations()
         for size in self._shapes.token_buckets:
             for is_greedy in (True, False) if with_sampling else (True,):
                 self._run([], size, is_greedy)
         self._last_generated.cpu()
-        self.stats.num_compilations += num_compilations() - before
+        self.stats.num_compilations += self._num_compilations() - before
 
     def _entry(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None
@@ -370,7 +372,7 @@ class Engine:
                 num_rows=self._shapes.num_sequences,
                 vocabulary=logits.shape[-1],
             )
-            generated = sampling.sample(logits, wishes.to(self._runner.device))
+            generated = sampling.sample(logits, wishes.to(self._device))
         self._last_generated = generated
         self._runner.sync()
         return generated
@@ -407,10 +409,15 @@ class Engine:
         del self._entries[entry.request]
         del self._entry_of_id[output.request_id]
 
-    def _max_compilations(self) -> int:
+    def _num_compilations(self) -> int:
+        return devices.num_compilations(self._device)
+
+    def _max_compilations(self) -> int | None:
         """Each bucket with greedy and with sampling rows, and the caches."""
-        if not self._runner.is_xla:
+        if not devices.is_compiled(self._device):
             return 0
+        if not devices.is_lazy(self._device):
+            return None  # a step is several programs, as the framework cuts it
         return 2 * len(self._shapes.token_buckets) + 1
 
 

@@ -31,13 +31,14 @@ class EngineOptions:
         num_pages: Pages in the cache of each layer. None is enough for
             ``max_num_sequences`` of ``max_sequence_length``.
         token_buckets: Sizes that steps are padded to, ascending, the last one at least
-            ``max_tokens_per_step``. On an XLA device each is compiled. None takes
-            ``max_num_sequences`` and multiples by 4 up to ``max_tokens_per_step``.
+            ``max_tokens_per_step``. On any device but the CPU each is compiled. None
+            takes ``max_num_sequences`` and multiples by 4 up to
+            ``max_tokens_per_step``.
         cache_dtype: What keys and values are stored as; None is the model's dtype.
         prefix_caching: Keep full pages, and share them between requests that begin
             with the same tokens.
         lookahead: Start each step before the tokens of the one before are on the host.
-        device: ``"xla"`` or ``"cpu"``; None is where the model is.
+        device: One of :func:`torch_rpa.devices.names`; None is where the model is.
         seed: For requests without a seed of their own.
     """
 

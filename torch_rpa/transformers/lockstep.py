@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from torch_rpa import devices
 from torch_rpa.scheduling import OutOfPagesError, PageAllocator, Request, Scheduler
 from torch_rpa.scheduling.scheduler import pages_for
 from torch_rpa.transformers.model_runner import ModelRunner
@@ -27,12 +28,12 @@ class LockstepBatch:
         prefix_caching: bool = False,
     ):
         """Starts every prompt; ``prefix_caching`` pays if some are extended later."""
-        device = model.device.type
+        is_compiled = devices.is_compiled(model.device)
         step_tokens = max_tokens_per_step or sum(map(len, prompts))
         # A program serves all batches of similar size; the CPU needs no program.
-        bucket = _power_of_two if device == "xla" else _multiple_of_eight
+        bucket = _power_of_two if is_compiled else _multiple_of_eight
         pages = pages_for(max(map(len, prompts)) + max_new_tokens, page_size)
-        pages_per_sequence = _power_of_two(pages) if device == "xla" else pages
+        pages_per_sequence = _power_of_two(pages) if is_compiled else pages
         self.shapes = StepShapes(
             token_buckets=tuple(sorted({bucket(len(prompts)), bucket(step_tokens)})),
             num_sequences=len(prompts),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from transformers import PreTrainedModel
 
+from torch_rpa import devices
 from torch_rpa.transformers.attention import use_rpa
 from torch_rpa.transformers.context import RPAContext, empty_kv_caches
 from torch_rpa.transformers.step_inputs import StepInputs
@@ -38,20 +37,13 @@ class ModelRunner:
                 project's attention.
             num_pages: Pages in the cache of each layer.
             page_size: Tokens in a page.
-            device: ``"xla"`` or ``"cpu"``; None is where the model is.
+            device: One of :func:`torch_rpa.devices.names`; None is where the model is.
             cache_dtype: What keys and values are stored as; None is the model's dtype.
             fill_caches_first: Make the caches in a program of their own. Otherwise the
                 first step's program makes them: one program fewer, unless more steps
                 have the first one's sizes, as in chunked prefill.
         """
-        self.device = torch.device(device or model.device)
-        if self.device.type not in ("xla", "cpu"):
-            raise ValueError(f"device must be 'xla' or 'cpu', got {str(device)!r}")
-        if self.is_xla:
-            # torch_xla must open the device before anything imports JAX.
-            import torch_xla
-
-            self.device = torch_xla.device()
+        self.device = devices.open_device(device or model.device)
         self.model = use_rpa(model)
         if model.device != self.device:
             self.model.to(self.device)  # pyright: ignore[reportArgumentType]
@@ -63,19 +55,15 @@ class ModelRunner:
             dtype=cache_dtype or model.dtype,
             device=self.device,
         )
+        self._run_model = devices.compiled(self.model, self.device)
         if fill_caches_first:
             self.sync()
-
-    @property
-    def is_xla(self) -> bool:
-        """Whether steps are compiled, and run while the host goes on."""
-        return self.device.type == "xla"
 
     @torch.no_grad()
     def forward(
         self, inputs: StepInputs, last_generated: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Computes a step; on an XLA device it runs at the next ``sync``.
+        """Computes a step; on a lazy device it runs at the next ``sync``.
 
         Args:
             inputs: On any device.
@@ -91,7 +79,7 @@ class ModelRunner:
             rows = inputs.pending_rows
             generated = last_generated[rows.clamp(min=0)]
             input_ids = torch.where(rows < 0, input_ids, generated)
-        return self.model(
+        return self._run_model(
             input_ids=input_ids,
             position_ids=inputs.position_ids,
             use_cache=False,
@@ -109,22 +97,5 @@ class ModelRunner:
         return logits.cpu()
 
     def sync(self) -> None:
-        """Starts all that is pending on an XLA device, without waiting for it.
-
-        Without it, reading the tokens would leave the cache updates pending: they would
-        join the next step's graph and lose their buffers.
-        """
-        if self.is_xla:
-            import torch_xla
-
-            torch_xla.sync()
-
-
-def num_compilations() -> int:
-    """Programs that torch_xla has compiled in this process so far."""
-    if "torch_xla" not in sys.modules:
-        return 0
-    import torch_xla.debug.metrics
-
-    compile_times = torch_xla.debug.metrics.metric_data("CompileTime")
-    return compile_times[0] if compile_times else 0
+        """Starts all that is pending on the device, without waiting for it."""
+        devices.sync(self.device)

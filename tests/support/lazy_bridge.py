@@ -1,0 +1,74 @@
+"""A bridge to torch's own lazy device, which every build of torch has.
+
+It stands for the next framework: its device type, its way to end a step and its counts
+are unlike those of torch_xla. The attention is the reference, on copies of the tensors
+on the CPU, and calls are recorded.
+"""
+
+import contextlib
+
+import torch
+import torch._lazy
+import torch._lazy.metrics
+import torch._lazy.ts_backend
+
+from torch_rpa import reference as eager
+from torch_rpa import validation
+from torch_rpa.options import AttentionOptions
+
+torch._lazy.ts_backend.init()
+
+IS_LAZY = False  # a call reads its tensors, so it runs at once
+DONATES_EAGERLY = True
+calls: list[str] = []
+
+
+def call(tensors, options, *, donate_kv_cache=False):
+    """The reference on the CPU; what it gives is moved to the device."""
+    calls.append("donating call" if donate_kv_cache else "call")
+    inputs = validation.Inputs(*tensors)
+    attention_options = AttentionOptions(**options)
+    validation.validate_static(inputs, attention_options)
+    on_cpu = validation.Inputs(*(None if t is None else t.cpu() for t in inputs))
+    out = eager.ragged_paged_attention_(on_cpu, attention_options)
+    results = [out, on_cpu.kv_cache] if attention_options.update_kv_cache else [out]
+    return [tensor.to(inputs.q.device) for tensor in results]
+
+
+def update_in_place(kv_cache, new_cache):
+    calls.append("update")
+    kv_cache.copy_(new_cache)
+
+
+@contextlib.contextmanager
+def reference(device):
+    calls.append(f"reference on {device}")
+    yield
+
+
+def open_device(device):
+    calls.append("open")
+    if device.index not in (None, 0):
+        raise ValueError(f"device must be lazy:0, got {device}")
+    return torch.device("lazy:0")
+
+
+def sync(*, wait=False):
+    calls.append("wait" if wait else "sync")
+    torch._lazy.mark_step(wait=wait)
+
+
+def compiled(function):
+    def run(*args, **kwargs):
+        calls.append("compiled")
+        return function(*args, **kwargs)
+
+    return run
+
+
+def num_compilations():
+    return torch._lazy.metrics.counter_value("UncachedCompile") or 0
+
+
+def multiply_in_float32():
+    calls.append("multiply in float32")
