@@ -6,6 +6,7 @@ on the CPU, and calls are recorded.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 import torch._lazy
@@ -29,7 +30,8 @@ def call(tensors, options, *, donate_kv_cache=False):
     inputs = validation.Inputs(*tensors)
     attention_options = AttentionOptions(**options)
     validation.validate_static(inputs, attention_options)
-    on_cpu = validation.Inputs(*(None if t is None else t.cpu() for t in inputs))
+    moved: list[Any] = [None if t is None else t.cpu() for t in inputs]
+    on_cpu = validation.Inputs(*moved)
     out = eager.ragged_paged_attention_(on_cpu, attention_options)
     results = [out, on_cpu.kv_cache] if attention_options.update_kv_cache else [out]
     return [tensor.to(inputs.q.device) for tensor in results]

@@ -1,10 +1,37 @@
 """The bridge to PyTorch/XLA: a JAX computation in the graph of torch_xla.
 
 A function is traced and lowered once per signature. That gives an HLO computation,
-which torch_xla puts into its own graph.
+which torch_xla puts into its own graph as it is: the custom call of the kernel, what is
+computed before and after it, and the aliases by which the cache keeps its memory.
 
 The computation object is kept and handed out again for the same signature. A new object
 would change the hash of the graph, and every step would compile anew.
+
+torch_xla 2.9.0 has two ways of its own to call JAX. Neither serves as it is, and
+``tests/torch_rpa/test_call_jax.py`` holds this bridge against both.
+
+``torch_xla.experimental.custom_kernel.make_kernel_from_pallas`` takes the kernel out of
+the JAX function and calls it with the tensors of that function. It drops
+
+* the aliases of the custom call, so that each step would copy every cache;
+* whatever stands around the kernel, here the views by which two heads share a word;
+* the order of the kernel's operands, which is not that of the function's arguments.
+
+It also has one kernel for each call, and no result for a device without Pallas.
+
+``torch_xla.core.xla_builder.call_jax`` makes the same custom call with the same aliases
+as this bridge. But it
+
+* lowers for the default device of JAX. That must not be the TPU, which belongs to
+  torch_xla, and for a CPU there is no kernel: "Only interpret mode is supported on CPU
+  backend". The platform is named here instead, and the chip comes from torch_xla;
+* imports torchax, which is in the wheel of torch_xla and imports flax, which is not
+  among its requirements. Without flax it says "Jax is required for this feature";
+* keeps computations by ``id`` of the function, so that a function made for each call
+  is traced each time, and one made at the address of another gets its computation;
+* passes operands in the order of the arguments. torch_xla numbers the parameters of a
+  graph by that order, and XLA pairs the buffers of donated caches by those numbers: see
+  :func:`_in_call_order`.
 """
 
 from __future__ import annotations
