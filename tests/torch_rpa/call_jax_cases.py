@@ -91,14 +91,17 @@ def main() -> None:
         return function(*arrays)
 
     with jit_for_tpu():
-        result["call_jax"] = hlo_of(list(xla_builder.call_jax(results, tuple(call))))
+        theirs: Any = xla_builder.call_jax(results, tuple(call))
+        result["call_jax"] = hlo_of(list(theirs))
         wrapped = custom_kernel.make_kernel_from_pallas(
             results,
             lambda *tensors: [(t.shape, t.dtype) for t in (call.q, call.kv_cache)],
         )
         result["make_kernel_from_pallas"] = hlo_of(list(wrapped(*call[:8])))
     with xla_bridge.lowering_target(TARGET):
-        ours = ops.ragged_paged_attention_functional(*call, sm_scale=OPTIONS.sm_scale)
+        ours: Any = ops.ragged_paged_attention_functional(
+            *call, sm_scale=OPTIONS.sm_scale
+        )
     result["bridge"] = hlo_of(list(ours))
     json.dump(result, sys.stdout)
 

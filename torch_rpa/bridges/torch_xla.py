@@ -27,8 +27,8 @@ as this bridge. But it
   backend". The platform is named here instead, and the chip comes from torch_xla;
 * imports torchax, which is in the wheel of torch_xla and imports flax, which is not
   among its requirements. Without flax it says "Jax is required for this feature";
-* keeps computations by ``id`` of the function, so that a function made for each call
-  is traced each time, and one made at the address of another gets its computation;
+* keeps computations by ``id`` of the function: one made for each call is traced each
+  time, compiled each time, and never forgotten;
 * passes operands in the order of the arguments. torch_xla numbers the parameters of a
   graph by that order, and XLA pairs the buffers of donated caches by those numbers: see
   :func:`_in_call_order`.
