@@ -31,9 +31,8 @@ from tqdm import tqdm
 from benchmarks import cases, compiler, environment, journal, prediction, sweep_checks
 from benchmarks.sweep_checks import Point
 from benchmarks.tpu_timing import Program
-from jax_kernels import chips
+from jax_kernels import chips, tuned
 from jax_kernels.chips import Chip
-from jax_kernels.ragged_paged_attention import tuned
 
 
 def predict_case(case: cases.Case, chip: Chip, program: Program) -> dict:

@@ -31,9 +31,8 @@ from tqdm import tqdm
 from benchmarks import case_options, cases, environment, journal, measurement
 from benchmarks.tuning.run import Run
 from benchmarks.tuning.search import CandidateError
-from jax_kernels import chips
+from jax_kernels import chips, tuned
 from jax_kernels.chips import Chip
-from jax_kernels.ragged_paged_attention import tuned
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

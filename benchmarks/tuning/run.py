@@ -11,8 +11,9 @@ from pathlib import Path
 from benchmarks import block_choice, cases, environment, journal
 from benchmarks.tuning import search, trials
 from benchmarks.tuning.search import CandidateError, Limits
+from jax_kernels import tuned
 from jax_kernels.chips import Chip
-from jax_kernels.ragged_paged_attention import block_sizes, tuned
+from jax_kernels.ragged_paged_attention import block_sizes
 from jax_kernels.ragged_paged_attention.config import BlockSizes
 
 

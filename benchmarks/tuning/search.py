@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from jax_kernels.ragged_paged_attention import tuned
+from jax_kernels import tuned
 from jax_kernels.ragged_paged_attention.config import BlockSizes
 
 # Sizes of a candidate, by the names of BlockSizes.

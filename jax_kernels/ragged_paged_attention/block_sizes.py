@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from jax_kernels import chips
+from jax_kernels import chips, tuned
 from jax_kernels.chips import MIB, Chip
-from jax_kernels.ragged_paged_attention import layout, tuned
+from jax_kernels.ragged_paged_attention import layout
 from jax_kernels.ragged_paged_attention.config import (
     SOFTMAX_TILE_ROWS,
     AttentionSpec,
@@ -96,9 +96,9 @@ def explain(
       problem: Static sizes.
       spec: What is computed.
       chip: Where.
-      records: Tuned sizes; by default those that the package ships.
+      records: Tuned sizes; by default ``tuned.in_force()``.
     """
-    records = tuned.shipped() if records is None else tuple(records)
+    records = tuned.in_force() if records is None else tuple(records)
     shape = tuned_shape(problem, spec)
     model = dataclasses.asdict(preferred(problem, spec))
     sizes, sources = dict(model), {}

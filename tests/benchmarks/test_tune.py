@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks import cases, environment, journal, measurement, timing, tune
 from benchmarks.tuning import search, trials
-from jax_kernels import chips
-from jax_kernels.ragged_paged_attention import tuned
+from jax_kernels import chips, tuned
 from jax_kernels.ragged_paged_attention.config import BlockSizes
 from tests.conftest import HAS_TPU
 

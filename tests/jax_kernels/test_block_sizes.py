@@ -8,13 +8,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jax_kernels import chips
+from jax_kernels import chips, tuned
 from jax_kernels.ragged_paged_attention import (
     BlockSizes,
     block_sizes,
     kv_cache_shape,
     ragged_paged_attention,
-    tuned,
 )
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
 from jax_kernels.ragged_paged_attention.layout import CacheLayout

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 
-from jax_kernels import chips
-from jax_kernels.ragged_paged_attention import tuned
+from jax_kernels import chips, tuned
 
 SHAPE = tuned.TunedShape("bfloat16", "bfloat16", 32, 8, 128, 128)
 
@@ -139,3 +139,90 @@ def test_the_shipped_file_names_chips_and_versions():
         assert chips.find_chip(entry.chip).name == entry.chip
         assert set(entry.versions) == {"date", "commit", "jax", "libtpu"}
         assert entry.speedup > 0.99  # no worse than the model, but for rounding
+
+
+# ---- files that users keep
+
+
+@pytest.fixture
+def no_environment(monkeypatch):
+    """As in a new process without files of users."""
+    monkeypatch.delenv(tuned.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(tuned, "_users", None)
+
+
+def test_a_saved_file_is_read(tmp_path):
+    path = tmp_path / "mine.json"
+    tuned.save(path, [record(size=64)])
+    tuned.save(path, [record(), record("prefill")])
+    assert set(map(str, tuned.read(path))) == {str(record()), str(record("prefill"))}
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match=r"mine\.json: expected each key once"):
+        tuned.save(path, [record(), record(size=64)])
+    assert len(tuned.read(path)) == 2  # the former file is left
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"records": 3}', "records"])
+def test_another_file_is_named(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json: expected JSON like"):
+        tuned.read(path)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        tuned.read(tmp_path / "missing")
+
+
+def test_of_one_key_the_first_group_is_merged():
+    merged = tuned.merge(
+        [record(size=64)], [record(size=128), record("prefill")], [record(chip="v5e")]
+    )
+    assert merged == (record(size=64), record("prefill"), record(chip="v5e"))
+
+
+def test_records_of_users_go_ahead_in_a_block(no_environment, tmp_path):
+    assert tuned.in_force() == tuned.shipped()
+    path = tmp_path / "mine.json"
+    tuned.save(path, [record(size=64)])
+    with tuned.applied(path, [record(size=128), record(chip="v5e", size=32)]):
+        assert tuned.in_force()[:2] == (record(size=64), record(chip="v5e", size=32))
+        with tuned.applied([record(size=16)]):
+            found, _ = tuned.find(tuned.in_force(), "v6e", "decode", SHAPE)
+            assert found == record(size=16)
+        found, _ = tuned.find(tuned.in_force(), "v6e", "decode", SHAPE)
+        assert found == record(size=64)
+    assert tuned.in_force() == tuned.shipped()
+
+
+def test_the_token_tells_records_apart(no_environment):
+    assert tuned.token() == ""
+    tokens = []
+    for records in ([record(size=64)], [record(size=32)], [record(size=64)]):
+        with tuned.applied(records):
+            tokens.append(tuned.token())
+    assert tokens[0] == tokens[2] != tokens[1]
+    assert tuned.token() == ""
+    # The order decides between records that are equally near.
+    near = record(page_size=64), record(page_size=32)
+    with tuned.applied(near):
+        first = tuned.token()
+    with tuned.applied(near[::-1]):
+        assert tuned.token() != first
+
+
+def test_the_environment_names_files(no_environment, monkeypatch, tmp_path):
+    paths = [tmp_path / name for name in ("one.json", "two.json")]
+    tuned.save(paths[0], [record(size=64)])
+    tuned.save(paths[1], [record(size=32), record(chip="v5e")])
+    names = os.pathsep.join(map(str, paths))
+    monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, names)
+    assert tuned.in_force()[:2] == (record(size=64), record(chip="v5e"))
+    with tuned.applied([record(size=16)]):
+        assert tuned.in_force()[0] == record(size=16)
+
+
+def test_a_bad_file_leaves_what_is_in_force(no_environment, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="bad"), tuned.applied(path):
+        pass
+    assert tuned.token() == ""

@@ -93,7 +93,7 @@ def main() -> None:
     with jit_for_tpu():
         theirs: Any = xla_builder.call_jax(results, tuple(call))
         result["call_jax"] = hlo_of(list(theirs))
-        wrapped = custom_kernel.make_kernel_from_pallas(
+        wrapped: Any = custom_kernel.make_kernel_from_pallas(
             results,
             lambda *tensors: [(t.shape, t.dtype) for t in (call.q, call.kv_cache)],
         )

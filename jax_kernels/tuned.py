@@ -1,17 +1,31 @@
-"""Block sizes that were tuned, looked up by shape. Pure values, no hardware.
+"""Block sizes that were tuned, looked up by shape. Pure values, without JAX.
 
 ``tuned_block_sizes.json`` beside this file is written by ``python -m benchmarks.tune``.
+Users keep files of their own in the same format, from the same command or from
+measurements. Their records go ahead of those that the package ships, in a block of
+``applied`` or where the environment variable ``TORCH_RPA_TUNED_BLOCK_SIZES`` names
+them::
+
+    records = tuned.merge(tuned.read("new.json"), tuned.read("mine.json"))
+    tuned.save("mine.json", records)
+    with tuned.applied("mine.json"):
+        ...  # what is traced or lowered here takes its block sizes from mine.json
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from jax_kernels.contract.cache import ITEMSIZES
 
+ENVIRONMENT_VARIABLE = "TORCH_RPA_TUNED_BLOCK_SIZES"
 DATA_FILE = Path(__file__).with_name("tuned_block_sizes.json")
 # What a record says of each phase; the mixed loop has the blocks of prefill.
 PHASES = {
@@ -193,23 +207,34 @@ def find(
     return found[2], found[0]
 
 
-def parse(text: str) -> tuple[TunedBlocks, ...]:
+def parse(text: str, name: str = DATA_FILE.name) -> tuple[TunedBlocks, ...]:
     """The records of a file.
 
+    Args:
+      text: What the file holds.
+      name: Of the file, for errors.
+
     Raises:
-      ValueError: A field is missing, unknown or not valid, or a key comes twice.
+      ValueError: The text is no such file, a field is missing, unknown or not valid, or
+        a key comes twice.
     """
+    try:
+        entries = list(json.loads(text)["records"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f'{name}: expected JSON like {{"records": [...]}}, got {text[:40]!r}'
+        ) from error
     records = []
-    for number, entry in enumerate(json.loads(text)["records"]):
+    for number, entry in enumerate(entries):
         try:
             shape = TunedShape(**entry["shape"])
             records.append(TunedBlocks(**{**entry, "shape": shape}))
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"record {number} of {DATA_FILE.name}: {error}") from error
+            raise ValueError(f"record {number} of {name}: {error}") from error
     keys = [record.key for record in records]
     twice = {key for key in keys if keys.count(key) > 1}
     if twice:
-        raise ValueError(f"{DATA_FILE.name}: expected each key once, got {twice} twice")
+        raise ValueError(f"{name}: expected each key once, got {twice} twice")
     return tuple(records)
 
 
@@ -224,3 +249,120 @@ def as_text(records: Iterable[TunedBlocks]) -> str:
 def shipped() -> tuple[TunedBlocks, ...]:
     """The records of this package, read once."""
     return parse(DATA_FILE.read_text())
+
+
+def read(path: str | os.PathLike[str]) -> tuple[TunedBlocks, ...]:
+    """The records of a file that a user keeps.
+
+    Raises:
+      OSError: The file cannot be read.
+      ValueError: See ``parse``.
+    """
+    return parse(Path(path).read_text(encoding="utf-8"), str(path))
+
+
+def save(path: str | os.PathLike[str], records: Iterable[TunedBlocks]) -> None:
+    """Writes a file that ``read`` reads; a former one is replaced as a whole.
+
+    Raises:
+      ValueError: A key comes twice.
+    """
+    text = as_text(records)
+    parse(text, str(path))
+    whole = Path(path).with_name(Path(path).name + ".part")
+    whole.write_text(text, encoding="utf-8")
+    whole.replace(path)
+
+
+def merge(*groups: Iterable[TunedBlocks]) -> tuple[TunedBlocks, ...]:
+    """All records of the groups; of those with one key, that of the first group."""
+    merged: dict[tuple, TunedBlocks] = {}
+    for group in groups:
+        for record in group:
+            merged.setdefault(record.key, record)
+    return tuple(merged.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Users:
+    """Records that users have put ahead of the shipped ones.
+
+    Attributes:
+      records: In order of precedence.
+      token: The same for the same records, and "" for none.
+    """
+
+    records: tuple[TunedBlocks, ...] = ()
+
+    @functools.cached_property
+    def token(self) -> str:
+        if not self.records:
+            return ""
+        text = as_text(self.records) + str([str(r.key) for r in self.records])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+_lock = threading.Lock()
+_users: _Users | None = None  # None: the environment has not been read yet
+
+
+def _current() -> _Users:
+    global _users
+    if _users is None:
+        paths = os.environ.get(ENVIRONMENT_VARIABLE, "").split(os.pathsep)
+        _users = _Users(merge(*(read(path) for path in paths if path)))
+    return _users
+
+
+@contextlib.contextmanager
+def applied(
+    *sources: str | os.PathLike[str] | Iterable[TunedBlocks],
+) -> Iterator[None]:
+    """Puts records ahead of those in force so far, until the block ends.
+
+    Of equally near records, that of the first source is taken. It holds for the whole
+    process, all threads, and only for what is traced or lowered in the block: a program
+    that exists keeps its block sizes. Blocks may be nested, the innermost goes first.
+
+    Args:
+      sources: Files, or records. None of them: no effect.
+
+    Raises:
+      OSError: A file cannot be read.
+      ValueError: A file holds something else; see ``parse``.
+    """
+    global _users
+    groups = [
+        read(source) if isinstance(source, str | os.PathLike) else tuple(source)
+        for source in sources
+    ]
+    with _lock:
+        former = _current()
+        _users = _Users(merge(*groups, former.records))
+    try:
+        yield
+    finally:
+        with _lock:
+            _users = former
+
+
+def in_force() -> tuple[TunedBlocks, ...]:
+    """The records that block sizes are looked up in: those of users, then the shipped.
+
+    Users' records come from blocks of ``applied`` and from the files that the
+    environment variable ``TORCH_RPA_TUNED_BLOCK_SIZES`` names, separated like those of
+    ``PATH``. It is read once, when block sizes are first looked up.
+
+    Raises:
+      OSError: A file that the environment names cannot be read.
+      ValueError: Such a file holds something else.
+    """
+    return merge(_current().records, shipped())
+
+
+def token() -> str:
+    """What users' records are in force: equal for equal records, "" for none.
+
+    A part of the key of whatever keeps programs with block sizes in them.
+    """
+    return _current().token
