@@ -15,7 +15,7 @@ import torch._lazy.ts_backend
 
 from torch_rpa import reference as eager
 from torch_rpa import validation
-from torch_rpa.options import AttentionOptions
+from torch_rpa.options import make_options
 
 torch._lazy.ts_backend.init()
 
@@ -28,7 +28,7 @@ def call(tensors, options, *, donate_kv_cache=False):
     """The reference on the CPU; what it gives is moved to the device."""
     calls.append("donating call" if donate_kv_cache else "call")
     inputs = validation.Inputs(*tensors)
-    attention_options = AttentionOptions(**options)
+    attention_options = make_options(options)
     validation.validate_static(inputs, attention_options)
     moved: list[Any] = [None if t is None else t.cpu() for t in inputs]
     on_cpu = validation.Inputs(*moved)

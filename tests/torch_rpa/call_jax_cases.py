@@ -80,7 +80,7 @@ def main() -> None:
     call = make_call(device=torch_xla.device())
     torch_xla.sync(wait=True)
     hlo_of = torch_xla._XLAC._get_xla_tensors_hlo
-    function = lowering.jax_function(OPTIONS, call.q.dtype, TARGET)
+    function = lowering.jax_function(OPTIONS, TARGET)
     result: dict[str, str | None] = {}
 
     result["call_jax without flax"] = error_of(xla_builder.call_jax, function, call)
