@@ -21,12 +21,14 @@ from torch_rpa.api import ragged_paged_attention as ragged_paged_attention
 from torch_rpa.kv_cache import empty_kv_cache as empty_kv_cache
 from torch_rpa.kv_cache import kv_cache_shape as kv_cache_shape
 from torch_rpa.kv_cache import unpack_kv_cache as unpack_kv_cache
+from torch_rpa.tuned import tuned_block_sizes as tuned_block_sizes
 
 __all__ = [
     "__version__",
     "empty_kv_cache",
     "kv_cache_shape",
     "ragged_paged_attention",
+    "tuned_block_sizes",
     "unpack_kv_cache",
 ]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from jax_kernels.contract.options import check_block_sizes
 from torch_rpa import bridges, ops, validation
 from torch_rpa.options import make_options
 from torch_rpa.validation import Inputs
@@ -34,6 +36,7 @@ def ragged_paged_attention(
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
     out_dtype: torch.dtype | None = None,
+    block_sizes: Sequence[int] | None = None,
     impl: str | None = None,
     validate: bool | None = None,
 ) -> torch.Tensor:
@@ -88,6 +91,13 @@ def ragged_paged_attention(
         update_kv_cache: False writes nothing and reads all keys from the cache.
         chunk_prefill_size: Tokens of each of the sequences ``[i, j)``.
         out_dtype: bfloat16 or float32; None is the dtype of ``q``.
+        block_sizes: Tile sizes of the kernel, ``(decode_block_kv, block_q, block_kv)``,
+            powers of two: tokens of the cache that decode fetches at once, query tokens
+            of a tile of prefill, tokens of the cache fetched at once there. None takes
+            those tuned for the shape, users' own records first (see
+            :func:`torch_rpa.tuned_block_sizes`), or else those of a model. They change
+            speed and the order of sums only. The eager reference and the plain
+            computation have no tiles: there they are checked and have no effect.
         impl: None takes the implementation of the device: the Pallas kernel on a TPU,
             the same computation in plain XLA on the XLA CPU device, eager PyTorch on
             CPU tensors. "reference" takes the plain computation on every device.
@@ -117,6 +127,7 @@ def ragged_paged_attention(
         "update_kv_cache": update_kv_cache,
         "chunk_prefill_size": chunk_prefill_size,
         "out_dtype": out_dtype,
+        "block_sizes": check_block_sizes(block_sizes),
     }
     inputs = Inputs(
         q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks
@@ -139,7 +150,9 @@ def _run_selected(impl: str, inputs: Inputs, options: dict[str, Any]) -> torch.T
             validation.validate_values(inputs, attention_options)
         from torch_rpa.bridges import interpret
 
-        return interpret.interpret_pallas_(inputs, attention_options)
+        return interpret.interpret_pallas_(
+            inputs, attention_options, block_sizes=options["block_sizes"]
+        )
     bridge = bridges.find(inputs.q.device.type)
     if bridge is None:  # the reference is all there is
         return ops.ragged_paged_attention(*inputs, **options)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from jax_kernels.contract import AttentionOptions as AttentionOptions
+from jax_kernels.contract.options import check_block_sizes
 
 # Nullable, whatever the default is: the dispatcher makes None of a plain ``bool`` False
 # before anybody sees it, but here None comes through and is refused.
@@ -30,7 +31,8 @@ def _schema() -> str:
     return ", ".join(parts)
 
 
-OPTIONS_SCHEMA = _schema()
+# How the kernel computes comes after what it means.
+OPTIONS_SCHEMA = f"{_schema()}, int[]? block_sizes=None"
 
 
 def make_options(keywords: dict[str, Any]) -> AttentionOptions:
@@ -38,13 +40,15 @@ def make_options(keywords: dict[str, Any]) -> AttentionOptions:
 
     Args:
         keywords: As the operator takes them, ``out_dtype`` a ``torch.dtype``. Those
-            that are left out have their defaults.
+            that are left out have their defaults. ``block_sizes`` is checked, and is no
+            part of what comes back.
 
     Raises:
         ValueError: A value breaks its rule.
         NotImplementedError: An output dtype that is not supported.
     """
     keywords = dict(keywords)
+    check_block_sizes(keywords.pop("block_sizes", None))
     out_dtype = keywords.pop("out_dtype", None)
     name = None if out_dtype is None else dtype_name(out_dtype)
     return AttentionOptions(**keywords, out_dtype=name)

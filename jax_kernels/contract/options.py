@@ -7,7 +7,7 @@ This is the list of them. The schemas of the PyTorch operators are made from it,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 INPUT_DTYPES = ("bfloat16", "float32")
@@ -111,6 +111,35 @@ class AttentionOptions:
                     f"{_FACTOR_RANGE} in size, got {factor} from {self.sm_scale=}, "
                     f"{self.q_scale=}, {self.k_scale=}, {self.soft_cap=}"
                 )
+
+
+def check_block_sizes(value: Any) -> tuple[int, int, int] | None:
+    """Returns ``(decode_block_kv, block_q, block_kv)``, or None for None.
+
+    They change the speed of the kernel and the order of its sums, never the meaning.
+    Where there is no kernel they have no effect.
+
+    Args:
+      value: Three powers of two: tokens of the cache that decode fetches at once,
+        query tokens of a tile of prefill, tokens of the cache fetched at once there.
+
+    Raises:
+      ValueError: It is something else.
+    """
+    if value is None:
+        return None
+    sizes = tuple(value) if isinstance(value, Sequence) else ()
+    if len(sizes) != 3 or not all(map(_is_power_of_two, sizes)):
+        raise ValueError(
+            "block_sizes must be three powers of two (decode_block_kv, block_q, "
+            f"block_kv) or None, got {value!r}"
+        )
+    return sizes
+
+
+def _is_power_of_two(value: Any) -> bool:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return is_int and value >= 1 and value.bit_count() == 1
 
 
 def check_bool(name: str, value: object) -> bool:

@@ -20,7 +20,11 @@ OPTIONS = [
 ]
 # What a function has besides the options: how it computes.
 FUNCTIONS = {
-    torch_rpa.ragged_paged_attention: {"impl": None, "validate": None},
+    torch_rpa.ragged_paged_attention: {
+        "block_sizes": None,
+        "impl": None,
+        "validate": None,
+    },
     rpa.ragged_paged_attention: {
         "validate": False,
         "block_sizes": None,
@@ -50,7 +54,8 @@ def test_schemas_have_the_arrays_then_the_options(operator):
     arguments = [a for a in operator._schema.arguments if a.name != "donate_kv_cache"]
     positional = [a.name for a in arguments if not a.kwarg_only]
     assert positional == list(Arguments._fields)
-    assert [(a.name, a.default_value) for a in arguments if a.kwarg_only] == OPTIONS
+    keywords = [(a.name, a.default_value) for a in arguments if a.kwarg_only]
+    assert keywords == [*OPTIONS, ("block_sizes", None)]
 
 
 def test_only_the_public_operator_mutates_and_only_the_cache():

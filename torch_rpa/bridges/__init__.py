@@ -53,8 +53,10 @@ class Bridge(Protocol):
         Args:
             tensors: Those of :class:`torch_rpa.validation.Inputs`, in its order;
                 trailing ones may be left out.
-            options: Keyword arguments of :class:`torch_rpa.options.AttentionOptions`;
-                defaults may be left out.
+            options: Keyword arguments of the operator, checked by
+                :func:`torch_rpa.options.make_options`; defaults may be left out. What
+                is compiled depends on all of them and on the tuned records in force:
+                ``jax_kernels.tuned.token()`` belongs to the key of any cache of it.
             donate_kv_cache: Whether the buffer of the cache may become that of the new
                 cache, because the caller overwrites the old one.
 

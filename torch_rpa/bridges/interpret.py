@@ -15,7 +15,10 @@ from torch_rpa.validation import Inputs
 
 
 def interpret_pallas_(
-    inputs: Inputs, options: AttentionOptions, chip: str | None = None
+    inputs: Inputs,
+    options: AttentionOptions,
+    chip: str | None = None,
+    block_sizes: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
     """Runs the Pallas kernel in TPU interpret mode on CPU tensors, in place.
 
@@ -30,19 +33,24 @@ def interpret_pallas_(
     validation.validate_ranges(inputs, sizes)
     jax = lowering.import_jax()
     arguments = [None if t is None else jax.numpy.asarray(_to_numpy(t)) for t in inputs]
-    out, new_cache = _interpreted(options, chip)(*arguments)
+    out, new_cache = _interpreted(options, chip, block_sizes)(*arguments)
     if options.update_kv_cache:
         inputs.kv_cache.copy_(_from_numpy(new_cache, inputs.kv_cache.dtype))
     return _from_numpy(out, torch_dtype(sizes.out_dtype))
 
 
 @functools.cache
-def _interpreted(options: AttentionOptions, chip: str | None) -> Callable:
-    from jax_kernels.ragged_paged_attention import ragged_paged_attention
+def _interpreted(
+    options: AttentionOptions,
+    chip: str | None,
+    block_sizes: tuple[int, int, int] | None,
+) -> Callable:
+    from jax_kernels.ragged_paged_attention import BlockSizes, ragged_paged_attention
 
     return functools.partial(
         ragged_paged_attention,
         **vars(options),
+        block_sizes=None if block_sizes is None else BlockSizes(*block_sizes),
         chip=chip,
         interpret=True,
     )

@@ -31,20 +31,26 @@ class Target(NamedTuple):
 
 
 def jax_function(
-    options: AttentionOptions, target: Target
+    options: AttentionOptions,
+    target: Target,
+    block_sizes: tuple[int, int, int] | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
     """Returns the JAX function of one call.
 
     Args:
         options: All that is no tensor.
         target: Says which implementation.
+        block_sizes: Tiles of the kernel, if they are given; the plain computation has
+            none.
 
     Returns:
         A function of the arrays of :class:`torch_rpa.validation.Inputs`, in their
         order, None where a tensor is None. It returns ``(out, new_cache)``, or
         ``(out,)`` if the cache is not updated.
     """
-    return functools.partial(_results, _implementation(target), vars(options))
+    return functools.partial(
+        _results, _implementation(target, block_sizes), vars(options)
+    )
 
 
 def _results(
@@ -54,14 +60,20 @@ def _results(
     return (out, new_cache) if keywords["update_kv_cache"] else (out,)
 
 
-def _implementation(target: Target) -> Callable:
+def _implementation(
+    target: Target, block_sizes: tuple[int, int, int] | None
+) -> Callable:
     if target.implementation == "reference":
         from jax_kernels.ragged_paged_attention import ragged_paged_attention_reference
 
         return ragged_paged_attention_reference
-    from jax_kernels.ragged_paged_attention import ragged_paged_attention
+    from jax_kernels.ragged_paged_attention import BlockSizes, ragged_paged_attention
 
-    return functools.partial(ragged_paged_attention, chip=target.chip)
+    return functools.partial(
+        ragged_paged_attention,
+        chip=target.chip,
+        block_sizes=None if block_sizes is None else BlockSizes(*block_sizes),
+    )
 
 
 def jax_dtype(dtype: torch.dtype) -> Any:

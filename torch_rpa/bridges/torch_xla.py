@@ -5,7 +5,9 @@ which torch_xla puts into its own graph as it is: the custom call of the kernel,
 computed before and after it, and the aliases by which the cache keeps its memory.
 
 The computation object is kept and handed out again for the same signature. A new object
-would change the hash of the graph, and every step would compile anew.
+would change the hash of the graph, and every step would compile anew. All that block
+sizes follow from is part of the signature, users' tuned records too: torch_xla keeps
+compiled graphs without knowing how the kernel in them was made.
 
 torch_xla 2.9.0 has two ways of its own to call JAX. Neither serves as it is, and
 ``tests/torch_rpa/test_call_jax.py`` holds this bridge against both.
@@ -53,7 +55,7 @@ import torch_xla.debug.metrics
 import torch_xla.runtime
 from torch_xla._dynamo import dynamo_bridge
 
-from jax_kernels import chips
+from jax_kernels import chips, tuned
 from torch_rpa import validation
 from torch_rpa.bridges import lowering
 from torch_rpa.bridges.lowering import Target
@@ -82,8 +84,11 @@ def call(
     tensors: Sequence[Any], options: dict[str, Any], *, donate_kv_cache: bool = False
 ) -> list[torch.Tensor]:
     """Adds the attention to torch_xla's graph; see :meth:`torch_rpa.bridges.Bridge`."""
+    if options.get("block_sizes") is not None:
+        options["block_sizes"] = tuple(options["block_sizes"])  # from torch, a list
     signature = (
         _state.target,
+        tuned.token(),
         tuple(options.items()),
         *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
     )
@@ -232,14 +237,21 @@ def _prepare(signature: tuple, tensors: Sequence[Any], options: dict[str, Any]) 
     target = _state.target or device_target(inputs.q.device)
     with _lock:
         if signature not in _computations:
-            _computations[signature] = _lower(inputs, attention_options, target)
+            _computations[signature] = _lower(
+                inputs, attention_options, target, options.get("block_sizes")
+            )
     return _computations[signature]
 
 
-def _lower(inputs: Inputs, options: AttentionOptions, target: Target) -> Any:
+def _lower(
+    inputs: Inputs,
+    options: AttentionOptions,
+    target: Target,
+    block_sizes: tuple[int, int, int] | None,
+) -> Any:
     """Lowers the kernel or its reference to an XLA computation of torch_xla."""
     torch_xla._XLAC._init_computation_client()  # before JAX looks for devices
-    function = lowering.jax_function(options, target)
+    function = lowering.jax_function(options, target, block_sizes)
     structs = lowering.shape_structs(_in_call_order(inputs))
     module = lowering.hlo_module(
         functools.partial(_in_call_order_of, function), structs, target.platform
