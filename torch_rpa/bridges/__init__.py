@@ -13,7 +13,6 @@ opened, so that ``import torch_rpa`` needs torch alone.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -134,12 +133,16 @@ BRIDGES: dict[str, Entry] = {
 }
 
 
+_loaded: dict[str, Bridge] = {}
+
+
 def find(device_type: str) -> Bridge | None:
     """Returns the bridge of a device type, or None if it has none, as the CPU."""
     entry = BRIDGES.get(device_type)
-    return None if entry is None else _load(entry)
-
-
-@functools.cache
-def _load(entry: Entry) -> Bridge:
-    return cast(Bridge, importlib.import_module(entry.module))
+    if entry is None:
+        return None
+    bridge = _loaded.get(entry.module)  # each call comes here three times
+    if bridge is None:
+        bridge = cast(Bridge, importlib.import_module(entry.module))
+        _loaded[entry.module] = bridge
+    return bridge
