@@ -24,7 +24,8 @@ napoleon_use_rtype = False
 # other projects are not linked, so that the build needs no network.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|jax|numpy|np|torch|torch_xla|transformers|typing)\..*"),
+    (r"py:.*", r"(collections|contextlib|os|typing)\..*"),
+    (r"py:.*", r"(jax|numpy|np|torch|torch_xla|transformers)\..*"),
     (r"py:.*", r"torch_rpa\.transformers\.attention\.Model"),  # a type variable
     (r"py:.*", r"(Any|Array|ArrayLike|DTypeLike|Mesh|ndarray)"),
 ]
