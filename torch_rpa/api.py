@@ -134,6 +134,10 @@ def ragged_paged_attention(
     )
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+    if not torch.compiler.is_compiling():  # there the operator's fake checks them
+        # The dispatcher makes numbers of flags, tensors and arrays of one element, and
+        # has words of its own for what it cannot convert.
+        make_options(options)
     if validate:
         validation.validate_values(inputs, make_options(options))
     if impl is None:

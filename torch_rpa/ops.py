@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from jax_kernels.contract.arguments import check_given
 from jax_kernels.contract.options import check_bool
 from torch_rpa import bridges, validation
 from torch_rpa.options import (
@@ -67,12 +68,12 @@ ragged_paged_attention_readonly = torch.ops.rpa.ragged_paged_attention_readonly.
 
 def _composite(*tensors: Any, **options: Any) -> torch.Tensor:
     """Any device but the CPU: the functional operator, then an update in place."""
+    check_given(tensors)
     validation.validate_gradients(tensors)
     with torch._C._AutoDispatchBelowAutograd():
         if not _updates(options):
             return ragged_paged_attention_readonly(*tensors, **options)
         kv_cache = tensors[3]
-        assert kv_cache is not None
         donate = isinstance(kv_cache, FunctionalTensor)  # in a graph of torch.compile
         if not donate:
             bridge = bridges.find(kv_cache.device.type)

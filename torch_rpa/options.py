@@ -50,6 +50,8 @@ def make_options(keywords: dict[str, Any]) -> AttentionOptions:
     keywords = dict(keywords)
     check_block_sizes(keywords.pop("block_sizes", None))
     out_dtype = keywords.pop("out_dtype", None)
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise ValueError(f"out_dtype must be a torch.dtype or None, got {out_dtype!r}")
     name = None if out_dtype is None else dtype_name(out_dtype)
     return AttentionOptions(**keywords, out_dtype=name)
 

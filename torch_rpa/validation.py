@@ -15,6 +15,7 @@ import torch
 
 from jax_kernels import contract
 from jax_kernels.contract import Arguments, ArraySpec, CallSizes, Metadata
+from jax_kernels.contract.arguments import check_given
 from torch_rpa.options import AttentionOptions, dtype_name
 
 VALIDATE_ENV = "TORCH_RPA_VALIDATE"
@@ -43,6 +44,7 @@ def values_requested() -> bool:
 
 def validate_static(inputs: Inputs, options: AttentionOptions) -> CallSizes:
     """Checks shapes, dtypes, devices and strides; returns the sizes of the call."""
+    check_given(inputs)
     for name, tensor in inputs._asdict().items():
         if tensor is not None and tensor.device != inputs.q.device:
             raise ValueError(

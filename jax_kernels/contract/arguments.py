@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from jax_kernels.contract import cache
@@ -10,6 +11,8 @@ from jax_kernels.contract.cache import CacheGeometry
 from jax_kernels.contract.options import INPUT_DTYPES, AttentionOptions
 
 Array = TypeVar("Array")
+
+MAY_BE_NONE = ("k", "v", "sinks")
 
 
 class ArraySpec(NamedTuple):
@@ -62,6 +65,20 @@ class CallSizes:
     cache: CacheGeometry
 
 
+def check_given(arrays: Sequence[object]) -> None:
+    """Raises unless the arrays that every call needs are there.
+
+    Args:
+      arrays: In the order of :class:`Arguments`; trailing ones may be left out.
+
+    Raises:
+      ValueError: One of them is None.
+    """
+    for name, array in zip(Arguments._fields, arrays, strict=False):
+        if array is None and name not in MAY_BE_NONE:
+            raise ValueError(f"{name} must be given, got None")
+
+
 def check_arguments(
     arguments: Arguments[ArraySpec], options: AttentionOptions
 ) -> CallSizes:
@@ -71,6 +88,7 @@ def check_arguments(
       ValueError: A shape or dtype is wrong, or arrays do not fit each other.
       NotImplementedError: A dtype, a head_dim or a ``q_scale`` that is not supported.
     """
+    check_given(arguments)
     q = arguments.q
     num_tokens, num_q_heads, head_dim = _check_queries(q)
     _check_keys_and_values(arguments, options.update_kv_cache)

@@ -139,6 +139,8 @@ def ragged_paged_attention(
         )
     else:
         vmem_limit_bytes = int(chip_spec.vmem_bytes * block_sizes_lib.VMEM_LIMIT_SHARE)
+    if block_sizes is not None and not isinstance(block_sizes, BlockSizes):
+        raise ValueError(f"block_sizes must be BlockSizes or None, got {block_sizes!r}")
     if block_sizes is None:
         block_sizes = block_sizes_lib.choose(problem, spec, chip_spec)
     config = block_sizes_lib.make_config(

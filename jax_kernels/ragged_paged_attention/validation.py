@@ -71,8 +71,11 @@ class Problem:
 
 
 def dtype_name(dtype: DTypeLike | None) -> str | None:
-    """The name by which the contract knows a dtype."""
-    return None if dtype is None else jnp.dtype(dtype).name
+    """The name by which the contract knows the dtype of an output."""
+    try:
+        return None if dtype is None else jnp.dtype(dtype).name
+    except TypeError as error:
+        raise ValueError(f"out_dtype must be a dtype or None, got {dtype!r}") from error
 
 
 def validate_static(arguments: Arguments[Any], options: AttentionOptions) -> Problem:
