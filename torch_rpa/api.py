@@ -74,8 +74,8 @@ def ragged_paged_attention(
             other arguments at or past ``k`` are ignored.
         sinks: ``[Hq]`` float32 logits of one extra key per head with a zero value. +inf
             takes all the weight, so that the head gives zeros; -inf takes none.
-        sm_scale: Factor on the scores, usually ``D ** -0.5``; any finite number, 0 and
-            negative ones included.
+        sm_scale: Factor on the scores, usually ``D ** -0.5``: 0, or from 2**-120 to
+            2**120 in size, negative ones included.
         causal: Hide keys after the query's own position.
         sliding_window: See only the last ``sliding_window`` positions. A window as long
             as the context sees all.
@@ -85,7 +85,8 @@ def ragged_paged_attention(
         k_scale: The cache stores ``k * float32(1 / k_scale)``, and scores are
             multiplied by ``k_scale``. The inverse is computed in float64, the product
             in float32; it is clipped to the finite range of a quantised cache, then
-            rounded to nearest, ties to even. The same bytes come out on every device.
+            rounded to nearest, ties to even. The same bytes come out on every device,
+            but for NaN, which stays NaN in one of its codes.
         v_scale: The cache stores ``v * float32(1 / v_scale)`` likewise, and the output
             is multiplied by ``v_scale``.
         update_kv_cache: False writes nothing and reads all keys from the cache.

@@ -30,8 +30,8 @@ class AttentionOptions:
     All values are static: a new value is a new compiled program on an XLA device.
 
     Attributes:
-      sm_scale: Factor of the scores ``q . k``, usually ``head_dim ** -0.5``: any
-        number, 0 and negative ones included, whose size is a normal float32.
+      sm_scale: Factor of the scores ``q . k``, usually ``head_dim ** -0.5``: 0,
+        or from 2**-120 to 2**120 in size, negative ones included.
       causal: Hide the keys after a query's own position.
       sliding_window: Keep only the last ``sliding_window`` positions, the query's own
         included. None keeps all, and so does a window as long as the context.
@@ -42,7 +42,8 @@ class AttentionOptions:
       k_scale: The cache stores ``k * float32(1 / k_scale)``, and scores are multiplied
         by ``k_scale``. None is 1. The inverse is computed in float64 and rounded, the
         product is in float32; it is clipped to the finite range of an 8-bit cache, then
-        rounded to nearest, ties to even. The same bytes come out on every path.
+        rounded to nearest, ties to even. The same bytes come out on every path,
+        but for NaN, which stays NaN in one of its codes.
       v_scale: The cache stores ``v * float32(1 / v_scale)`` likewise, and outputs are
         multiplied by ``v_scale``. None is 1.
       update_kv_cache: Write new keys and values to the cache. False reads all from the

@@ -84,8 +84,8 @@ def ragged_paged_attention(
         without a query is skipped wherever it stands.
       sinks: f32[Hq], a logit per head that joins the denominator, or None. +inf takes
         all the weight, so that the head gives zeros; -inf takes none.
-      sm_scale: Factor of the scores, usually D ** -0.5; any finite number, 0 and
-        negative ones included.
+      sm_scale: Factor of the scores, usually D ** -0.5: 0, or from 2**-120 to 2**120
+        in size, negative ones included.
       causal: Whether queries see only keys up to their own position.
       sliding_window: Number of positions seen, the query's own included. A window as
         long as the context sees all.
@@ -95,7 +95,8 @@ def ragged_paged_attention(
       k_scale: New keys are stored as ``k * float32(1 / k_scale)``, and scores are
         multiplied by ``k_scale``. The inverse is computed in float64, the product in
         float32; it is clipped to the finite range of an 8-bit cache, then rounded to
-        nearest, ties to even. The same bytes come out of every implementation.
+        nearest, ties to even. The same bytes come out of every implementation,
+        but for NaN, which stays NaN in one of its codes.
       v_scale: New values are stored as ``v * float32(1 / v_scale)`` likewise, and the
         output is multiplied by ``v_scale``.
       update_kv_cache: Whether new keys and values are written. If not, everything is

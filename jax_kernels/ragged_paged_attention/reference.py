@@ -124,7 +124,7 @@ def ragged_paged_attention_reference(
       distribution: i32[3], (i, j, k): k sequences are live.
       sinks: f32[Hq]. Logit per head of an extra key whose value is zero. +inf takes all
         the weight, so that the head gives zeros.
-      sm_scale: Factor of ``q . k``, any finite number.
+      sm_scale: Factor of ``q . k``: 0, or from 2**-120 to 2**120 in size.
       causal: Whether a query sees only keys at or before its own position.
       sliding_window: Number of latest positions seen, the query's own included.
       soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``.

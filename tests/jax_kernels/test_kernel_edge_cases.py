@@ -224,13 +224,16 @@ def test_block_sizes_change_only_the_order_of_rounding():
     assert_same_bytes(small_cache, default_cache)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 20}], ids=["all", "window"])
+@pytest.mark.parametrize(
+    "layout, options",
+    [("split_bf16", {}), ("fused_e4m3", {"sliding_window": 20})],
+    ids=["all", "window"],
+)
 def test_infinite_sinks_give_zeros_or_change_nothing(layout, options):
     """exp(inf) in the denominator leaves nothing, exp(-inf) is no sink. In decode and
     in tiles, where rows of several query heads share registers; a window leaves whole
     blocks without a key that a row sees."""
-    batch = make_batch([(1, 90), (1, 20), (70, 161), (3, 3)], (2, 2, 4), layout=layout)
+    batch = make_batch([(1, 90), (1, 20), (40, 66), (3, 3)], (2, 2, 4), layout=layout)
     num_heads = batch.queries.shape[1]
     arguments = batch.jax_arguments[:8]
 

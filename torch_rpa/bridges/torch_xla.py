@@ -85,7 +85,8 @@ def call(
 ) -> list[torch.Tensor]:
     """Adds the attention to torch_xla's graph; see :meth:`torch_rpa.bridges.Bridge`."""
     if options.get("block_sizes") is not None:
-        options["block_sizes"] = tuple(options["block_sizes"])  # from torch, a list
+        block_sizes = tuple(options["block_sizes"])  # from torch, a list
+        options = options | {"block_sizes": block_sizes}
     signature = (
         _state.target,
         tuned.token(),
