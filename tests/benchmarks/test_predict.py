@@ -128,7 +128,7 @@ def test_exactly_one_choice_of_cases(capsys):
 
 def test_a_failed_compilation_shows_the_last_words_of_the_compiler():
     shape = cases.StaticShape(cases.Model(3, 2, 128), 1, 1, 1)  # 3 heads in 2 groups
-    with pytest.raises(RuntimeError, match=r"exit status 1:(.|\n)*got num_q_heads=3"):
+    with pytest.raises(RuntimeError, match=r"exit status 1:(.|\n)*2 key heads(.|\n)*got 3"):
         compiler.compile_program(shape, "tpu7x")
 
 
