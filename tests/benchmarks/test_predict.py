@@ -128,7 +128,9 @@ def test_exactly_one_choice_of_cases(capsys):
 
 def test_a_failed_compilation_shows_the_last_words_of_the_compiler():
     shape = cases.StaticShape(cases.Model(3, 2, 128), 1, 1, 1)  # 3 heads in 2 groups
-    with pytest.raises(RuntimeError, match=r"exit status 1:(.|\n)*2 key heads(.|\n)*got 3"):
+    with pytest.raises(
+        RuntimeError, match=r"exit status 1:(.|\n)*2 key heads(.|\n)*got 3"
+    ):
         compiler.compile_program(shape, "tpu7x")
 
 
@@ -162,6 +164,7 @@ def test_plot_without_matplotlib_names_the_remedy(monkeypatch, toy_compiler):
     assert toy_compiler == []
 
 
+@pytest.mark.slow
 def test_plot_is_a_picture(toy_compiler, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"

@@ -90,6 +90,7 @@ def test_streamed_texts_are_the_same_texts(capsys):
     assert text not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_trace_is_replayed_checked_and_plotted(tmp_path, capsys):
     trace, picture = tmp_path / "trace.jsonl", tmp_path / "steps.png"
     prefix = '"prefix": "p", "prefix_tokens": 32'

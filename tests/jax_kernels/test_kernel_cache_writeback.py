@@ -49,6 +49,7 @@ def by_slot(kv_cache: np.ndarray) -> np.ndarray:
     return np.moveaxis(as_bytes, 1, 2).reshape(num_pages, rows * packing, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_the_slots_of_new_tokens_change(layout):
     """Rule 8, in bytes. The neighbours in a packed row are kept: the old token before
@@ -62,6 +63,7 @@ def test_only_the_slots_of_new_tokens_change(layout):
     assert changed == rows_of_new_tokens(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_the_row_of_old_and_new_tokens_reaches_every_tile(causal):
     """Chunks of several tiles that start within a packed row (the seam)."""
@@ -74,6 +76,7 @@ def test_the_row_of_old_and_new_tokens_reaches_every_tile(causal):
     assert_kernel_matches_oracle(batch, causal=causal, **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", [16, 128], ids=lambda size: f"page{size}")
 def test_a_long_chunk_reads_back_what_it_has_written(page_size):
     """More cells than the ring has slots, so early tiles are stored by then."""
@@ -88,6 +91,7 @@ def test_a_long_chunk_reads_back_what_it_has_written(page_size):
     assert_kernel_matches_oracle(batch, block_sizes=blocks, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_many_short_sequences_are_all_written_before_the_kernel_ends():
     """Rule 7: more write-backs than the rings have slots, in both loops."""
     sequences = [(1, 3 * s + 1) for s in range(15)] + [(2, 2 + s) for s in range(12)]
@@ -95,6 +99,7 @@ def test_many_short_sequences_are_all_written_before_the_kernel_ends():
     assert_kernel_matches_oracle(batch, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_appended_tokens_are_visible_to_the_next_steps():
     """A prompt in two chunks and three decodes, each reading what the last wrote."""
     page_size, head_dim = 16, 64
@@ -126,6 +131,7 @@ def test_appended_tokens_are_visible_to_the_next_steps():
         _, kv_cache = assert_kernel_matches_oracle(step, **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["split_bf16", "fused_e5m2"])
 def test_sequences_that_share_prefix_pages_leave_them_alone(layout):
     """Rule 8: prefix caching."""
@@ -141,6 +147,7 @@ def test_sequences_that_share_prefix_pages_leave_them_alone(layout):
     assert_same_bytes(after[sorted(shared)], before[sorted(shared)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, low, high",
     [
@@ -166,6 +173,7 @@ def test_new_tokens_are_clipped_to_the_range_of_the_cache(dtype, low, high):
     assert set(np.unique(stored[..., 1::2].astype(np.float32))) == {low}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim, lanes", [(72, (72, 128)), (40, (40, 64))])
 def test_lanes_of_padding_become_zero_in_the_slots_written(head_dim, lanes):
     batch = make_ragged_batch(

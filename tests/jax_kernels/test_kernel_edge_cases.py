@@ -126,12 +126,14 @@ def test_rows_past_the_last_sequence_are_zeros(num_live):
 BOUNDARIES = (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 192)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_decodes_of_every_length_around_a_boundary(layout):
     sequences = [(1, kv_len) for kv_len in BOUNDARIES]
     assert_kernel_matches_oracle(make_batch(sequences, layout=layout), **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_old", [0, 3, 30, 33])
 def test_chunks_that_start_and_end_around_a_boundary(layout, num_old):
@@ -140,6 +142,7 @@ def test_chunks_that_start_and_end_around_a_boundary(layout, num_old):
     assert_kernel_matches_oracle(make_batch(sequences, layout=layout), **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "distribution, sequences",
     [
@@ -158,6 +161,7 @@ def test_every_distribution_with_a_chunk_size(distribution, sequences):
     assert_kernel_matches_oracle(batch, chunk_prefill_size=32, **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "distribution, sequences",
     [
@@ -190,6 +194,7 @@ def ragged_sequences(draw):
     return sequences, (len(decodes), prefill_end, len(sequences))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10, derandomize=True)
 @given(ragged_sequences())
 def test_any_batch_matches_the_oracle(drawn):
@@ -197,6 +202,7 @@ def test_any_batch_matches_the_oracle(drawn):
     assert_kernel_matches_oracle(make_batch(sequences, distribution), **OPTIONS)
 
 
+@pytest.mark.slow
 def test_the_distribution_does_not_change_the_result():
     """A sequence with one query may be served by any loop."""
     sequences = [(1, 20), (1, 64), (1, 1), (1, 35)]
@@ -211,6 +217,7 @@ def test_the_distribution_does_not_change_the_result():
         assert_same_bytes(kv_cache, caches[0])
 
 
+@pytest.mark.slow
 def test_block_sizes_change_only_the_order_of_rounding():
     batch = make_batch([(1, 90), (3, 3), (70, 91)])
     small, small_cache = run_kernel(batch.jax_arguments, **OPTIONS)
@@ -224,6 +231,7 @@ def test_block_sizes_change_only_the_order_of_rounding():
     assert_same_bytes(small_cache, default_cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, options",
     [("split_bf16", {}), ("fused_e4m3", {"sliding_window": 20})],

@@ -65,6 +65,7 @@ def run_changed(batch: RaggedBatch, window: int | None = None):
     return run_kernel(batch.jax_arguments, sliding_window=window, **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("victim", range(len(SEQUENCES)))
 def test_nan_in_one_sequence_leaves_every_other_bit_identical(victim, layout):
@@ -87,6 +88,7 @@ def test_nan_in_one_sequence_leaves_every_other_bit_identical(victim, layout):
     assert_same_bytes(new_cache[other_pages], kv_cache[other_pages])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 11], ids=["no_window", "window"])
 def test_dead_slots_may_hold_anything(layout, window):

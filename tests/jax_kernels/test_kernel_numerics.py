@@ -16,6 +16,9 @@ from tests.conftest import HAS_TPU
 from tests.support.interpret import SMALL_BLOCKS, assert_kernel_matches_oracle
 from tests.support.ragged_batches import make_ragged_batch
 
+# Each case compiles a simulation of its own.
+pytestmark = pytest.mark.slow
+
 # (q_len, kv_len): three decodes, a fresh prompt, and two that continue at odd places.
 LENGTHS = ((1, 1), (1, 17), (1, 40), (5, 5), (20, 33), (40, 71))
 BF16, F32 = "bfloat16", "float32"

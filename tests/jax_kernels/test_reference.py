@@ -125,6 +125,7 @@ def test_several_blocks_of_keys_and_of_queries():
     check(batch, sm_scale=0.125, sliding_window=530)
 
 
+@pytest.mark.slow
 def test_positions_beyond_32768():
     batch = make_ragged_batch(
         [(3, 33_000)], num_q_heads=2, num_kv_heads=1, page_size=512, head_dim=32

@@ -118,6 +118,7 @@ MATRIX += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, cache_dtype, chip", MATRIX)
 def test_models_compile_with_nothing_around_the_kernel(model, cache_dtype, chip):
     shapes = dataclasses.replace(MODELS[model], cache_dtype=cache_dtype)
@@ -169,6 +170,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_features_compile_with_nothing_around_the_kernel(name):
     chip, sizes, options = VARIANTS[name]

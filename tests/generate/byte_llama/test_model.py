@@ -90,6 +90,7 @@ def test_it_is_small_and_stored_in_bfloat16(report):
     assert stored.num_parameters() == report["parameters"]
 
 
+@pytest.mark.slow
 def test_it_predicts_unseen_text_far_better_than_a_trigram(model, split, report):
     bits = bits_per_byte(model, split.held_out, context=CONTEXT)
     if platform.python_version() == report["python"]:
@@ -100,6 +101,7 @@ def test_it_predicts_unseen_text_far_better_than_a_trigram(model, split, report)
     assert math.isfinite(baseline) and bits < 0.75 * baseline
 
 
+@pytest.mark.slow
 def test_its_text_is_printable_and_made_of_words(texts, split):
     words = re.compile(r"[A-Za-z]{3,}")
     known = {w for _, text in split.training for w in words.findall(text)}
@@ -113,6 +115,7 @@ def test_its_texts_differ_with_the_prompt(texts):
     assert len(set(texts)) == len(texts)
 
 
+@pytest.mark.slow
 def test_ragged_paged_attention_writes_the_same_texts(texts):
     tokenizer = ByteTokenizer()
     model = load_model(None, rpa_transformers.ATTENTION_NAME, torch.float32)

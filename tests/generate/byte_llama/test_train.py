@@ -42,6 +42,7 @@ def test_learning_rates_rise_stay_and_fall():
     assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
     whole = advanced(RECIPE, 4)
     first = advanced(RECIPE, 2)
@@ -55,6 +56,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
     assert not torch.equal(weights(second), weights(first))
 
 
+@pytest.mark.slow
 def test_a_run_may_be_prolonged_while_the_learning_rates_do_not_fall(tmp_path):
     path = tmp_path / "checkpoint.pt"
     longer = train.Recipe(steps=8, rows=1, warmup_steps=2)
@@ -75,6 +77,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
         train.Trainer(train.Recipe(4, 1, 2, seed=1), SPLIT).restore(path)
 
 
+@pytest.mark.slow
 def test_training_learns():
     trainer = advanced(train.Recipe(steps=12, rows=1, warmup_steps=2), 12)
     untrained = train.Trainer(RECIPE, SPLIT)
@@ -105,6 +108,7 @@ def test_the_command_writes_a_model_and_what_it_took(run, tmp_path, capsys):
     assert report["held_out_bits_per_byte"] == pytest.approx(bits, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_from_a_checkpoint(run, tmp_path, capsys):
     recipe = train.Recipe(steps=3, rows=1)
     advanced(recipe, 2).save(tmp_path / "checkpoint.pt")

@@ -66,6 +66,7 @@ def compiler_params() -> pltpu.CompilerParams:
     return spy.call_args.kwargs["compiler_params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value, expected", [(None, False), ("", False), ("0", False), ("1", True)]
 )
