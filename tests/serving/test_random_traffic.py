@@ -7,6 +7,7 @@ from torch_rpa.serving import Engine, EngineOptions, RequestStatus
 from torch_rpa.validation import VALIDATE_ENV
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "keywords"),
     [

@@ -31,6 +31,7 @@ class GraphTaken(Exception):
     """Stops the engine before a TPU graph is compiled for the CPU."""
 
 
+@pytest.mark.slow
 def test_a_step_that_samples_keeps_its_caches_in_place(monkeypatch):
     model = build_llama("rpa", head_dim=128).to(torch.bfloat16)
     options = EngineOptions(

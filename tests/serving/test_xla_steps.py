@@ -28,6 +28,7 @@ def engine(paged_on_xla):
     return engine
 
 
+@pytest.mark.slow
 def test_warming_up_compiles_all_programs_and_serving_none(engine, paged_on_xla):
     # Buckets of 8 and 24 tokens, each greedy and sampling, and the caches.
     assert engine.stats.num_compilations == engine.stats.max_compilations == 5

@@ -51,6 +51,7 @@ def test_pallas_interpret_wants_cpu_tensors():
         torch_rpa.ragged_paged_attention(*call, impl="pallas_interpret")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "fp8 scales", "read only"])
 def test_pallas_interpret_runs_the_kernel_in_place(name):
     batch, options, oracle_options = make_scenario(name)

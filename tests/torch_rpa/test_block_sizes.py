@@ -97,6 +97,7 @@ def test_block_sizes_reach_the_kernel_and_are_part_of_the_signature(kernels):
     assert kernels == [BLOCKS, (32, 32, 32)]
 
 
+@pytest.mark.slow
 def test_records_of_users_reach_the_kernel_and_lower_it_anew_once(kernels, tmp_path):
     path = tmp_path / "mine.json"
     tuned.save(path, [record(128)])

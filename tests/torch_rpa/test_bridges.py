@@ -52,6 +52,7 @@ def test_a_bridge_defines_what_the_protocol_lists(device_type):
     assert_is_bridge(bridges.find(device_type))
 
 
+@pytest.mark.slow
 def test_one_more_bridge_needs_a_file_and_an_entry():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(CASES)]
     result = subprocess.run(

@@ -44,6 +44,7 @@ def field(call: str, name: str) -> str:
     return found[1] if found else ""
 
 
+@pytest.mark.slow
 def test_call_jax_makes_the_same_custom_call_with_the_same_aliases(made):
     ours, theirs = (custom_call(made[name]) for name in ("bridge", "call_jax"))
     assert field(ours, "output_to_operand_aliasing") == "{{1}: (7, {})}"

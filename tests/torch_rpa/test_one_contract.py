@@ -135,6 +135,7 @@ def test_the_kernel_stores_the_same_bytes_on_every_chip(name, chip):
     np.testing.assert_array_equal(raw_bytes(call.kv_cache).numpy(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "options",

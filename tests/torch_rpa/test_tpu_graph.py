@@ -105,6 +105,7 @@ def openxla_graph(tensors, chip, monkeypatch):
     return taken["graph"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("mode", ["lazy", "openxla"])
@@ -129,6 +130,7 @@ def test_no_copy_of_the_cache_remains(mode, cache, chip, monkeypatch):
     assert len(compiled.kernel_calls) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_cache_that_is_only_read_is_neither_aliased_nor_copied(chip):
     cache_dtype, hlo_shape, mlir_shape = CACHES["bf16"]
@@ -143,6 +145,7 @@ def test_a_cache_that_is_only_read_is_neither_aliased_nor_copied(chip):
     assert compiled.memory.temp_size_in_bytes < first_cache.numel() // 8
 
 
+@pytest.mark.slow
 def test_the_check_would_see_a_copy():
     """The cache stays in use after the call, so the compiler has to copy it."""
     cache_dtype, hlo_shape, mlir_shape = CACHES["bf16"]

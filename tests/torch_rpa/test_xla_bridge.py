@@ -46,6 +46,7 @@ def assert_xla_matches_eager(options, **arguments):
     assert torch.equal(raw_bytes(call.kv_cache), raw_bytes(expected_call.kv_cache))
 
 
+@pytest.mark.slow
 @on_xla_cpu
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize(
@@ -66,6 +67,7 @@ def test_xla_carries_every_cache_dtype(cache_dtype, head_dim):
     assert_xla_matches_eager(options, head_dim=head_dim, cache_dtype=cache_dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_xla_matches_the_float64_oracle(name):
     batch, options, oracle_options = make_scenario(name)

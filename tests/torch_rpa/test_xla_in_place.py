@@ -40,6 +40,7 @@ def pointer(tensor):
     return torch_xla._XLAC._unsafe_buffer_pointer(tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lazy", "openxla"])
 @pytest.mark.parametrize(
     "cache_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8], ids=str

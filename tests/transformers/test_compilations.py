@@ -43,6 +43,7 @@ def on_xla(vocabulary: int):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 def test_programs_steps_and_transfers(route, scenario):

@@ -101,6 +101,7 @@ def test_logits_are_as_exact_as_those_of_eager_attention(model):
         assert errors[0] <= 1.5 * errors[1], (dtype, errors)
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_generates_the_tokens_of_eager_attention(model):
     ids, mask = random_tokens(3, 15), torch.ones(3, 15, dtype=torch.long)
     mask[0, :9] = mask[1, :3] = 0
@@ -113,6 +114,7 @@ def test_a_ragged_batch_generates_the_tokens_of_eager_attention(model):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 def test_an_engine_generates_the_tokens_of_eager_attention(model):
     """With a shared beginning, chunks, preemptions, and windows that end inside."""
     eager = copy.deepcopy(model)

@@ -212,6 +212,7 @@ def test_too_few_pages_are_reported(paged, paged_generate):
         paged_generate(paged, padded(), num_pages=4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:input_ids are on xla:UserWarning")
 def test_inputs_on_the_xla_device_work_too(eager, on_xla, paged_generate):
     import torch_xla
