@@ -295,6 +295,7 @@ def test_sizes_that_do_not_fit_are_refused_with_the_estimate(blocks):
         trace(make_problem(), block_sizes=blocks, chip="tpu7x")
 
 
+@pytest.mark.slow
 def test_a_vmem_limit_is_respected():
     problem = make_problem()
     blocks = BlockSizes(1024, 256, 512)
@@ -305,6 +306,7 @@ def test_a_vmem_limit_is_respected():
     trace(problem, chip="tpu7x", vmem_limit_bytes=10_000_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cache_dtype, least", [("float32", 8), ("bfloat16", 16), ("int8", 32)]
 )

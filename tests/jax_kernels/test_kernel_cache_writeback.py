@@ -187,6 +187,7 @@ def test_lanes_of_padding_become_zero_in_the_slots_written(head_dim, lanes):
         assert slots[page, :, slot, : lanes[0]].any()
 
 
+@pytest.mark.slow
 def test_without_update_no_byte_changes():
     """Rule 9, even though keys and values are given."""
     batch = make_ragged_batch(

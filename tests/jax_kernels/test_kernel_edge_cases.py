@@ -107,6 +107,7 @@ def test_queries_without_any_key_give_zeros_and_write_nothing(distribution, sequ
 
 
 # They are cleared in pieces of ZERO_TOKENS and a rest.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_live", [0, 1, ZERO_TOKENS - 1, ZERO_TOKENS, ZERO_TOKENS + 1, MAX_TOKENS]
 )

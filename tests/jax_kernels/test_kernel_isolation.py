@@ -14,6 +14,9 @@ from tests.support.interpret import run_kernel
 from tests.support.numerics import assert_same_bytes
 from tests.support.ragged_batches import RaggedBatch, make_ragged_batch
 
+# Each test compiles a simulation of its own.
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, Any] = {"sm_scale": 0.1}
 SEQUENCES = [(1, 1), (1, 45), (1, 32), (5, 5), (40, 71), (9, 33)]
 LAYOUTS = {
@@ -65,7 +68,6 @@ def run_changed(batch: RaggedBatch, window: int | None = None):
     return run_kernel(batch.jax_arguments, sliding_window=window, **OPTIONS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("victim", range(len(SEQUENCES)))
 def test_nan_in_one_sequence_leaves_every_other_bit_identical(victim, layout):
@@ -88,7 +90,6 @@ def test_nan_in_one_sequence_leaves_every_other_bit_identical(victim, layout):
     assert_same_bytes(new_cache[other_pages], kv_cache[other_pages])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 11], ids=["no_window", "window"])
 def test_dead_slots_may_hold_anything(layout, window):

@@ -87,6 +87,7 @@ def test_scales_apply_to_unquantized_caches_too(cache_dtype):
     check(batch, sm_scale=0.125, **scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

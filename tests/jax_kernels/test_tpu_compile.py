@@ -177,6 +177,7 @@ def test_other_features_compile_with_nothing_around_the_kernel(name):
     check(dataclasses.replace(LLAMA, **sizes), chip, **options)
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_cache_would_be_found():
     """The checks can fail."""
     shapes = dataclasses.replace(LLAMA, num_pages=64)

@@ -84,6 +84,7 @@ def test_other_heads_agree(prompts, shape):
     assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "cache_dtype"),
     [("cpu", None), ("cpu", torch.int8), ("cpu", torch.float8_e4m3fn), ("xla", None)],

@@ -12,9 +12,13 @@ pytest.importorskip("torch_xla")
 
 import torch_xla.runtime as xla_runtime
 
-pytestmark = pytest.mark.skipif(
-    xla_runtime.device_type() != "CPU", reason="a second process cannot have the TPU"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        xla_runtime.device_type() != "CPU",
+        reason="a second process cannot have the TPU",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,6 @@ def field(call: str, name: str) -> str:
     return found[1] if found else ""
 
 
-@pytest.mark.slow
 def test_call_jax_makes_the_same_custom_call_with_the_same_aliases(made):
     ours, theirs = (custom_call(made[name]) for name in ("bridge", "call_jax"))
     assert field(ours, "output_to_operand_aliasing") == "{{1}: (7, {})}"

@@ -167,6 +167,7 @@ def test_lowering_restores_the_configuration_of_jax():
     assert settings() == before
 
 
+@pytest.mark.slow
 @on_xla_cpu  # a second process cannot have the TPU
 def test_jax_opens_no_device_but_the_cpu():
     """In a new process, with libtpu installed and JAX_PLATFORMS asking for the TPU."""

@@ -115,6 +115,7 @@ def test_torch_compile_compiles_once_for_changing_lengths():
     assert xla_metrics.metric_data("CompileTime")[0] == 1
 
 
+@pytest.mark.slow
 def test_a_result_read_before_the_sync_is_right():
     call, expected_call = make_call(device=torch_xla.device()), make_call()
     for _ in range(3):

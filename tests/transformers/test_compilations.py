@@ -76,6 +76,7 @@ def test_programs_steps_and_transfers(route, scenario):
     assert max(aliased) == NUM_LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 def test_caches_stay_in_their_buffers(route):
     model = on_xla(64)

@@ -111,6 +111,7 @@ def test_its_text_is_printable_and_made_of_words(texts, split):
     assert sum(word in known for word in written) >= 0.9 * len(written)
 
 
+@pytest.mark.slow
 def test_its_texts_differ_with_the_prompt(texts):
     assert len(set(texts)) == len(texts)
 

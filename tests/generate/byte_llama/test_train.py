@@ -91,6 +91,7 @@ def run(tmp_path, monkeypatch):
     return lambda *more: train.main(["--out", str(tmp_path), "--rows", "1", *more])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_model_and_what_it_took(run, tmp_path, capsys):
     assert run("--steps", "3", "--checkpoint-every", "2") == 0
     captured = capsys.readouterr()

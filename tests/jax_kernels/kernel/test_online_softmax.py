@@ -62,6 +62,7 @@ def dense(scores, values, sink=None):
     return weights @ values, weights @ abs(values)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     sizes=st.lists(st.sampled_from([1, 8, 32, 128, 256]), min_size=1, max_size=6),
