@@ -7,6 +7,7 @@ their values. Here are only the schema made from that list, and dtypes of PyTorc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import Any
@@ -47,6 +48,20 @@ def make_options(keywords: dict[str, Any]) -> AttentionOptions:
         ValueError: A value breaks its rule.
         NotImplementedError: An output dtype that is not supported.
     """
+    try:
+        return _known_options(tuple(keywords), *keywords.values())
+    except TypeError:  # a value without a hash, such as a list
+        return _checked_options(keywords)
+
+
+# By type as well: True is equal to 1.0, and is no factor.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _known_options(names: tuple[str, ...], *values: Any) -> AttentionOptions:
+    """Options that were checked before: every call of a model asks for the same few."""
+    return _checked_options(dict(zip(names, values, strict=True)))
+
+
+def _checked_options(keywords: dict[str, Any]) -> AttentionOptions:
     keywords = dict(keywords)
     check_block_sizes(keywords.pop("block_sizes", None))
     out_dtype = keywords.pop("out_dtype", None)

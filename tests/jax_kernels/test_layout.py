@@ -97,6 +97,7 @@ def test_layout_is_recovered_from_the_shape(geometry):
     assert recovered.token_bytes * recovered.page_size == recovered.page_bytes
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(geometry=geometries, seed=st.integers(0, 99))
 def test_unpack_inverts_pack_in_every_byte(geometry, seed):

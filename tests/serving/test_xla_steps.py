@@ -42,6 +42,7 @@ def test_warming_up_compiles_all_programs_and_serving_none(engine, paged_on_xla)
     ]
 
 
+@pytest.mark.slow
 def test_a_step_runs_one_program_and_waits_once_and_leaves_nothing_to_the_cpu(engine):
     import torch_xla.debug.metrics as metrics
 
@@ -90,6 +91,7 @@ def test_caches_keep_their_buffers(engine):
     assert [pointer(cache) for cache in caches] == before
 
 
+@pytest.mark.slow
 def test_random_traffic_gets_the_tokens_of_generation_one_by_one(eager, paged_on_xla):
     engine = Engine(paged_on_xla, OPTIONS)
     traffic = random_traffic(5, 40, too_long=(3,))

@@ -300,6 +300,7 @@ def test_a_saved_model_loads_with_this_attention(eager, tmp_path, paged_generate
     assert torch.equal(got, eager_generate(eager, padded()))
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_readme_run_as_printed(eager, tmp_path):
     build("eager").save_pretrained(tmp_path)
     names = {

@@ -307,6 +307,7 @@ def chunks(draw):
     return q_len, kv_len
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("static", STATIC_CASES.values(), ids=STATIC_CASES)
 @settings(deadline=None, max_examples=80)
 @given(sequences=st.lists(chunks(), min_size=1, max_size=3), carries=st.booleans())
@@ -364,6 +365,7 @@ def test_the_worked_example_of_the_docstring():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize(
     "static",

@@ -169,6 +169,7 @@ def test_every_visible_token_is_met_once(
     assert len(cells) == len(steps) * cells_per_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", [True, False], ids=["update", "no_update"])
 def test_traced_steps_are_those_of_plain_ints(update):
     """The kernel traces what the other tests run in Python."""
