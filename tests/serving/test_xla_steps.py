@@ -5,6 +5,8 @@ import pytest
 from tests.serving.traffic import check, random_traffic, run
 from torch_rpa.serving import Engine, EngineOptions, RequestStatus, SamplingParams
 
+pytestmark = pytest.mark.slow  # all of them need the programs of an engine
+
 OPTIONS = EngineOptions(
     max_num_sequences=5,
     max_tokens_per_step=24,
@@ -28,7 +30,6 @@ def engine(paged_on_xla):
     return engine
 
 
-@pytest.mark.slow
 def test_warming_up_compiles_all_programs_and_serving_none(engine, paged_on_xla):
     # Buckets of 8 and 24 tokens, each greedy and sampling, and the caches.
     assert engine.stats.num_compilations == engine.stats.max_compilations == 5
@@ -42,7 +43,6 @@ def test_warming_up_compiles_all_programs_and_serving_none(engine, paged_on_xla)
     ]
 
 
-@pytest.mark.slow
 def test_a_step_runs_one_program_and_waits_once_and_leaves_nothing_to_the_cpu(engine):
     import torch_xla.debug.metrics as metrics
 
@@ -91,7 +91,6 @@ def test_caches_keep_their_buffers(engine):
     assert [pointer(cache) for cache in caches] == before
 
 
-@pytest.mark.slow
 def test_random_traffic_gets_the_tokens_of_generation_one_by_one(eager, paged_on_xla):
     engine = Engine(paged_on_xla, OPTIONS)
     traffic = random_traffic(5, 40, too_long=(3,))
