@@ -43,7 +43,7 @@ def test_files_that_answer_it_are_there(script):
 
 
 def test_the_readme_lists_every_script_once():
-    readme = (FINDINGS / "README.md").read_text()
+    readme = (FINDINGS.parent / "FINDINGS.md").read_text()
     listed = re.findall(r"^- `(\w+\.sh)`: ", readme, re.M)
     assert sorted(listed) == [script.name for script in SCRIPTS]
 
