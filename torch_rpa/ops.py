@@ -77,7 +77,7 @@ def _composite(*tensors: Any, **options: Any) -> torch.Tensor:
         donate = isinstance(kv_cache, FunctionalTensor)  # in a graph of torch.compile
         if not donate:
             bridge = bridges.find(kv_cache.device.type)
-            donate = bridge is not None and bridge.DONATES_EAGERLY
+            donate = bridge is not None and bridge.donates(kv_cache)
         out, new_cache = ragged_paged_attention_functional(
             *tensors, **options, donate_kv_cache=donate
         )
@@ -204,6 +204,9 @@ def _bridge_of(tensors: Sequence[torch.Tensor | None]) -> bridges.Bridge:
 
 def _fake_out(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
     sizes = validation.validate_static(inputs, options)
+    bridge = bridges.find(inputs.q.device.type)
+    if bridge is not None:
+        bridge.before_compiling()
     return torch.empty_like(
         inputs.q,
         dtype=torch_dtype(sizes.out_dtype),

@@ -20,7 +20,6 @@ from torch_rpa.options import make_options
 torch._lazy.ts_backend.init()
 
 IS_LAZY = False  # a call reads its tensors, so it runs at once
-DONATES_EAGERLY = True
 calls: list[str] = []
 
 
@@ -35,6 +34,14 @@ def call(tensors, options, *, donate_kv_cache=False):
     out = eager.ragged_paged_attention_(on_cpu, attention_options)
     results = [out, on_cpu.kv_cache] if attention_options.update_kv_cache else [out]
     return [tensor.to(inputs.q.device) for tensor in results]
+
+
+def donates(kv_cache):
+    return True
+
+
+def before_compiling():
+    calls.append("before compiling")
 
 
 def update_in_place(kv_cache, new_cache):

@@ -99,9 +99,10 @@ def test_the_command_reaches_the_bridge(calls, capsys):
 
 
 def test_devices_are_named(calls, monkeypatch):
-    assert devices.names() == ("xla", "lazy", "cpu")
+    assert devices.names() == ("xla", "tpu", "lazy", "cpu")
     missing = bridges.Entry("tests.support.lazy_bridge", framework="no_such_package")
     monkeypatch.setitem(bridges.BRIDGES, "xla", missing)
+    monkeypatch.setitem(bridges.BRIDGES, "tpu", missing)
     assert devices.usual_name() == "lazy"
     with pytest.raises(
         ValueError, match=r"'xla' needs the package no_such_package.* or use 'lazy'"

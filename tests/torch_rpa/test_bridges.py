@@ -14,9 +14,13 @@ from torch_rpa import bridges, devices
 
 CASES = Path(__file__).with_name("lazy_bridge_cases.py")
 PACKAGE = Path(torch_rpa.__file__).parent
-# Rooms that know torch_xla: its bridge, and its way to shard over devices.
-KNOW_TORCH_XLA = ("bridges/torch_xla.py", "spmd.py")
-KNOW_THE_NAME = (*KNOW_TORCH_XLA, "bridges/__init__.py")
+# Rooms that know a framework: its bridge, and torch_xla's way to shard over devices.
+KNOW = {
+    "torch_xla": ("bridges/torch_xla.py", "spmd.py"),
+    "torch_tpu": ("bridges/torch_tpu.py", "bridges/torch_tpu_launch.py"),
+}
+# What they alone may say, as device type or framework.
+NAMES = {"torch_xla": {"xla", "torch_xla"}, "torch_tpu": {"torch_tpu"}}
 
 
 def sources() -> list[Path]:
@@ -27,8 +31,9 @@ def nodes(path: Path):
     return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
 
 
+@pytest.mark.parametrize("framework", KNOW)
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_only_its_bridge_knows_torch_xla(path):
+def test_only_its_bridge_knows_a_framework(path, framework):
     room = str(path.relative_to(PACKAGE))
     imported, strings = set(), set()
     for node in nodes(path):
@@ -40,15 +45,17 @@ def test_only_its_bridge_knows_torch_xla(path):
             imported |= {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             strings.add(node.value.lower())
-    if room not in KNOW_TORCH_XLA:
-        assert not imported & {"torch_xla", "torch_rpa.bridges.torch_xla"}
-    if room not in KNOW_THE_NAME:
-        assert not strings & {"xla", "torch_xla"}
+    if room not in KNOW[framework]:
+        assert not imported & {framework, f"torch_rpa.bridges.{framework}"}
+    if room not in (*KNOW[framework], "bridges/__init__.py"):
+        assert not strings & NAMES[framework]
 
 
 @pytest.mark.parametrize("device_type", bridges.BRIDGES)
 def test_a_bridge_defines_what_the_protocol_lists(device_type):
     pytest.importorskip(bridges.BRIDGES[device_type].framework)
+    if device_type == "tpu" and not hasattr(torch, "tpu"):
+        pytest.skip("TorchTPU needs a TPU, or tests/torch_tpu/, which compiles only")
     assert_is_bridge(bridges.find(device_type))
 
 
@@ -74,9 +81,11 @@ def test_the_cpu_needs_no_bridge():
     devices.sync(device, wait=True)
 
 
-@pytest.mark.parametrize("device", ["cuda", "tpu:0", "nonsense"])
+@pytest.mark.parametrize("device", ["cuda", "tpux:0", "nonsense"])
 def test_an_unknown_device_is_named_with_those_that_there_are(device):
-    with pytest.raises(ValueError, match=f"must be 'xla' or 'cpu', got '{device}'"):
+    with pytest.raises(
+        ValueError, match=f"must be 'xla', 'tpu' or 'cpu', got '{device}'"
+    ):
         devices.open_device(device)
 
 

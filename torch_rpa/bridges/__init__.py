@@ -29,13 +29,9 @@ class Bridge(Protocol):
     Attributes:
         IS_LAZY: Whether calls only build a program, which :meth:`sync` starts. Then all
             calls between two of them are one program. Otherwise each call runs at once.
-        DONATES_EAGERLY: Whether a call outside of a graph of ``torch.compile`` should
-            be told that its caller overwrites the cache. False if the framework finds
-            that out by itself.
     """
 
     IS_LAZY: bool
-    DONATES_EAGERLY: bool
 
     def call(
         self,
@@ -61,6 +57,24 @@ class Bridge(Protocol):
 
         Returns:
             ``[out, new_cache]``, or ``[out]`` if the cache is not updated.
+        """
+        ...
+
+    def donates(self, kv_cache: torch.Tensor) -> bool:
+        """Whether a call should be told that its caller overwrites this cache.
+
+        Asked for calls that run at once or are recorded, and while ``torch.compile``
+        traces one; in the graph that it makes of them the cache is donated anyway.
+        False if the framework finds out by itself. Warns of a cache that the framework
+        cannot update in place.
+        """
+        ...
+
+    def before_compiling(self) -> None:
+        """Told while ``torch.compile`` traces a graph that holds the operator.
+
+        That is before the framework looks for a program that it kept of the graph. What
+        it sees there is the public operator, so the bridge says which kernel is meant.
         """
         ...
 
@@ -130,6 +144,7 @@ class Entry(NamedTuple):
 # By type of torch device. The first one that is installed is the usual device.
 BRIDGES: dict[str, Entry] = {
     "xla": Entry("torch_rpa.bridges.torch_xla", framework="torch_xla"),
+    "tpu": Entry("torch_rpa.bridges.torch_tpu", framework="torch_tpu"),
 }
 
 

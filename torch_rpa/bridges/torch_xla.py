@@ -64,8 +64,6 @@ from torch_rpa.validation import Inputs
 
 CALL_NAME = "xla::ragged_paged_attention"
 IS_LAZY = True
-# Lazy mode sees that a cache is overwritten, and lets the new one have its buffer.
-DONATES_EAGERLY = False
 
 
 class _State(threading.local):
@@ -103,6 +101,15 @@ def call(
     if donate_kv_cache:
         _donate(tensors[3])
     return results
+
+
+def donates(kv_cache: torch.Tensor) -> bool:
+    """Lazy mode sees what is overwritten, and lets the new cache have its buffer."""
+    return False
+
+
+def before_compiling() -> None:
+    """Nothing: torch_xla compiles anew in every process."""
 
 
 def update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:

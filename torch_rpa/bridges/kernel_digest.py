@@ -1,0 +1,58 @@
+"""A name for the kernel as it would be compiled now: equal names, equal programs.
+
+Frameworks keep compiled programs on disk and find them by what they see of a call: the
+operator, shapes and options. What the operator computes with is out of their sight. So
+after an update of this package, or of JAX, or on another chip, they would run the
+program of before. The digest covers what they do not see.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+import jax_kernels
+from jax_kernels import tuned
+
+LENGTH = 16  # hexadecimal digits: 64 bits
+COMPILERS = ("jax", "jaxlib", "libtpu")
+
+
+def kernel_digest(*others: object) -> str:
+    """Returns the digest of all that a program of the kernel follows from.
+
+    That is the source of ``jax_kernels`` and of the bridges, the block sizes that come
+    with it, the tuned records in force, and the versions of JAX and of the compiler.
+    Shapes and options of a call are not in it.
+
+    Args:
+        others: What else it shall cover, such as the chip: values whose ``repr`` is the
+            same in every process.
+    """
+    parts = (_sources_digest(), _versions(), tuned.token(), others)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:LENGTH]
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """Of the files that programs are made by, and of their paths."""
+    digest = hashlib.sha256()
+    for root in (Path(jax_kernels.__file__).parent, Path(__file__).parent):
+        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".json")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _versions() -> tuple[str | None, ...]:
+    return tuple(_version(package) for package in COMPILERS)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
