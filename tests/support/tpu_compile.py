@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import os
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jax_kernels import chips
 from jax_kernels.ragged_paged_attention import kv_cache_shape, ragged_paged_attention
+from tests.support.optimised_hlo import Operation, OptimisedHlo
 
 # Read when libtpu is loaded, with the first topology.
 for _name, _value in chips.COMPILE_ONLY_ENVIRONMENT.items():
@@ -63,21 +63,6 @@ class Shapes:
         """Such as "bf16[512,16,64,2,128]"."""
         sizes = ",".join(map(str, self.kv_cache))
         return f"{_HLO_DTYPES[self.cache_dtype]}[{sizes}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """One line of optimised HLO, fused computations included.
-
-    Attributes:
-      name: The opcode, or the target of a custom call.
-      result_type: Type and layout.
-      text: The line.
-    """
-
-    name: str
-    result_type: str
-    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +130,7 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
     return CompiledKernel(
-        operations=tuple(_operations(text)),
+        operations=tuple(OptimisedHlo(text).operations()),
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
     )
@@ -167,16 +152,3 @@ def _row_major(device, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(
         shape, jnp.dtype(dtype), sharding=_format(device, len(shape))
     )
-
-
-def _operations(hlo_text: str):
-    # "%name = type opcode(operands), ..."; the type may be a tuple.
-    pattern = re.compile(r"^\s*(?:ROOT )?%\S+ = (\(.*?\)|\S+) ([\w\-]+)\(")
-    for line in hlo_text.splitlines():
-        match = pattern.match(line)
-        if match is None or match.group(2) == "parameter":
-            continue
-        result_type, name = match.groups()
-        if name == "custom-call":
-            (name,) = re.findall(r'custom_call_target="([^"]*)"', line)
-        yield Operation(name, result_type, line.strip())

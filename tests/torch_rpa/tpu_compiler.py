@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 import torch_xla
 
 from jax_kernels import chips
+from tests.support.optimised_hlo import OptimisedHlo
 
 
-class CompiledGraph:
+class CompiledGraph(OptimisedHlo):
     """What the TPU compiler made of a graph.
 
     Attributes:
-        text: The optimised HLO.
         memory: Its memory statistics, in bytes.
     """
 
     def __init__(self, executable) -> None:
         (module,) = executable.hlo_modules()
-        self.text = module.to_string()
+        super().__init__(module.to_string())
         self.memory = executable.get_compiled_memory_stats()
-
-    @property
-    def num_aliased_parameters(self) -> int:
-        """Parameters whose buffer an output takes over."""
-        header = self.text.split("\n", 1)[0]
-        aliases = re.search(r"input_output_alias={(.*?) }, entry", header)
-        return aliases.group(1).count("-alias)") if aliases else 0
-
-    @property
-    def kernel_calls(self) -> list[str]:
-        """The lines that call a Pallas kernel."""
-        return [line for line in self.text.splitlines() if "tpu_custom_call" in line]
-
-    @property
-    def collectives(self) -> dict[str, list[str]]:
-        """The operations between devices, by kind: the shapes of their results."""
-        pattern = re.compile(
-            r"= (.*?) ((?:all-|reduce-scatter|collective-)[\w\-]*?)(?:-start)?\("
-        )
-        found: dict[str, list[str]] = {}
-        for match in filter(None, map(pattern.search, self.text.splitlines())):
-            if not match.group(2).endswith("-done"):
-                found.setdefault(match.group(2), []).append(match.group(1))
-        return found
-
-    def operations_producing(self, shape: str) -> list[str]:
-        """Names of the operations, fused ones too, whose result has this shape.
-
-        Args:
-            shape: Such as "bf16[64,4,4,2,128]".
-        """
-        pattern = re.compile(rf"= {re.escape(shape)}\S* ([\w\-]+)\(")
-        return [m.group(1) for m in map(pattern.search, self.text.splitlines()) if m]
 
 
 def graph_of(outputs: list[torch.Tensor]) -> bytes:
