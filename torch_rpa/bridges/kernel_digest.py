@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import os
 from pathlib import Path
 
 import jax_kernels
@@ -18,20 +19,22 @@ from jax_kernels import tuned
 
 LENGTH = 16  # hexadecimal digits: 64 bits
 COMPILERS = ("jax", "jaxlib", "libtpu")
+SWITCHES = ("RPA_BOUNDS_CHECKS",)  # environment variables that the kernel reads
 
 
 def kernel_digest(*others: object) -> str:
     """Returns the digest of all that a program of the kernel follows from.
 
     That is the source of ``jax_kernels`` and of the bridges, the block sizes that come
-    with it, the tuned records in force, and the versions of JAX and of the compiler.
-    Shapes and options of a call are not in it.
+    with it, the tuned records in force, the switches in the environment, and the
+    versions of JAX and of the compiler. Shapes and options of a call are not in it.
 
     Args:
         others: What else it shall cover, such as the chip: values whose ``repr`` is the
             same in every process.
     """
-    parts = (_sources_digest(), _versions(), tuned.token(), others)
+    switches = [os.environ.get(name) for name in SWITCHES]
+    parts = (_sources_digest(), _versions(), tuned.token(), switches, others)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:LENGTH]
 
 

@@ -1,0 +1,315 @@
+"""What test_operator.py runs on a compile-only TPU; prints JSON.
+
+python -m tests.support.compile_only_tpu -m tests.torch_tpu.operator_cases CASE ...
+
+The programs of a case come after the mark of the case: a copy of a tensor to the device
+whose length nothing else has.
+"""
+
+import json
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+import torch_rpa
+from jax_kernels.tuned import applied
+from tests.torch_rpa.calls import make_call, to_device
+from tests.torch_tpu.tuned_record import tuned_record
+from torch_rpa import bridges, ops, validation
+from torch_rpa.bridges import torch_tpu_launch
+from torch_rpa.validation import Inputs
+
+NUM_LAYERS = 2
+# Over 128 MiB: more than the vector memory of any chip. A smaller cache XLA moves there
+# and back, which reads like copies.
+PAGES, PAGE_SIZE, HEADS, KV_HEADS, HEAD_DIM = 10_000, 16, 8, 2, 128
+CACHE_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e5m2", "int8")
+OPTIONS: dict[str, Any] = {"sm_scale": HEAD_DIM**-0.5}
+MARK = 1001  # elements of the mark of the first case
+
+
+def decode_batch(kv_len: int, sequences: int = 4) -> list[torch.Tensor]:
+    pages = torch.arange(sequences * 32, dtype=torch.int32)
+    host = [
+        torch.full((sequences,), kv_len, dtype=torch.int32),
+        pages,
+        torch.arange(sequences + 1, dtype=torch.int32),
+        torch.tensor([sequences, sequences, sequences], dtype=torch.int32),
+    ]
+    return [tensor.to("tpu") for tensor in host]
+
+
+def layers(cache_dtype: torch.dtype = torch.bfloat16, tokens: int = 4):
+    def zeros(heads: int) -> torch.Tensor:
+        return torch.zeros(tokens, heads, HEAD_DIM, dtype=torch.bfloat16, device="tpu")
+
+    return [
+        (
+            zeros(HEADS),
+            zeros(KV_HEADS),
+            zeros(KV_HEADS),
+            torch_rpa.empty_kv_cache(
+                PAGES, PAGE_SIZE, KV_HEADS, HEAD_DIM, dtype=cache_dtype, device="tpu"
+            ),
+        )
+        for _ in range(NUM_LAYERS)
+    ]
+
+
+def step(qkv_caches, batch):
+    """A model of two layers, of attention only."""
+    return sum(
+        torch.ops.rpa.ragged_paged_attention(*tensors, *batch, **OPTIONS)
+        for tensors in qkv_caches
+    )
+
+
+def decode_compiled():
+    """50 decode steps of changing lengths under torch.compile."""
+    return _decode(torch.compile(step, backend="tpu", fullgraph=True), 50)
+
+
+def decode_eager():
+    """Steps that run at once."""
+    return _decode(step, 5)
+
+
+def _decode(function, steps):
+    tensors = layers()
+    for kv_len in range(1, steps + 1):
+        function(tensors, decode_batch(kv_len))
+    torch.accelerator.synchronize()
+    bridge = bridges.find("tpu")
+    assert bridge is not None
+    launchers = bridge._launchers.values()
+    return {"launchers": sorted({launch.__qualname__ for launch in launchers})}
+
+
+def views():
+    """Warnings by kind of cache, run at once and compiled."""
+    (q, k, v, cache), (_, _, _, second) = layers()
+    stacked = torch.zeros(2, *cache.shape, dtype=cache.dtype, device="tpu")
+    batch = decode_batch(3)
+    caches = {
+        "whole": second.flatten().view(cache.shape),
+        "one of a stack": stacked[1],
+        "the first pages": cache[: PAGES // 2],
+    }
+
+    def attend(q, k, v, kv_cache, *batch):
+        return torch.ops.rpa.ragged_paged_attention(q, k, v, kv_cache, *batch)
+
+    def attend_to_one(q, k, v, stacked, *batch):
+        return attend(q, k, v, stacked[1], *batch)
+
+    found = {}
+    for name, kv_cache in caches.items():
+        for how in ("eager", "compiled"):
+            run = attend
+            if how == "compiled":
+                torch._dynamo.reset()
+                run = torch.compile(attend, backend="tpu", fullgraph=True)
+            found[f"{name}, {how}"] = _warnings(run, q, k, v, kv_cache, *batch)
+    run = torch.compile(attend_to_one, backend="tpu", fullgraph=True)
+    found["one of a stack, sliced in the graph"] = _warnings(
+        run, q, k, v, stacked, *batch
+    )
+    return found
+
+
+def _warnings(function, *args) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function(*args)
+    ours = {str(w.message) for w in caught if "kv_cache" in str(w.message)}
+    return sorted(ours)
+
+
+def features():
+    """Every option and cache dtype, through every operator."""
+    done = []
+
+    def run(name, operator, call, **options):
+        results = operator(*to_device(call, "tpu"), **options)
+        for tensor in results if isinstance(results, tuple) else (results,):
+            tensor.cpu()
+        done.append(name)
+
+    for name in CACHE_DTYPES:
+        dtype = getattr(torch, name)
+        scales = {} if dtype.itemsize > 1 else {"k_scale": 0.3, "v_scale": 0.7}
+        call = make_call(cache_dtype=dtype)
+        run(name, ops.ragged_paged_attention, call, **scales)
+    call = make_call(dtype=torch.bfloat16, sinks=True)
+    run("sinks", ops.ragged_paged_attention, call)
+    run(
+        "window, soft cap",
+        ops.ragged_paged_attention,
+        call,
+        sliding_window=8,
+        soft_cap=30.0,
+    )
+    run("not causal", ops.ragged_paged_attention, call, causal=False)
+    run("output", ops.ragged_paged_attention, call, out_dtype=torch.float32)
+    run("block sizes", ops.ragged_paged_attention, call, block_sizes=(32, 32, 32))
+    chunks = make_call([(1, 5), (4, 9), (4, 4)])
+    run("chunks", ops.ragged_paged_attention, chunks, chunk_prefill_size=4)
+    run("functional", ops.ragged_paged_attention_functional, call)
+    without = call._replace(k=None, v=None)
+    run("read only", ops.ragged_paged_attention, without, update_kv_cache=False)
+    run(
+        "read only, keys",
+        ops.ragged_paged_attention_readonly,
+        call,
+        update_kv_cache=False,
+    )
+    quantised = make_call(cache_dtype=torch.float8_e4m3fn)
+    scales = {"q_scale": 0.1, "k_scale": 0.3, "v_scale": 0.7}
+    run("q_scale", ops.ragged_paged_attention, quantised, **scales)
+    run("head_dim 64", ops.ragged_paged_attention, make_call(head_dim=64))
+    run("one key head", ops.ragged_paged_attention, make_call(num_kv_heads=1))
+    return done
+
+
+def mistakes():
+    """Messages of wrong calls: on the device, and on the CPU."""
+    good = make_call()
+    bad: dict[str, tuple[Inputs, dict[str, Any]]] = {
+        "dtype": (good._replace(kv_lens=good.kv_lens.long()), {}),
+        "shape": (good._replace(k=good.k[:, :1]), {}),
+        "head_dim": (make_call(head_dim=256)._replace(kv_cache=good.kv_cache), {}),
+        "missing": (good._replace(k=None), {}),
+        "option": (good, {"sliding_window": 0}),
+        "half": (good._replace(q=good.q.half(), k=good.k.half(), v=good.v.half()), {}),
+        "gradient": (good._replace(q=good.q.clone().requires_grad_()), {}),
+    }
+    found = {}
+    for name, (call, options) in bad.items():
+        on_tpu = (
+            to_device(call, "tpu")
+            if name != "gradient"
+            else call._make(
+                None
+                if t is None
+                else t.detach().to("tpu").requires_grad_(t.requires_grad)
+                for t in call
+            )
+        )
+        found[name] = [
+            _message(torch_rpa.ragged_paged_attention, *tensors, **options)
+            for tensors in (on_tpu, call)
+        ]
+    mixed = to_device(good, "tpu")._replace(kv_lens=good.kv_lens)
+    found["another device"] = [_message(torch_rpa.ragged_paged_attention, *mixed)]
+    return found
+
+
+def _message(function, *args, **keywords) -> str:
+    with torch.enable_grad():
+        try:
+            function(*args, **keywords)
+        except (ValueError, NotImplementedError) as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def values():
+    """Checks of the numbers in the metadata, and where they cannot be made."""
+    good = make_call()
+    page_indices = good.page_indices.clone()
+    page_indices[0] = 77
+    bad = to_device(good._replace(page_indices=page_indices), "tpu")
+    found = {
+        "asked for": _message(torch_rpa.ragged_paged_attention, *bad, validate=True)
+    }
+    os.environ[validation.VALIDATE_ENV] = "1"
+    found["environment, first call"] = _message(ops.ragged_paged_attention, *bad)
+    ops.ragged_paged_attention(*to_device(good, "tpu"))
+    found["environment, known shapes"] = _message(ops.ragged_paged_attention, *bad)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(ops.ragged_paged_attention, backend="tpu")(*bad)
+    found["compiled"] = [
+        str(w.message) for w in caught if "no effect" in str(w.message)
+    ]
+    del os.environ[validation.VALIDATE_ENV]
+    return found
+
+
+def opcheck():
+    """torch's checks of a custom operator, those that look at no values."""
+    call = to_device(make_call(sinks=True), "tpu")
+    tests = ("test_autograd_registration", "test_faketensor")
+    options: dict[str, Any] = {"sm_scale": 0.1, "sliding_window": 4}
+    results = {}
+    for operator, extra in (
+        (ops.ragged_paged_attention, {}),
+        (ops.ragged_paged_attention_functional, {}),
+        (ops.ragged_paged_attention_readonly, {"update_kv_cache": False}),
+    ):
+        results[str(operator)] = torch.library.opcheck(
+            operator, tuple(call), options | extra, test_utils=tests
+        )
+    return results
+
+
+def reference():
+    """The plain computation."""
+    torch_rpa.ragged_paged_attention(*to_device(make_call(), "tpu"), impl="reference")
+
+
+def tuned():
+    """Calls before, in and after a block of tuned records, and in it once more."""
+    call = to_device(make_call(dtype=torch.bfloat16, pages_per_seq=64), "tpu")
+    record = tuned_record()
+    for records in ([], [record], [], [record]):
+        with applied(records):
+            ops.ragged_paged_attention(*call, sm_scale=0.25)
+
+
+def public_way():
+    """Calls as they are where TorchTPU has other parts than torch_tpu_launch knows."""
+    call = to_device(make_call(), "tpu")
+    bridge = bridges.find("tpu")
+    launchers, launch = bridge._launchers, torch_tpu_launch.launcher
+    launchers.clear()
+    torch_tpu_launch.launcher = lambda operator, _: torch_tpu_launch.through(operator)
+    try:
+        for _ in range(3):
+            ops.ragged_paged_attention(*call)
+            ops.ragged_paged_attention(*call, update_kv_cache=False)
+    finally:
+        torch_tpu_launch.launcher = launch
+    names = {launch.__qualname__ for launch in launchers.values()}
+    launchers.clear()
+    return sorted(names)
+
+
+CASES = {
+    function.__name__: function
+    for function in (
+        decode_compiled,
+        decode_eager,
+        views,
+        features,
+        mistakes,
+        values,
+        opcheck,
+        reference,
+        tuned,
+        public_way,
+    )
+}
+
+if __name__ == "__main__":
+    results = {}
+    with torch.no_grad():
+        for case in sys.argv[1:]:
+            torch._dynamo.reset()
+            torch.zeros(MARK + list(CASES).index(case)).to("tpu").cpu()
+            results[case] = CASES[case]()
+            torch.accelerator.synchronize()
+    print(json.dumps(results))

@@ -1,0 +1,213 @@
+"""The operator on ``tpu`` tensors: its programs, and what is compiled and copied when.
+
+Values are zeros on the compile-only TPU. What the kernel computes is proven in its
+interpret mode, and what the operator means by the tests of the other devices.
+"""
+
+import itertools
+import json
+import re
+from typing import Any, NamedTuple
+
+import pytest
+
+from jax_kernels import chips
+from tests.support import compile_only_tpu
+
+REASON = compile_only_tpu.reason_to_skip()
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.slow,
+]
+if REASON is None:
+    from tests.torch_tpu import operator_cases as cases
+    from torch_rpa.bridges import torch_tpu_launch
+
+CACHE = f"bf16[{10_000},4,8,2,128]"
+EAGER, COMPILED = "decode_eager", "decode_compiled"
+KV_CACHE = 3  # as a parameter
+
+
+class Record(NamedTuple):
+    """What a child process did.
+
+    Attributes:
+        chip: What it compiled for.
+        results: Of each case.
+        dump: All programs and executions.
+    """
+
+    chip: str
+    results: dict[str, Any]
+    dump: compile_only_tpu.Dump
+
+    def _events(self, case: str) -> list[dict[str, Any]]:
+        """What happened in a case, from its mark to the next one."""
+        first = 4 * cases.MARK
+        marks = [
+            (index, event["bytes"])
+            for index, event in enumerate(self.dump.events)
+            if event["event"] == "copy_to_device"
+            and first <= event["bytes"] < first + 4 * len(cases.CASES)
+        ]
+        mark = first + 4 * list(cases.CASES).index(case)
+        (start,) = (index for index, num_bytes in marks if num_bytes == mark)
+        ends = [index for index, _ in marks if index > start]
+        return self.dump.events[start : ends[0] if ends else None]
+
+    def kernels(self, case: str) -> list[compile_only_tpu.CompiledProgram]:
+        """The programs of a case that call the kernel."""
+        events = self._events(case)
+        numbers = {e["program"] for e in events if e["event"] in ("compile", "load")}
+        programs = (p for p in self.dump.programs() if p.number in numbers)
+        return [p for p in programs if p.hlo.kernel_calls]
+
+
+def run(chip: str, directory, *names: str, **variables: str) -> Record:
+    completed = compile_only_tpu.run(
+        chip,
+        directory,
+        "-m",
+        "tests.torch_tpu.operator_cases",
+        *names,
+        variables=variables,
+    )
+    results = json.loads(completed.stdout.splitlines()[-1])
+    return Record(chip, results, compile_only_tpu.Dump(directory))
+
+
+@pytest.fixture(scope="module", params=chips.COMPILED)
+def decode(request, tmp_path_factory) -> Record:
+    """Decode steps, at once and compiled, on each chip."""
+    directory = tmp_path_factory.mktemp(request.param)
+    return run(request.param, directory, EAGER, COMPILED)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory) -> Record:
+    """All the other cases, on one chip."""
+    names = [name for name in cases.CASES if name not in (EAGER, COMPILED)]
+    return run("v6e", tmp_path_factory.mktemp("v6e"), *names)
+
+
+# ---- in place
+
+
+def test_a_compiled_model_is_one_program_for_all_lengths(decode):
+    (program,) = decode.kernels(COMPILED)
+    assert len(decode.dump.executions(program)) == 50
+    assert len(program.hlo.kernel_calls) == cases.NUM_LAYERS
+
+
+def test_a_compiled_model_keeps_each_cache_where_it_is(decode):
+    (program,) = decode.kernels(COMPILED)
+    outputs = {n: t for n, t in enumerate(program.results) if t == CACHE}
+    assert len(outputs) == cases.NUM_LAYERS
+    aliases = program.aliases()
+    assert set(aliases) == set(outputs)
+    assert program.copies_of(CACHE) == []
+    # Each takes over the cache of its own layer: the next step is given it there.
+    executions = decode.dump.executions(program)
+    for before, after in itertools.pairwise(executions):
+        for output, parameter in aliases.items():
+            assert after.arguments[parameter] == before.results[output]
+        assert set(before.donated) == {before.arguments[p] for p in aliases.values()}
+
+
+def test_calls_that_run_at_once_share_a_program_and_keep_the_cache(decode):
+    (program,) = decode.kernels(EAGER)
+    executions = decode.dump.executions(program)
+    assert len(executions) == 5 * cases.NUM_LAYERS
+    assert program.aliases() == {1: KV_CACHE}
+    assert program.copies_of(CACHE) == []
+    for before, after in zip(executions, executions[cases.NUM_LAYERS :], strict=False):
+        assert before.donated == (before.arguments[KV_CACHE],)
+        assert after.arguments[KV_CACHE] == before.results[1]
+
+
+def test_calls_go_the_short_way(decode):
+    """If not, TorchTPU has changed: torch_tpu_launch.py wants another look."""
+    short = torch_tpu_launch._direct.__qualname__
+    for case in (EAGER, COMPILED):
+        (launcher,) = decode.results[case]["launchers"]
+        assert launcher.startswith(short)
+
+
+def test_the_cache_is_kept_alive_on_request(tmp_path):
+    kept = run("v6e", tmp_path, EAGER, TORCH_RPA_EAGER_DONATION="0")
+    (program,) = kept.kernels(EAGER)
+    assert program.aliases() == {}
+    assert not any(execution.donated for execution in kept.dump.executions())
+
+
+def test_a_part_of_a_larger_tensor_is_warned_of(record):
+    found = record.results["views"]
+    assert len(found) == 7
+    for kind, messages in found.items():
+        if kind.startswith("whole"):
+            assert messages == []
+        else:
+            (message,) = messages
+            assert re.match(r"kv_cache is a view of \d+ bytes of a tensor", message)
+            assert "copies the whole tensor in each call" in message
+
+
+# ---- all of the operator
+
+
+def test_each_feature_is_one_program_with_one_alias(record):
+    done, programs = record.results["features"], record.kernels("features")
+    assert len(done) == len(programs) == 17
+    for name, program in zip(done, programs, strict=True):
+        assert len(program.hlo.kernel_calls) == 1
+        if "read only" in name:
+            assert len(program.results) == 1
+        else:
+            assert len(program.results) == 2
+        assert bool(program.aliases()) == (
+            name not in ("functional", "read only", "read only, keys")
+        )
+
+
+def test_wrong_calls_are_the_errors_of_the_cpu(record):
+    for name, messages in record.results["mistakes"].items():
+        expected = (
+            "ValueError: kv_lens must be on the device of q, tpu:0, got cpu"
+            if name == "another device"
+            else messages[1]
+        )
+        assert messages[0] == expected != "no error", name
+
+
+def test_numbers_are_checked_on_request(record):
+    found = record.results["values"]
+    (warning,) = set(found.pop("compiled"))
+    assert "TORCH_RPA_VALIDATE has no effect in a graph of torch.compile" in warning
+    assert set(found.values()) == {
+        "ValueError: page_indices[0] (page 0 of sequence 0) must be in [0, 32), got 77"
+    }
+
+
+def test_torch_finds_no_fault(record):
+    for results in record.results["opcheck"].values():
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_the_plain_computation_is_no_kernel(record):
+    assert record.kernels("reference") == []
+
+
+def test_tuned_records_in_force_are_another_program_once(record):
+    first, second = record.kernels("tuned")
+    assert first.hlo.text != second.hlo.text
+    assert [len(record.dump.executions(p)) for p in (first, second)] == [2, 2]
+
+
+def test_the_public_way_does_the_same(record):
+    assert record.results["public_way"] == ["through.<locals>.launch"]
+    counts = [
+        len(record.dump.executions(program))
+        for program in record.dump.programs()
+        if program.hlo.kernel_calls
+    ]
+    assert counts.count(3) >= 1
