@@ -262,7 +262,7 @@ def test_malformed_requests_are_refused_at_once(paged, prompt, keywords, message
     ("keywords", "message"),
     [
         ({"max_sequence_length": 513}, "at most the model's 512 positions, got 513"),
-        ({"device": "cuda"}, "'xla' or 'cpu', got 'cuda'"),
+        ({"device": "cuda"}, "'tpu' or 'cpu', got 'cuda'"),
         ({"page_size": 12}, "page_size must be a power of two"),
         ({"page_size": 0}, "page_size must be at least 1, got 0"),
         ({"max_sequence_length": 1}, "max_sequence_length must be at least 2, got 1"),

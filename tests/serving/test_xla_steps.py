@@ -99,5 +99,4 @@ def test_random_traffic_gets_the_tokens_of_generation_one_by_one(eager, paged_on
     assert outputs[3].status == RequestStatus.FAILED
     assert engine.stats.num_preemptions > 0
     assert audit.num_foreign_reads > 0
-    assert engine.stats.max_compilations is not None
     assert engine.stats.num_compilations <= engine.stats.max_compilations

@@ -48,6 +48,9 @@ IS_LAZY = False
 DONATION_VARIABLE = "TORCH_RPA_EAGER_DONATION"
 OPTIONAL_TENSORS = ("k", "v", "sinks")
 KV_CACHE = Inputs._fields.index("kv_cache")
+# Each size of a step is a program. After 8 of them torch would run the next ones
+# operation by operation. It has another limit of 256, for all functions of one code.
+MAX_STEP_SIZES = 256
 
 
 class _State(threading.local):
@@ -199,7 +202,9 @@ def sync(*, wait: bool = False) -> None:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the function under ``torch.compile``, for static shapes."""
-    return torch.compile(function, backend="tpu", dynamic=False)
+    return torch.compile(
+        function, backend="tpu", dynamic=False, recompile_limit=MAX_STEP_SIZES
+    )
 
 
 def num_compilations() -> int:

@@ -29,9 +29,8 @@ def summary(engine: Engine, outputs: Sequence[GenerationOutput]) -> str:
         ("  of", f"{scheduler.allocator.num_pages}"),
         ("preemptions", f"{stats.num_preemptions}"),
         ("compilations", f"{stats.num_compilations}"),
+        ("  at most", f"{stats.max_compilations}"),
     ]
-    if stats.max_compilations is not None:
-        lines.append(("  at most", f"{stats.max_compilations}"))
     if firsts:
         lines += [
             ("seconds to first token", f"{statistics.median(firsts):.3f}"),

@@ -112,6 +112,8 @@ class Engine:
             device=self._device,
             cache_dtype=options.cache_dtype,
         )
+        self._greedy_step = self._runner.step(sampling.greedy)
+        self._sampling_step = self._runner.step(sampling.sample)
         self._last_generated = torch.zeros(
             options.max_num_sequences, dtype=torch.int64
         ).to(self._device)
@@ -356,12 +358,10 @@ class Engine:
         size = self._shapes.bucket(sum(row.num_tokens for row in rows))
         return _Flight(rows, self._run(rows, size, is_greedy))
 
-    @torch.no_grad()
     def _run(self, rows: list[Row], size: int, is_greedy: bool) -> torch.Tensor:
-        inputs = build_step_inputs(rows, self._shapes, size)
-        logits = self._runner.forward(inputs, self._last_generated)
+        inputs = build_step_inputs(rows, self._shapes, size).to(self._device)
         if is_greedy:
-            generated = sampling.greedy(logits)
+            generated = self._greedy_step(inputs, self._last_generated)
         else:
             entries = [self._entries[row.request] for row in rows]
             wishes = sampling.build_sampling_inputs(
@@ -370,9 +370,11 @@ class Engine:
                     for entry, row in zip(entries, rows, strict=True)
                 ],
                 num_rows=self._shapes.num_sequences,
-                vocabulary=logits.shape[-1],
+                vocabulary=self._config.vocab_size,
             )
-            generated = sampling.sample(logits, wishes.to(self._device))
+            generated = self._sampling_step(
+                inputs, self._last_generated, wishes.to(self._device)
+            )
         self._last_generated = generated
         self._runner.sync()
         return generated
@@ -412,12 +414,10 @@ class Engine:
     def _num_compilations(self) -> int:
         return devices.num_compilations(self._device)
 
-    def _max_compilations(self) -> int | None:
+    def _max_compilations(self) -> int:
         """Each bucket with greedy and with sampling rows, and the caches."""
         if not devices.is_compiled(self._device):
             return 0
-        if not devices.is_lazy(self._device):
-            return None  # a step is several programs, as the framework cuts it
         return 2 * len(self._shapes.token_buckets) + 1
 
 

@@ -49,7 +49,7 @@ class EngineStats:
         num_preemptions: How often a request lost its pages.
         peak_pages_held: Most pages in use at once.
         num_compilations: Programs compiled, that which makes the caches included.
-        max_compilations: Most programs that the engine can ever need; None if unknown.
+        max_compilations: Most programs that the engine can ever need.
         seconds: Wall time of all steps.
         compiling_seconds: Wall time of the steps that compiled.
         compiling_generated: Tokens generated during those.
@@ -65,7 +65,7 @@ class EngineStats:
     num_preemptions: int = 0
     peak_pages_held: int = 0
     num_compilations: int = 0
-    max_compilations: int | None = 0
+    max_compilations: int = 0
     seconds: float = 0.0
     compiling_seconds: float = 0.0
     compiling_generated: int = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -29,6 +32,7 @@ class ModelRunner:
         device: torch.device | str | None = None,
         cache_dtype: torch.dtype | None = None,
         fill_caches_first: bool = True,
+        compiles: bool = True,
     ):
         """Moves the model to its device and makes its caches.
 
@@ -42,8 +46,10 @@ class ModelRunner:
             fill_caches_first: Make the caches in a program of their own. Otherwise the
                 first step's program makes them: one program fewer, unless more steps
                 have the first one's sizes, as in chunked prefill.
+            compiles: Compile steps where the device does not do so by itself.
         """
         self.device = devices.open_device(device or model.device)
+        self._compiles = compiles
         self.model = use_rpa(model)
         if model.device != self.device:
             self.model.to(self.device)  # pyright: ignore[reportArgumentType]
@@ -55,31 +61,48 @@ class ModelRunner:
             dtype=cache_dtype or model.dtype,
             device=self.device,
         )
-        self._run_model = devices.compiled(self.model, self.device)
+        self._compute_logits = self.step(torch.Tensor.float)
         if fill_caches_first:
             self.sync()
 
-    @torch.no_grad()
+    def step(self, choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Returns a step from its inputs to its result, in one program where it can be.
+
+        On a lazy device it runs at the next ``sync``.
+
+        Args:
+            choose: What to make of the logits ``[S, vocabulary]``, which say what may
+                follow the last token of each row.
+
+        Returns:
+            A function of what :meth:`forward` takes, and of what ``choose`` takes after
+            the logits.
+        """
+
+        def compute(
+            inputs: StepInputs, last_generated: torch.Tensor | None, *others: Any
+        ) -> torch.Tensor:
+            return choose(self.forward(inputs, last_generated), *others)
+
+        function = devices.compiled(compute, self.device) if self._compiles else compute
+        return torch.no_grad()(function)
+
     def forward(
         self, inputs: StepInputs, last_generated: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Computes a step; on a lazy device it runs at the next ``sync``.
+        """Computes logits ``[S, vocabulary]``, operation by operation if not compiled.
 
         Args:
-            inputs: On any device.
+            inputs: On the device.
             last_generated: i64 ``[S]`` on the device, one token for each row of the
                 step before; needed if ``inputs.pending_rows`` refers to it.
-
-        Returns:
-            Logits ``[S, vocabulary]``: what may follow the last token of each row.
         """
-        inputs = inputs.to(self.device)
         input_ids = inputs.input_ids
         if last_generated is not None:
             rows = inputs.pending_rows
             generated = last_generated[rows.clamp(min=0)]
             input_ids = torch.where(rows < 0, input_ids, generated)
-        return self._run_model(
+        return self.model(
             input_ids=input_ids,
             position_ids=inputs.position_ids,
             use_cache=False,
@@ -90,9 +113,10 @@ class ModelRunner:
     def logits(self, inputs: StepInputs) -> torch.Tensor:
         """Computes a step and returns its logits, float32 ``[S, vocabulary]``, on CPU.
 
-        Row ``s`` says what may follow the last token of sequence ``s``.
+        Args:
+            inputs: On any device; every token is known.
         """
-        logits = self.forward(inputs).float()
+        logits = self._compute_logits(inputs.to(self.device), None)
         self.sync()
         return logits.cpu()
 
