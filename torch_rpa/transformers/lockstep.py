@@ -9,7 +9,11 @@ from torch_rpa import devices
 from torch_rpa.scheduling import OutOfPagesError, PageAllocator, Request, Scheduler
 from torch_rpa.scheduling.scheduler import pages_for
 from torch_rpa.transformers.model_runner import ModelRunner
-from torch_rpa.transformers.step_inputs import StepShapes, build_step_inputs
+from torch_rpa.transformers.step_inputs import (
+    StepInputs,
+    StepShapes,
+    build_step_inputs,
+)
 
 
 class LockstepBatch:
@@ -57,6 +61,7 @@ class LockstepBatch:
             cache_dtype=cache_dtype,
             fill_caches_first=step_tokens < sum(map(len, prompts)),
         )
+        self._compute_logits = self.runner.step(torch.Tensor.float)
         self._indices = {r: index for index, r in enumerate(self.requests)}
         self._live = set(self.requests)
         self._logits: torch.Tensor | None = None
@@ -70,7 +75,7 @@ class LockstepBatch:
         """
         new = self._logits
         while rows := self.scheduler.schedule():
-            logits = self.runner.logits(build_step_inputs(rows, self.shapes))
+            logits = self._step_logits(build_step_inputs(rows, self.shapes))
             if new is self._logits:  # earlier ones may be kept by the caller
                 empty = logits.new_zeros(len(self.requests), logits.shape[1])
                 new = empty if new is None else new.clone()
@@ -87,6 +92,12 @@ class LockstepBatch:
         assert new is not None
         self._logits = new
         return new
+
+    def _step_logits(self, inputs: StepInputs) -> torch.Tensor:
+        """Returns float32 ``[S, vocabulary]`` on the CPU: what may follow each row."""
+        logits = self._compute_logits(inputs.to(self.runner.device))
+        self.runner.sync()
+        return logits.cpu()
 
     def append(self, index: int, token: int) -> None:
         """Gives a sequence its next token, which the next step computes."""

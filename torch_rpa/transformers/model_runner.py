@@ -61,7 +61,6 @@ class ModelRunner:
             dtype=cache_dtype or model.dtype,
             device=self.device,
         )
-        self._compute_logits = self.step(torch.Tensor.float)
         if fill_caches_first:
             self.sync()
 
@@ -76,11 +75,14 @@ class ModelRunner:
 
         Returns:
             A function of what :meth:`forward` takes, and of what ``choose`` takes after
-            the logits.
+            the logits. It keeps this runner alive, so do not keep it here: in a cycle
+            the caches would hold their memory until Python looks for cycles.
         """
 
         def compute(
-            inputs: StepInputs, last_generated: torch.Tensor | None, *others: Any
+            inputs: StepInputs,
+            last_generated: torch.Tensor | None = None,
+            *others: Any,
         ) -> torch.Tensor:
             return choose(self.forward(inputs, last_generated), *others)
 
@@ -109,16 +111,6 @@ class ModelRunner:
             rpa=RPAContext(self.kv_caches, inputs.batch),
             logits_to_keep=inputs.last_tokens,
         ).logits[0]
-
-    def logits(self, inputs: StepInputs) -> torch.Tensor:
-        """Computes a step and returns its logits, float32 ``[S, vocabulary]``, on CPU.
-
-        Args:
-            inputs: On any device; every token is known.
-        """
-        logits = self._compute_logits(inputs.to(self.device), None)
-        self.sync()
-        return logits.cpu()
 
     def sync(self) -> None:
         """Starts all that is pending on the device, without waiting for it."""
