@@ -1,5 +1,6 @@
-"""Chooses the device before JAX or torch_xla is imported; skips hardware tests."""
+"""Chooses the device before a framework is imported; skips what cannot run here."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -31,18 +32,29 @@ HAS_TPU = _has_tpu()
 if not HAS_TPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("PJRT_DEVICE", "CPU")
+    # Otherwise importing torch opens torch_tpu, which would look for a TPU.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     for _name, _value in chips.COMPILE_ONLY_ENVIRONMENT.items():
         os.environ.setdefault(_name, _value)
 
 
+# The markers of pyproject.toml for tests of one framework.
+FRAMEWORKS = ("torch_xla", "torch_tpu")
+
+
 def pytest_collection_modifyitems(items):
-    """Skips tests marked ``tpu``, visibly, where there is no TPU."""
-    if HAS_TPU:
-        return
-    skip = pytest.mark.skip(reason="needs a TPU; RPA_TEST_TPU=1 insists there is one")
+    """Skips visibly what needs a TPU, or a framework, where there is none."""
+    reasons = {
+        name: f"needs {name}, which is not installed"
+        for name in FRAMEWORKS
+        if importlib.util.find_spec(name) is None
+    }
+    if not HAS_TPU:
+        reasons["tpu"] = "needs a TPU; RPA_TEST_TPU=1 insists there is one"
     for item in items:
-        if item.get_closest_marker("tpu"):
-            item.add_marker(skip)
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import torch_rpa
+from torch_rpa.bridges import BRIDGES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jax_kernels", "torch_rpa")
@@ -73,11 +77,83 @@ def test_files_that_the_long_description_names_exist(metadata):
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
+def requirements_of(metadata, *extras: str) -> list[Requirement]:
+    """What an install with some extras asks for, with the extras that they name."""
+    given = [Requirement(r) for r in metadata.get_all("Requires-Dist", [])]
+    chosen = []
+    for requirement in given:
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({"extra": e}) for e in extras):
+            chosen.append(requirement)
+    own = [r for r in chosen if r.name == "torch-rpa"]
+    if not own:
+        return chosen
+    more = set().union(*(r.extras for r in own)) - set(extras)
+    if not more:
+        return [r for r in chosen if r not in own]
+    return requirements_of(metadata, *extras, *more)
+
+
+def names_of(metadata, *extras: str) -> set[str]:
+    return {canonicalize_name(r.name) for r in requirements_of(metadata, *extras)}
+
+
+def allowed(metadata, package: str, *extras: str) -> SpecifierSet:
+    """Which releases of a package an install with some extras takes."""
+    result = SpecifierSet()
+    for requirement in requirements_of(metadata, *extras):
+        if canonicalize_name(requirement.name) == package:
+            result &= requirement.specifier
+    return result
+
+
+FRAMEWORKS = {"torch", "torch-xla", "torch-tpu"}
+
+
 def test_a_plain_install_brings_no_torch(metadata):
-    requirements = metadata.get_all("Requires-Dist", [])
-    plain = [r for r in requirements if "extra ==" not in r]
-    names = {re.split(r"[^\w-]", r)[0] for r in plain}
-    assert names == {"jax", "jaxlib", "numpy"}
+    assert names_of(metadata) == {"jax", "jaxlib", "numpy"}
+
+
+@pytest.mark.parametrize("extra", ["hf", "plot", "tpu", "test-tools"])
+def test_an_extra_beside_a_framework_brings_none(extra, metadata):
+    assert names_of(metadata, extra) > names_of(metadata)
+    assert not names_of(metadata, extra) & FRAMEWORKS
+
+
+@pytest.mark.parametrize(
+    ("extra", "brought"),
+    [
+        ("xla", {"torch", "torch-xla"}),
+        ("test", {"torch", "torch-xla"}),
+        ("docs", {"torch", "torch-xla"}),
+        ("dev", {"torch", "torch-xla"}),
+        ("torchtpu", {"torch", "torch-tpu"}),
+        ("test-torchtpu", {"torch", "torch-tpu"}),
+    ],
+)
+def test_an_extra_brings_one_framework(extra, brought, metadata):
+    assert names_of(metadata, extra) & FRAMEWORKS == brought
+    assert "libtpu" in names_of(metadata, extra) or extra in ("xla", "docs")
+
+
+@pytest.mark.parametrize("entry", BRIDGES.values(), ids=BRIDGES)
+def test_bridges_and_extras_agree_on_the_releases_of_torch(entry, metadata):
+    torch_releases = allowed(metadata, "torch", entry.extra)
+    (first, last) = entry.torch_releases
+    before, after = ((first[0], first[1] - 1), (last[0], last[1] + 1))
+    inside = [f"{first[0]}.{first[1]}.0", f"{last[0]}.{last[1]}.0"]
+    outside = [f"{before[0]}.{before[1]}.9", f"{after[0]}.{after[1]}.0"]
+    assert [release for release in inside if release not in torch_releases] == []
+    assert [release for release in outside if release in torch_releases] == []
+
+
+def test_the_releases_that_the_tests_run_with_are_allowed(metadata):
+    for extra, releases in {
+        "test": {"torch": "2.9.1", "torch-xla": "2.9.0", "libtpu": "0.0.52"},
+        "test-torchtpu": {"torch": "2.13.0", "torch-tpu": "0.2.0", "libtpu": "0.0.52"},
+    }.items():
+        for package, release in (releases | {"jax": "0.10.2"}).items():
+            assert release in allowed(metadata, package, extra), (extra, package)
 
 
 def test_the_version_is_the_one_of_the_newest_release_of_the_changelog():
@@ -137,4 +213,5 @@ def test_importing_torch_rpa_without_torch_names_the_extra_and_the_alternative()
     message = result.stderr.splitlines()[-1]
     assert message.startswith("ImportError: torch_rpa needs PyTorch")
     assert "pip install 'torch-rpa[xla]'" in message
+    assert "pip install 'torch-rpa[torchtpu]'" in message
     assert "jax_kernels.ragged_paged_attention" in message

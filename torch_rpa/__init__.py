@@ -1,7 +1,7 @@
-"""Ragged paged attention for PyTorch/XLA.
+"""Ragged paged attention for PyTorch on TPUs.
 
 Importing this package registers ``torch.ops.rpa.ragged_paged_attention`` and needs only
-torch: torch_xla and JAX are imported by the first call that uses them.
+torch: torch_xla or torch_tpu and JAX are imported by the first call that uses them.
 """
 
 import importlib.metadata
@@ -13,8 +13,9 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(
         "torch_rpa needs PyTorch, which is not installed: run "
-        "`pip install 'torch-rpa[xla]'` for PyTorch and torch_xla. Without PyTorch, "
-        "use the JAX function jax_kernels.ragged_paged_attention.ragged_paged_attention"
+        "`pip install 'torch-rpa[torchtpu]'` for PyTorch with TorchTPU, or "
+        "`pip install 'torch-rpa[xla]'` for PyTorch/XLA. Without PyTorch, use the "
+        "JAX function jax_kernels.ragged_paged_attention.ragged_paged_attention"
     ) from error
 
 from torch_rpa.api import ragged_paged_attention as ragged_paged_attention

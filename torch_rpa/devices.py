@@ -27,9 +27,9 @@ def names() -> tuple[str, ...]:
 
 
 def usual_name() -> str:
-    """Returns the first device type whose framework is installed, else the CPU's."""
+    """Returns the first device type whose framework can be used, else the CPU's."""
     for name, entry in bridges.BRIDGES.items():
-        if entry.is_installed:
+        if entry.problem() is None:
             return name
     return CPU
 
@@ -43,8 +43,8 @@ def open_device(device: torch.device | str) -> torch.device:
         device: One of :func:`names`, with an index or without.
 
     Raises:
-        ValueError: The device is none of these, its framework is not installed, or
-            there is no device of that index.
+        ValueError: The device is none of these, its framework is not installed or does
+            not fit the installed torch, or there is no device of that index.
     """
     name = str(device).partition(":")[0]
     if name not in names():
@@ -53,11 +53,9 @@ def open_device(device: torch.device | str) -> torch.device:
             f"device must be {', '.join(others)} or {last}, got {str(device)!r}"
         )
     entry = bridges.BRIDGES.get(name)
-    if entry is not None and not entry.is_installed:
-        raise ValueError(
-            f"device {name!r} needs the package {entry.framework}, which is not "
-            f"installed: install it, or use {usual_name()!r}"
-        )
+    problem = None if entry is None else entry.problem()
+    if problem is not None:
+        raise ValueError(f"device {name!r} needs {problem}; or use {usual_name()!r}")
     # The bridge first: some frameworks make their device known when they are imported.
     bridge = bridges.find(name)
     wanted = torch.device(device)

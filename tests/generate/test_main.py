@@ -30,6 +30,7 @@ def model_directory(llama, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.torch_xla
 def test_the_built_in_model_passes_its_check_on_the_xla_device(capsys):
     arguments = ["--check", "--max-new-tokens", "8", "--page-size", "8"]
     assert main(arguments) == 0

@@ -52,7 +52,9 @@ def tokens_of(results):
     return [output.generated_tokens for output in results.values()]
 
 
-@pytest.mark.parametrize("device", ["cpu", "xla"])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("xla", marks=pytest.mark.torch_xla)]
+)
 def test_tokens_equal_the_models_own(prompts, expected, device):
     assert len({tuple(tokens) for tokens in expected}) == len(prompts)
     steps = []
@@ -87,7 +89,12 @@ def test_other_heads_agree(prompts, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "cache_dtype"),
-    [("cpu", None), ("cpu", torch.int8), ("cpu", torch.float8_e4m3fn), ("xla", None)],
+    [
+        ("cpu", None),
+        ("cpu", torch.int8),
+        ("cpu", torch.float8_e4m3fn),
+        pytest.param("xla", None, marks=pytest.mark.torch_xla),
+    ],
 )
 def test_bfloat16_models_run_with_every_kind_of_cache(prompts, device, cache_dtype):
     model = build_llama("rpa").to(torch.bfloat16)

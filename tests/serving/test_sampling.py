@@ -133,6 +133,7 @@ def test_tokens_without_any_probability_are_never_drawn():
         assert set(draw(logits, params, seeds=range(50)).tolist()) == {1, 3}
 
 
+@pytest.mark.torch_xla
 def test_the_xla_device_draws_the_same_tokens():
     import torch_xla
 

@@ -5,7 +5,8 @@ import pytest
 from tests.serving.traffic import check, random_traffic, run
 from torch_rpa.serving import Engine, EngineOptions, RequestStatus, SamplingParams
 
-pytestmark = pytest.mark.slow  # all of them need the programs of an engine
+# All of them need the programs of an engine.
+pytestmark = [pytest.mark.slow, pytest.mark.torch_xla]
 
 OPTIONS = EngineOptions(
     max_num_sequences=5,

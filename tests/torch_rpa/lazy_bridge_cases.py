@@ -22,7 +22,7 @@ PROMPTS = [[5, 17, 3], [9]]
 @pytest.fixture(autouse=True)
 def calls(monkeypatch) -> list[str]:
     """Plugs the bridge in; gives what reached it."""
-    entry = bridges.Entry("tests.support.lazy_bridge", framework="torch")
+    entry = bridges.Entry("tests.support.lazy_bridge", "torch", extra="lazy")
     monkeypatch.setitem(bridges.BRIDGES, "lazy", entry)
     monkeypatch.setattr(lazy_bridge, "calls", [])
     return lazy_bridge.calls
@@ -99,12 +99,12 @@ def test_the_command_reaches_the_bridge(calls, capsys):
 
 def test_devices_are_named(calls, monkeypatch):
     assert devices.names() == ("xla", "tpu", "lazy", "cpu")
-    missing = bridges.Entry("tests.support.lazy_bridge", framework="no_such_package")
+    missing = bridges.Entry("tests.support.lazy_bridge", "no_such_package", "extra")
     monkeypatch.setitem(bridges.BRIDGES, "xla", missing)
     monkeypatch.setitem(bridges.BRIDGES, "tpu", missing)
     assert devices.usual_name() == "lazy"
     with pytest.raises(
-        ValueError, match=r"'xla' needs the package no_such_package.* or use 'lazy'"
+        ValueError, match=r"'xla' needs no_such_package, which is not .* or use 'lazy'"
     ):
         devices.open_device("xla")
     monkeypatch.setitem(bridges.BRIDGES, "lazy", missing)

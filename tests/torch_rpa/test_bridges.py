@@ -1,6 +1,7 @@
 """What a bridge defines, who knows torch_xla, and that one more bridge is no more."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,47 @@ def test_another_device_than_that_of_the_process_is_an_error():
         devices.open_device("xla:1")
     device = devices.open_device("xla")
     assert devices.is_lazy(device) and devices.is_compiled(device)
+
+
+# ---- frameworks that are missing, or do not fit
+
+
+@pytest.mark.parametrize("entry", bridges.BRIDGES.values(), ids=bridges.BRIDGES)
+def test_a_missing_framework_is_named_with_the_extra_that_brings_it(entry, monkeypatch):
+    monkeypatch.setattr(bridges.importlib.util, "find_spec", lambda name: None)
+    problem = entry.problem()
+    assert problem.startswith(f"{entry.framework}, which is not installed: ")
+    assert f"pip install 'torch-rpa[{entry.extra}]'" in problem
+    assert f"pip install '.[{entry.extra}]'" in problem
+
+
+@pytest.mark.parametrize(
+    ("device_type", "installed", "fitting"),
+    [
+        ("xla", "2.13.0+cpu", "torch 2.9, got torch 2.13.0+cpu"),
+        ("tpu", "2.9.1", "torch 2.11 to 2.15, got torch 2.9.1"),
+        ("tpu", "2.16.0.dev1", "torch 2.11 to 2.15, got torch 2.16.0.dev1"),
+    ],
+)
+def test_a_torch_that_does_not_fit_is_named(
+    device_type, installed, fitting, monkeypatch
+):
+    entry = bridges.BRIDGES[device_type]
+    monkeypatch.setattr(bridges.importlib.util, "find_spec", lambda name: "a package")
+    monkeypatch.setattr(bridges.importlib.metadata, "version", lambda name: "1.2.3")
+    monkeypatch.setattr(torch, "__version__", installed)
+    monkeypatch.setattr(bridges, "_loaded", {})
+    expected = f"{entry.framework} 1.2.3, which is {re.escape(fitting)}: .*environment"
+    for function in (bridges.find, devices.open_device):
+        with pytest.raises(ValueError, match=f"{device_type!r} needs .*{expected}"):
+            function(device_type)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "installed"),
+    [("xla", "2.9.1"), ("tpu", "2.11.0"), ("tpu", "2.15.0")],
+)
+def test_a_torch_that_fits_is_no_problem(device_type, installed, monkeypatch):
+    monkeypatch.setattr(bridges.importlib.util, "find_spec", lambda name: "a package")
+    monkeypatch.setattr(torch, "__version__", installed)
+    assert bridges.BRIDGES[device_type].problem() is None

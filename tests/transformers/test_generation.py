@@ -41,6 +41,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You are calling .generate.* on a device type different:UserWarning"
 )
 
+DEVICES = ["cpu", pytest.param("xla", marks=pytest.mark.torch_xla)]
+
 
 @pytest.fixture(scope="module")
 def eager():
@@ -67,7 +69,7 @@ def paged_generate(request):
     return request.param
 
 
-@pytest.mark.parametrize("device", ["cpu", "xla"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_left_padded_prompts_give_the_tokens_of_eager(
     eager, request, device, paged_generate
 ):
@@ -76,7 +78,7 @@ def test_left_padded_prompts_give_the_tokens_of_eager(
     assert torch.equal(got, eager_generate(eager, padded()))
 
 
-@pytest.mark.parametrize("device", ["cpu", "xla"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_right_padded_prompts_continue_after_their_last_token(
     eager, request, device, paged_generate
 ):
@@ -213,6 +215,7 @@ def test_too_few_pages_are_reported(paged, paged_generate):
 
 
 @pytest.mark.slow
+@pytest.mark.torch_xla
 @pytest.mark.filterwarnings("ignore:input_ids are on xla:UserWarning")
 def test_inputs_on_the_xla_device_work_too(eager, on_xla, paged_generate):
     import torch_xla
@@ -301,6 +304,7 @@ def test_a_saved_model_loads_with_this_attention(eager, tmp_path, paged_generate
 
 
 @pytest.mark.slow
+@pytest.mark.torch_xla
 def test_the_examples_of_the_readme_run_as_printed(eager, tmp_path):
     build("eager").save_pretrained(tmp_path)
     names = {

@@ -309,6 +309,7 @@ def test_a_text_generation_pipeline_runs_unchanged(eager, paged):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.torch_xla
 def test_inputs_on_the_xla_device_are_warned_of():
     import torch_xla
 

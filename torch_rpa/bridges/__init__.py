@@ -14,6 +14,7 @@ opened, so that ``import torch_rpa`` needs torch alone.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -130,21 +131,71 @@ class Entry(NamedTuple):
     Attributes:
         module: Defines what :class:`Bridge` lists.
         framework: The package whose tensors it takes.
+        extra: Of this package; it installs the framework and a torch that fits.
+        torch_releases: The first and the last release of torch that fit the framework,
+            such as ``(2, 9)``. With another one its import fails, in words of its own.
+            None if any fits.
     """
 
     module: str
     framework: str
+    extra: str
+    torch_releases: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     @property
     def is_installed(self) -> bool:
-        """Whether the framework can be imported."""
+        """Whether the framework is there, for this torch or for another one."""
         return importlib.util.find_spec(self.framework) is not None
 
+    def problem(self) -> str | None:
+        """Returns why the framework cannot be used and what to install, else None."""
+        remedy = (
+            f"install the extra {self.extra} of this package, by "
+            f"pip install 'torch-rpa[{self.extra}]' or, in a checkout, "
+            f"pip install '.[{self.extra}]'"
+        )
+        if not self.is_installed:
+            return f"{self.framework}, which is not installed: {remedy}"
+        if self.torch_releases is None:
+            return None
+        if self.torch_releases[0] <= _installed_torch() <= self.torch_releases[1]:
+            return None
+        first, last = (f"{major}.{minor}" for major, minor in self.torch_releases)
+        fitting = first if first == last else f"{first} to {last}"
+        return (
+            f"a torch that fits {self.framework} {_version(self.framework)}, which is "
+            f"torch {fitting}, got torch {torch.__version__}: {remedy}, in an "
+            "environment of its own"
+        )
 
-# By type of torch device. The first one that is installed is the usual device.
+
+def _installed_torch() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of an unknown release"  # on the path, but not installed
+
+
+# By type of torch device. The first one that can be used is the usual device. The
+# extras of pyproject.toml have the same releases of torch.
 BRIDGES: dict[str, Entry] = {
-    "xla": Entry("torch_rpa.bridges.torch_xla", framework="torch_xla"),
-    "tpu": Entry("torch_rpa.bridges.torch_tpu", framework="torch_tpu"),
+    "xla": Entry(
+        "torch_rpa.bridges.torch_xla",
+        framework="torch_xla",
+        extra="xla",
+        torch_releases=((2, 9), (2, 9)),
+    ),
+    "tpu": Entry(
+        "torch_rpa.bridges.torch_tpu",
+        framework="torch_tpu",
+        extra="torchtpu",
+        torch_releases=((2, 11), (2, 15)),
+    ),
 }
 
 
@@ -152,12 +203,19 @@ _loaded: dict[str, Bridge] = {}
 
 
 def find(device_type: str) -> Bridge | None:
-    """Returns the bridge of a device type, or None if it has none, as the CPU."""
+    """Returns the bridge of a device type, or None if it has none, as the CPU.
+
+    Raises:
+        ValueError: Its framework is not installed, or does not fit the installed torch.
+    """
     entry = BRIDGES.get(device_type)
     if entry is None:
         return None
     bridge = _loaded.get(entry.module)  # each call comes here three times
     if bridge is None:
+        problem = entry.problem()
+        if problem is not None:
+            raise ValueError(f"device {device_type!r} needs {problem}")
         bridge = cast(Bridge, importlib.import_module(entry.module))
         _loaded[entry.module] = bridge
     return bridge
