@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MOST_COLUMNS = 120
-SKIPPED_FOLDERS = {".venv", "build", "dist", ".hypothesis", ".pytest_cache"}
+SKIPPED_FOLDERS = {".venv", ".venv-torchtpu", "build", "dist"}
+SKIPPED_FOLDERS |= {".hypothesis", ".pytest_cache"}
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
     for path in ROOT.rglob("*.md")
@@ -18,7 +19,9 @@ GENERATED = re.compile(
     r"<!-- ((?:predicted|measured) [^\n]*) -->\n.*?<!-- \1 -->", re.S
 )
 # Printed as one line, which a reader copies and .ci/run runs.
-COMMAND = re.compile(r"<!-- (?:main|test) command -->\n```bash\n.*?```", re.S)
+COMMAND = re.compile(
+    r"<!-- (?:main|test|torchtpu test) command -->\n```bash\n.*?```", re.S
+)
 FENCED = re.compile(r"^```.*?^```", re.S | re.M)
 LINK = re.compile(r"!?\[(?:[^\]]*)\]\(([^)\s]+)\)")
 

@@ -41,6 +41,10 @@ def test_the_examples_of_serving_run_as_printed(capsys):
 
 
 def test_the_commands_are_one_line_each():
-    for marker in ("main command", "test command"):
+    for marker, environment in (
+        ("main command", ".venv"),
+        ("test command", ".venv"),
+        ("torchtpu test command", ".venv-torchtpu"),
+    ):
         (line,) = block(marker).splitlines()
-        assert line.startswith("python3 -m venv .venv && ")
+        assert line.startswith(f"python3 -m venv {environment} && ")
