@@ -13,6 +13,7 @@ REASON = compile_only_tpu.reason_to_skip()
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.slow,
+    pytest.mark.torch_tpu,
 ]
 
 MATRIX = "f32[256,256]"
