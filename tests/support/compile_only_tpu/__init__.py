@@ -22,6 +22,10 @@ count padding, nothing takes time, and there is no limit of memory. A serialised
 program, as torch's cache on disk holds it, is compiled anew when it is loaded, for the
 chip that is there then; the record says that it was loaded, and what it was compiled
 for before.
+
+Functions of PJRT that TorchTPU 0.2 was not seen to call are not there, such as those
+for memory of the host, for copies between devices and for views: they give an error
+that names the function by its number in ``pjrt.h``.
 """
 
 from tests.support.compile_only_tpu.building import (

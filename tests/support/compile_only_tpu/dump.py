@@ -81,6 +81,7 @@ class Execution:
       arguments: Buffers.
       results: Buffers.
       donated: Those of the arguments that are gone after it.
+      bytes_in_use: Memory of the device's buffers after it.
     """
 
     program: int
@@ -88,20 +89,21 @@ class Execution:
     arguments: tuple[int, ...]
     results: tuple[int, ...]
     donated: tuple[int, ...]
+    bytes_in_use: int
 
 
 class Dump:
     """The record of one process.
 
     Attributes:
+      directory: That holds it.
       events: What happened, in order. Beside what ``programs`` and ``executions`` give
-        there are ``copy_to_device`` and ``copy_to_host``, each with ``buffer`` and
-        ``bytes``, and ``copy`` between devices, ``from`` one buffer ``to`` another.
+        there are ``copy_to_device`` and ``copy_to_host``: ``buffer`` and ``bytes``.
     """
 
     def __init__(self, directory: pathlib.Path | str) -> None:
-        self._directory = pathlib.Path(directory)
-        lines = (self._directory / "events.jsonl").read_text().splitlines()
+        self.directory = pathlib.Path(directory)
+        lines = (self.directory / "events.jsonl").read_text().splitlines()
         self.events: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def programs(self, name: str | None = None) -> list[CompiledProgram]:
@@ -114,7 +116,7 @@ class Dump:
                 topology=event["topology"],
                 results=tuple(event["results"]),
                 milliseconds=event["milliseconds"],
-                _directory=self._directory,
+                _directory=self.directory,
             )
             for event in self.events
             if event["event"] in ("compile", "load")
@@ -130,6 +132,7 @@ class Dump:
                 arguments=tuple(event["arguments"]),
                 results=tuple(event["results"]),
                 donated=tuple(event["donated"]),
+                bytes_in_use=event["bytes_in_use"],
             )
             for event in self.events
             if event["event"] == "execute"

@@ -30,7 +30,6 @@ struct Device;
 struct Memory;
 struct LoadedExecutable;
 struct Buffer;
-struct RawBuffer;
 
 // How every struct of arguments begins.
 struct Args {
@@ -109,31 +108,21 @@ enum Position : int {
   kBufferMemory = 66,
   kBufferDelete = 67,
   kBufferIsDeleted = 68,
-  kBufferCopyToDevice = 69,
   kBufferToHostBuffer = 70,
   kBufferIsOnCpu = 71,
   kBufferReadyEvent = 72,
-  kBufferUnsafePointer = 73,
-  kBufferIncreaseExternalReferenceCount = 74,
-  kBufferDecreaseExternalReferenceCount = 75,
-  kBufferOpaqueDeviceMemoryDataPointer = 76,
   kTopologyCreate = 82,
   kTopologyGetDeviceDescriptions = 86,
   kTopologyAttributes = 88,
   kCompile = 89,
   kExecutableOutputElementTypes = 90,
   kExecutableOutputDimensions = 91,
-  kBufferCopyToMemory = 92,
   kExecutableFingerprint = 94,
   kClientTopology = 95,
   kExecutableMemoryStats = 96,
   kMemoryKindId = 97,
   kExecuteContextCreate = 98,
   kExecuteContextDestroy = 99,
-  kBufferCopyRawToHost = 100,
-  kClientDmaMap = 110,
-  kClientDmaUnmap = 111,
-  kClientCreateUninitializedBuffer = 112,
   kTopologyDeserialize = 114,
   kLoadedExecutableGetDeviceAssignment = 117,
   kNumFunctions = 118,
@@ -146,7 +135,6 @@ constexpr int kMinorVersion = 81;
 
 enum ExtensionType : int {
   kLayoutsExtension = 4,
-  kRawBufferExtension = 8,
   kTpuTopologyExtension = 16,
 };
 
@@ -164,16 +152,6 @@ struct LayoutsExtension : Extension {
   Function buffer_layout;
   Function topology_default_layout;
   Function executable_output_layouts;
-};
-
-struct RawBufferExtension : Extension {
-  Function create_alias_of_buffer;
-  Function destroy;
-  Function size_in_bytes;
-  Function memory;
-  Function copy_from_host;
-  Function copy_to_host;
-  Function host_pointer;
 };
 
 struct Version : Args {
@@ -306,11 +284,6 @@ struct ClientDefaultDeviceAssignmentArgs : Args {
   int* device_ids;  // filled in
 };
 
-struct ClientDmaArgs : Args {  // map and unmap
-  Client* client;
-  void* data;
-};
-
 struct DeviceGetDescriptionArgs : Args {
   Device* device;
   DeviceDescription* description;  // out
@@ -344,11 +317,13 @@ struct OptionalBytes {
 
 struct DeviceMemoryStatsArgs : Args {
   Device* device;
-  int64_t bytes_in_use;                // out
-  OptionalBytes peak_bytes_in_use;     // out
-  OptionalBytes num_allocs;            // out
-  OptionalBytes largest_alloc_size;    // out
-  OptionalBytes bytes_limit;           // out
+  // out:
+  int64_t bytes_in_use;
+  OptionalBytes peak_bytes_in_use;
+  OptionalBytes num_allocations;
+  OptionalBytes largest_allocation;
+  OptionalBytes bytes_limit;
+  OptionalBytes reservations_and_pools[6];
 };
 
 struct MemoryIdArgs : Args {  // id and number of its kind
@@ -516,18 +491,7 @@ struct ClientBufferFromHostArgs : Args {
   Buffer* buffer;                // out
 };
 
-struct ClientCreateUninitializedBufferArgs : Args {
-  Client* client;
-  const int64_t* dimensions;
-  size_t num_dimensions;
-  int type;
-  MemoryLayout* layout;
-  Device* device;
-  Memory* memory;  // or null
-  Buffer* buffer;  // out
-};
-
-struct BufferArgs : Args {  // destroy, delete and reference counts
+struct BufferArgs : Args {  // destroy and delete
   Buffer* buffer;
 };
 
@@ -578,36 +542,11 @@ struct BufferReadyEventArgs : Args {
   Event* event;  // out
 };
 
-struct BufferPointerArgs : Args {
-  Buffer* buffer;
-  void* pointer;  // out
-};
-
-struct BufferCopyToDeviceArgs : Args {
-  Buffer* buffer;
-  Device* device;
-  Buffer* copy;  // out
-};
-
-struct BufferCopyToMemoryArgs : Args {
-  Buffer* buffer;
-  Memory* memory;
-  Buffer* copy;  // out
-};
-
 struct BufferToHostArgs : Args {
   Buffer* buffer;
   MemoryLayout* layout;
   void* data;    // null to ask for the size alone
   size_t size;   // out, if data is null
-  Event* event;  // out
-};
-
-struct BufferCopyRawToHostArgs : Args {
-  Buffer* buffer;
-  void* data;
-  int64_t offset;
-  int64_t size;
   Event* event;  // out
 };
 
@@ -624,38 +563,6 @@ struct DefaultLayoutArgs : Args {
 struct BufferLayoutArgs : Args {
   Buffer* buffer;
   Layout* layout;  // out
-};
-
-struct RawBufferCreateArgs : Args {
-  Buffer* buffer;
-  RawBuffer* raw;  // out
-};
-
-struct RawBufferArgs : Args {  // destroy
-  RawBuffer* raw;
-};
-
-struct RawBufferSizeArgs : Args {
-  RawBuffer* raw;
-  size_t size_in_bytes;  // out
-};
-
-struct RawBufferMemoryArgs : Args {
-  RawBuffer* raw;
-  Memory* memory;  // out
-};
-
-struct RawBufferPointerArgs : Args {
-  RawBuffer* raw;
-  void* pointer;  // out
-};
-
-struct RawBufferCopyArgs : Args {
-  RawBuffer* raw;
-  void* data;  // on the host
-  int64_t offset;
-  int64_t size;
-  Event* event;  // out
 };
 
 }  // namespace pjrt

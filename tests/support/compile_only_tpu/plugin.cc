@@ -18,12 +18,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -271,19 +269,23 @@ struct ArrayType {
 
 // ---- Buffers -----------------------------------------------------------------------
 
-// A piece of device memory, which a buffer and raw views of it share.
-struct Storage {
-  Storage(ArrayType array_type, Memory* in_memory)
+}  // namespace
+
+namespace pjrt {
+
+// Whoever creates, changes or destroys one holds state_mutex.
+struct Buffer {
+  Buffer(ArrayType array_type, Memory* in_memory)
       : type(std::move(array_type)), memory(in_memory), num_bytes(type.num_bytes()) {
-    // The caller holds state_mutex.
     static int64_t next_id = 0;
     id = next_id++;
+    for (size_t i = type.dimensions.size(); i-- > 0;) minor_to_major.push_back(i);
     Device& device = *memory->device;
     device.bytes_in_use += num_bytes;
     device.peak_bytes_in_use = std::max(device.peak_bytes_in_use, device.bytes_in_use);
   }
 
-  ~Storage() { release("was freed"); }
+  ~Buffer() { release("was freed"); }
 
   // Gives the memory back. Whoever still uses it is told why it is gone.
   void release(const std::string& reason) {
@@ -304,79 +306,36 @@ struct Storage {
   Memory* memory;
   size_t num_bytes;
   int64_t id;
+  std::vector<int64_t> minor_to_major;
   std::string gone;         // why it may not be used any more
   std::vector<char> bytes;  // values; empty for zeros
-};
-
-}  // namespace
-
-namespace pjrt {
-
-struct Buffer {
-  std::shared_ptr<Storage> storage;
-  std::vector<int64_t> minor_to_major;
-};
-
-struct RawBuffer {
-  std::shared_ptr<Storage> storage;
 };
 
 }  // namespace pjrt
 
 namespace {
 
-// The caller holds state_mutex.
-Buffer* new_buffer(ArrayType type, Memory* memory) {
-  auto* buffer = new Buffer;
-  for (size_t i = type.dimensions.size(); i-- > 0;) {
-    buffer->minor_to_major.push_back(i);
-  }
-  buffer->storage = std::make_shared<Storage>(std::move(type), memory);
-  return buffer;
+void record_copy(std::string_view event, const Buffer& buffer) {
+  record.write(recorder::Event(event)
+                   .add("buffer", buffer.id)
+                   .add("bytes", buffer.num_bytes));
 }
 
-void record_copy(std::string_view event, const Storage& storage, size_t size) {
-  record.write(recorder::Event(event).add("buffer", storage.id).add("bytes", size));
+void copy_from_host(Buffer& buffer, const void* data) {
+  record_copy("copy_to_device", buffer);
+  if (buffer.num_bytes > kLargestKeptBytes) return;
+  const char* bytes = static_cast<const char*>(data);
+  buffer.bytes.assign(bytes, bytes + buffer.num_bytes);
 }
 
-void copy_from_host(Storage& storage, const void* data, size_t offset, size_t size) {
-  storage.require("copied to");
-  if (offset + size > storage.num_bytes) {
-    throw Failure{kInvalidArgument, "a copy beyond the end of a buffer"};
-  }
-  record_copy("copy_to_device", storage, size);
-  if (storage.num_bytes > kLargestKeptBytes) return;
-  storage.bytes.resize(storage.num_bytes);
-  std::memcpy(storage.bytes.data() + offset, data, size);
-}
-
-void copy_to_host(const Storage& storage, void* data, size_t offset, size_t size) {
-  storage.require("copied from");
-  if (offset + size > storage.num_bytes) {
-    throw Failure{kInvalidArgument, "a copy beyond the end of a buffer"};
-  }
-  record_copy("copy_to_host", storage, size);
-  if (storage.bytes.empty()) {
-    std::memset(data, 0, size);
+void copy_to_host(const Buffer& buffer, void* data) {
+  buffer.require("copied from");
+  record_copy("copy_to_host", buffer);
+  if (buffer.bytes.empty()) {
+    std::memset(data, 0, buffer.num_bytes);
   } else {
-    std::memcpy(data, storage.bytes.data() + offset, size);
+    std::memcpy(data, buffer.bytes.data(), buffer.num_bytes);
   }
-}
-
-// The elements of an array with strides, in row-major order.
-std::vector<char> gather(const char* data, const ArrayType& type,
-                         const int64_t* byte_strides) {
-  const size_t rank = type.dimensions.size();
-  const size_t element = type.element().bits / 8;
-  std::vector<char> dense(type.num_bytes());
-  std::vector<int64_t> index(rank, 0);
-  for (size_t at = 0; at < dense.size(); at += element) {
-    const char* from = data;
-    for (size_t i = 0; i < rank; i++) from += index[i] * byte_strides[i];
-    std::memcpy(dense.data() + at, from, element);
-    for (size_t i = rank; i-- > 0 && ++index[i] == type.dimensions[i];) index[i] = 0;
-  }
-  return dense;
 }
 
 // ---- Programs ----------------------------------------------------------------------
@@ -573,13 +532,13 @@ void check_arguments(const CompiledProgram& program, Buffer* const* arguments,
                       std::to_string(num_arguments)};
   }
   for (size_t i = 0; i < num_arguments; i++) {
-    const Storage& storage = *arguments[i]->storage;
-    storage.require("passed as " + argument_name(program, i));
-    if (storage.type.dimensions != expected[i]) {
+    const Buffer& buffer = *arguments[i];
+    buffer.require("passed as " + argument_name(program, i));
+    if (buffer.type.dimensions != expected[i]) {
       throw Failure{kInvalidArgument,
                     argument_name(program, i) + ": expected " +
-                        ArrayType{storage.type.type, expected[i]}.text() + ", got " +
-                        storage.type.text()};
+                        ArrayType{buffer.type.type, expected[i]}.text() + ", got " +
+                        buffer.type.text()};
     }
   }
 }
@@ -591,25 +550,26 @@ void execute_on(const CompiledProgram& program, Device* device,
   check_arguments(program, arguments, num_arguments);
   std::vector<int64_t> argument_ids, result_ids, donated_ids;
   for (size_t i = 0; i < num_arguments; i++) {
-    argument_ids.push_back(arguments[i]->storage->id);
+    argument_ids.push_back(arguments[i]->id);
   }
   for (const hlo::Alias& alias : program.summary.aliases) {
     if (not_donatable.count(alias.parameter) > 0) continue;
-    Storage& storage = *arguments[alias.parameter]->storage;
-    donated_ids.push_back(storage.id);
-    storage.release("was donated to program " + std::to_string(program.number) + " (" +
+    Buffer& buffer = *arguments[alias.parameter];
+    donated_ids.push_back(buffer.id);
+    buffer.release("was donated to program " + std::to_string(program.number) + " (" +
                     program.summary.name + ")");
   }
   for (size_t i = 0; i < program.results.size(); i++) {
-    results[i] = new_buffer(program.results[i], device->memories.front());
-    result_ids.push_back(results[i]->storage->id);
+    results[i] = new Buffer(program.results[i], device->memories.front());
+    result_ids.push_back(results[i]->id);
   }
   record.write(recorder::Event("execute")
                    .add("program", program.number)
                    .add("device", device->id)
                    .add("arguments", argument_ids)
                    .add("results", result_ids)
-                   .add("donated", donated_ids));
+                   .add("donated", donated_ids)
+                   .add("bytes_in_use", device->bytes_in_use));
 }
 
 void execute(ExecuteArgs& args) {
@@ -737,26 +697,15 @@ void client_compile(ClientCompileArgs& args) {
 }
 
 void client_buffer_from_host(ClientBufferFromHostArgs& args) {
-  ArrayType type{args.type, {args.dimensions, args.dimensions + args.num_dimensions}};
-  Memory* memory = args.memory ? args.memory : args.device->memories.front();
-  const std::lock_guard<std::mutex> lock(state_mutex);
-  args.buffer = new_buffer(type, memory);
-  Storage& storage = *args.buffer->storage;
-  if (args.num_byte_strides > 0 && storage.num_bytes <= kLargestKeptBytes) {
-    const std::vector<char> dense =
-        gather(static_cast<const char*>(args.data), type, args.byte_strides);
-    copy_from_host(storage, dense.data(), 0, dense.size());
-  } else {
-    copy_from_host(storage, args.data, 0, storage.num_bytes);
+  if (args.num_byte_strides > 0) {
+    throw Failure{kUnimplemented, "a copy from the host with strides"};
   }
-  args.done_with_host_buffer = new Event;
-}
-
-void client_create_uninitialized_buffer(ClientCreateUninitializedBufferArgs& args) {
   ArrayType type{args.type, {args.dimensions, args.dimensions + args.num_dimensions}};
   Memory* memory = args.memory ? args.memory : args.device->memories.front();
   const std::lock_guard<std::mutex> lock(state_mutex);
-  args.buffer = new_buffer(std::move(type), memory);
+  args.buffer = new Buffer(std::move(type), memory);
+  copy_from_host(*args.buffer, args.data);
+  args.done_with_host_buffer = new Event;
 }
 
 // ---- Devices and memories ----------------------------------------------------------
@@ -786,9 +735,10 @@ void device_memory_stats(DeviceMemoryStatsArgs& args) {
   const std::lock_guard<std::mutex> lock(state_mutex);
   args.bytes_in_use = args.device->bytes_in_use;
   args.peak_bytes_in_use = {args.device->peak_bytes_in_use, true};
-  args.num_allocs.is_set = false;
-  args.largest_alloc_size.is_set = false;
+  args.num_allocations = {};
+  args.largest_allocation = {};
   args.bytes_limit = {kDeviceBytes, true};
+  for (OptionalBytes& bytes : args.reservations_and_pools) bytes = {};
 }
 
 void memory_id(MemoryIdArgs& args) { args.id = args.memory->id; }
@@ -877,15 +827,15 @@ void buffer_destroy(BufferArgs& args) {
 
 void buffer_delete(BufferArgs& args) {
   const std::lock_guard<std::mutex> lock(state_mutex);
-  args.buffer->storage->release("was deleted");
+  args.buffer->release("was deleted");
 }
 
 void buffer_element_type(BufferElementTypeArgs& args) {
-  args.type = args.buffer->storage->type.type;
+  args.type = args.buffer->type.type;
 }
 
 void buffer_dimensions(BufferDimensionsArgs& args) {
-  const std::vector<int64_t>& dimensions = args.buffer->storage->type.dimensions;
+  const std::vector<int64_t>& dimensions = args.buffer->type.dimensions;
   args.dimensions = dimensions.data();
   args.num_dimensions = dimensions.size();
 }
@@ -904,69 +854,37 @@ void buffer_memory_layout(BufferGetMemoryLayoutArgs& args) {
 }
 
 void buffer_size(BufferSizeArgs& args) {
-  args.size_in_bytes = args.buffer->storage->num_bytes;
+  args.size_in_bytes = args.buffer->num_bytes;
 }
 
 void buffer_device(BufferDeviceArgs& args) {
-  args.device = args.buffer->storage->memory->device;
+  args.device = args.buffer->memory->device;
 }
 
 void buffer_memory(BufferMemoryArgs& args) {
-  args.memory = args.buffer->storage->memory;
+  args.memory = args.buffer->memory;
 }
 
 void buffer_is_deleted(BufferBoolArgs& args) {
   const std::lock_guard<std::mutex> lock(state_mutex);
-  args.value = !args.buffer->storage->gone.empty();
+  args.value = !args.buffer->gone.empty();
 }
 
 void buffer_is_on_cpu(BufferBoolArgs& args) { args.value = false; }
 void buffer_ready_event(BufferReadyEventArgs& args) { args.event = new Event; }
 
-void buffer_pointer(BufferPointerArgs& args) {
-  args.pointer = args.buffer->storage.get();
-}
-
-// The caller holds state_mutex.
-Buffer* copy_buffer(const Storage& from, Memory* memory) {
-  from.require("copied");
-  Buffer* copy = new_buffer(from.type, memory);
-  copy->storage->bytes = from.bytes;
-  record.write(recorder::Event("copy")
-                   .add("from", from.id)
-                   .add("to", copy->storage->id)
-                   .add("bytes", from.num_bytes));
-  return copy;
-}
-
-void buffer_copy_to_device(BufferCopyToDeviceArgs& args) {
-  const std::lock_guard<std::mutex> lock(state_mutex);
-  args.copy = copy_buffer(*args.buffer->storage, args.device->memories.front());
-}
-
-void buffer_copy_to_memory(BufferCopyToMemoryArgs& args) {
-  const std::lock_guard<std::mutex> lock(state_mutex);
-  args.copy = copy_buffer(*args.buffer->storage, args.memory);
-}
-
 void buffer_to_host(BufferToHostArgs& args) {
   const std::lock_guard<std::mutex> lock(state_mutex);
-  const Storage& storage = *args.buffer->storage;
+  const Buffer& buffer = *args.buffer;
   if (args.data == nullptr) {
-    args.size = storage.num_bytes;
+    args.size = buffer.num_bytes;
     return;
   }
-  copy_to_host(storage, args.data, 0, storage.num_bytes);
+  copy_to_host(buffer, args.data);
   args.event = new Event;
 }
 
-void buffer_copy_raw_to_host(BufferCopyRawToHostArgs& args) {
-  const std::lock_guard<std::mutex> lock(state_mutex);
-  copy_to_host(*args.buffer->storage, args.data, args.offset, args.size);
-  args.event = new Event;
-}
-
-// ---- Extensions: layouts and raw buffers -------------------------------------------
+// ---- Layouts -----------------------------------------------------------------------
 
 LayoutsExtension layouts;
 Function libtpu_topology_default_layout;
@@ -988,40 +906,8 @@ void client_default_layout(DefaultLayoutArgs& args) {
 }
 
 void buffer_layout(BufferLayoutArgs& args) {
-  const Storage& storage = *args.buffer->storage;
-  args.layout = default_layout(storage.memory->device->topology, storage.type);
-}
-
-RawBufferExtension raw_buffers;
-
-void raw_create(RawBufferCreateArgs& args) {
-  const std::lock_guard<std::mutex> lock(state_mutex);
-  args.buffer->storage->require("viewed");
-  args.raw = new RawBuffer{args.buffer->storage};
-}
-
-void raw_destroy(RawBufferArgs& args) {
-  const std::lock_guard<std::mutex> lock(state_mutex);
-  delete args.raw;
-}
-
-void raw_size(RawBufferSizeArgs& args) {
-  args.size_in_bytes = args.raw->storage->num_bytes;
-}
-
-void raw_memory(RawBufferMemoryArgs& args) { args.memory = args.raw->storage->memory; }
-void raw_host_pointer(RawBufferPointerArgs& args) { args.pointer = nullptr; }
-
-void raw_copy_from_host(RawBufferCopyArgs& args) {
-  const std::lock_guard<std::mutex> lock(state_mutex);
-  copy_from_host(*args.raw->storage, args.data, args.offset, args.size);
-  args.event = new Event;
-}
-
-void raw_copy_to_host(RawBufferCopyArgs& args) {
-  const std::lock_guard<std::mutex> lock(state_mutex);
-  copy_to_host(*args.raw->storage, args.data, args.offset, args.size);
-  args.event = new Event;
+  const Buffer& buffer = *args.buffer;
+  args.layout = default_layout(buffer.memory->device->topology, buffer.type);
 }
 
 // ---- The table ---------------------------------------------------------------------
@@ -1066,10 +952,6 @@ void set_own_functions(Api& api) {
   set(kClientDefaultDeviceAssignment, Entry<client_default_device_assignment>::call);
   set(kClientBufferFromHostBuffer, Entry<client_buffer_from_host>::call);
   set(kClientTopology, Entry<client_topology>::call);
-  set(kClientDmaMap, Entry<succeed<ClientDmaArgs>>::call);
-  set(kClientDmaUnmap, Entry<succeed<ClientDmaArgs>>::call);
-  set(kClientCreateUninitializedBuffer,
-      Entry<client_create_uninitialized_buffer>::call);
   set(kDeviceGetDescription, Entry<device_get_description>::call);
   set(kDeviceIsAddressable, Entry<device_is_addressable>::call);
   set(kDeviceLocalHardwareId, Entry<device_local_hardware_id>::call);
@@ -1104,16 +986,9 @@ void set_own_functions(Api& api) {
   set(kBufferMemory, Entry<buffer_memory>::call);
   set(kBufferDelete, Entry<buffer_delete>::call);
   set(kBufferIsDeleted, Entry<buffer_is_deleted>::call);
-  set(kBufferCopyToDevice, Entry<buffer_copy_to_device>::call);
-  set(kBufferCopyToMemory, Entry<buffer_copy_to_memory>::call);
   set(kBufferToHostBuffer, Entry<buffer_to_host>::call);
   set(kBufferIsOnCpu, Entry<buffer_is_on_cpu>::call);
   set(kBufferReadyEvent, Entry<buffer_ready_event>::call);
-  set(kBufferUnsafePointer, Entry<buffer_pointer>::call);
-  set(kBufferIncreaseExternalReferenceCount, Entry<succeed<BufferArgs>>::call);
-  set(kBufferDecreaseExternalReferenceCount, Entry<succeed<BufferArgs>>::call);
-  set(kBufferOpaqueDeviceMemoryDataPointer, Entry<buffer_pointer>::call);
-  set(kBufferCopyRawToHost, Entry<buffer_copy_raw_to_host>::call);
 }
 
 // Functions that are given libtpu's objects only.
@@ -1155,16 +1030,6 @@ void set_extensions(Api& api) {
   layouts.client_default_layout = Entry<client_default_layout>::call;
   layouts.buffer_layout = Entry<buffer_layout>::call;
 
-  raw_buffers.struct_size = sizeof raw_buffers;
-  raw_buffers.type = kRawBufferExtension;
-  raw_buffers.create_alias_of_buffer = Entry<raw_create>::call;
-  raw_buffers.destroy = Entry<raw_destroy>::call;
-  raw_buffers.size_in_bytes = Entry<raw_size>::call;
-  raw_buffers.memory = Entry<raw_memory>::call;
-  raw_buffers.copy_from_host = Entry<raw_copy_from_host>::call;
-  raw_buffers.copy_to_host = Entry<raw_copy_to_host>::call;
-  raw_buffers.host_pointer = Entry<raw_host_pointer>::call;
-
   // Its functions are given topologies only, which are libtpu's.
   const Extension& topology =
       libtpu_extension(kTpuTopologyExtension, sizeof(Extension));
@@ -1173,8 +1038,7 @@ void set_extensions(Api& api) {
   auto* topologies = reinterpret_cast<Extension*>(topology_copy.data());
 
   api.extensions = &layouts;
-  layouts.next = &raw_buffers;
-  raw_buffers.next = topologies;
+  layouts.next = topologies;
   topologies->next = nullptr;
 }
 
