@@ -27,11 +27,24 @@ def names() -> tuple[str, ...]:
 
 
 def usual_name() -> str:
-    """Returns the first device type whose framework can be used, else the CPU's."""
+    """Returns the first device type that can be used, else the CPU's.
+
+    For that its framework must be installed and fit the installed torch. A framework
+    that makes its device type known to torch only where it sees a device must see one.
+    """
     for name, entry in bridges.BRIDGES.items():
-        if entry.problem() is None:
+        if entry.problem() is None and _is_known(name):
             return name
     return CPU
+
+
+def _is_known(name: str) -> bool:
+    """Whether torch knows a device type."""
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def open_device(device: torch.device | str) -> torch.device:
@@ -44,7 +57,8 @@ def open_device(device: torch.device | str) -> torch.device:
 
     Raises:
         ValueError: The device is none of these, its framework is not installed or does
-            not fit the installed torch, or there is no device of that index.
+            not fit the installed torch or sees no such device, or there is no device of
+            that index.
     """
     name = str(device).partition(":")[0]
     if name not in names():
@@ -58,6 +72,11 @@ def open_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device {name!r} needs {problem}; or use {usual_name()!r}")
     # The bridge first: some frameworks make their device known when they are imported.
     bridge = bridges.find(name)
+    if entry is not None and not _is_known(name):
+        raise ValueError(
+            f"device {name!r} must be a device of this machine: {entry.framework} sees "
+            f"none; use {usual_name()!r}"
+        )
     wanted = torch.device(device)
     return wanted if bridge is None else bridge.open_device(wanted)
 

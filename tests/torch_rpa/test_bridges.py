@@ -1,6 +1,7 @@
 """What a bridge defines, who knows torch_xla, and that one more bridge is no more."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -96,6 +97,28 @@ def test_another_device_than_that_of_the_process_is_an_error():
         devices.open_device("xla:1")
     device = devices.open_device("xla")
     assert devices.is_lazy(device) and devices.is_compiled(device)
+
+
+@pytest.mark.torch_tpu
+def test_a_machine_without_a_tpu_runs_on_the_cpu():
+    """As a user starts it, so that torch loads torch_tpu by itself."""
+    environment = {k: v for k, v in os.environ.items() if "AUTOLOAD" not in k}
+    command = [sys.executable, "-m", "torch_rpa.generate", "--max-new-tokens", "2"]
+    ran = [
+        subprocess.run(
+            [*command, "--prompt", "a", *more],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for more in ([], ["--device", "tpu"])
+    ]
+    assert ran[0].returncode == 0, ran[0].stderr
+    assert "device                  cpu\n" in ran[0].stdout
+    assert ran[1].returncode == 2
+    assert "error: device 'tpu' must be a device of this machine: " in ran[1].stderr
+    assert "torch_tpu sees none; use 'cpu'" in ran[1].stderr
 
 
 # ---- frameworks that are missing, or do not fit

@@ -81,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         "built-in one",
     )
     parser.add_argument(
-        "--device", choices=devices.names(), default=devices.usual_name()
+        "--device",
+        choices=devices.names(),
+        default=devices.usual_name(),
+        help="of the model; the CPU is a device without any framework",
     )
     parser.add_argument("--dtype", choices=MODEL_DTYPES, default="float32")
     parser.add_argument(
@@ -213,7 +216,8 @@ def _run(args: argparse.Namespace) -> int:
         for request, output in results:
             print(f"--- {request.name}")
             print(printable(tokenizer.decode(output.generated_tokens, True)))
-    print(f"\n{report.summary(engine, [output for _, output in results])}")
+    outputs = [output for _, output in results]
+    print(f"\n{report.summary(engine, outputs, args.device)}")
     if args.plot:
         report.plot(steps, engine.scheduler.allocator.num_pages, args.plot)
     failed = [(r.name, o.error) for r, o in results if o.error is not None]

@@ -9,12 +9,13 @@ from pathlib import Path
 from torch_rpa.serving import Engine, GenerationOutput, StepRecord
 
 
-def summary(engine: Engine, outputs: Sequence[GenerationOutput]) -> str:
+def summary(engine: Engine, outputs: Sequence[GenerationOutput], device: str) -> str:
     """Returns a table of what the engine did, one figure on each line."""
     stats, scheduler = engine.stats, engine.scheduler
     prompt_tokens = sum(len(output.prompt_ids) for output in outputs)
     firsts = [o.timestamps[0] - o.created_time for o in outputs if o.timestamps]
     lines = [
+        ("device", device),
         ("requests", f"{len(outputs)}"),
         ("steps", f"{stats.num_steps}"),
         ("prompt tokens", f"{prompt_tokens}"),
