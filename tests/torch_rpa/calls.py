@@ -112,7 +112,7 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def from_batch(batch: RaggedBatch, device: torch.device | str = "cpu") -> Inputs:
     """The tensors of a hostile batch: NaN in dead slots and padding, garbage ids."""
     return Inputs._make(
-        None if x is None else _tensor(x).to(device) for x in batch.arguments
+        None if x is None else from_numpy(x).to(device) for x in batch.arguments
     )
 
 
@@ -122,15 +122,16 @@ def assert_matches_oracle(
     """Fails unless out is within its error budget and every byte of the cache right."""
     with np.errstate(invalid="ignore"):  # padding rows of int8 queries: NaN to integer
         numerics.assert_matches_oracle(
-            _array(out), _array(call.kv_cache), batch.arguments, **options
+            to_numpy(out), to_numpy(call.kv_cache), batch.arguments, **options
         )
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def from_numpy(array: np.ndarray) -> torch.Tensor:
     dtype = getattr(torch, array.dtype.name)
     return torch.from_numpy(np.array(array).view(np.uint8)).view(dtype)
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Returns an array of the same bytes, also of a dtype that NumPy does not have."""
     dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
     return raw_bytes(tensor).numpy().view(dtype)

@@ -20,6 +20,16 @@ pytestmark = [
     pytest.mark.slow,
 ]
 if REASON is None:
+    import torch
+
+    import torch_rpa
+    from tests.torch_rpa.calls import (
+        assert_same_up_to_rounding,
+        from_numpy,
+        make_call,
+        raw_bytes,
+        to_numpy,
+    )
     from tests.torch_tpu import operator_cases as cases
     from torch_rpa.bridges import torch_tpu_launch
 
@@ -55,12 +65,16 @@ class Record(NamedTuple):
         ends = [index for index, _ in marks if index > start]
         return self.dump.events[start : ends[0] if ends else None]
 
-    def kernels(self, case: str) -> list[compile_only_tpu.CompiledProgram]:
-        """The programs of a case that call the kernel."""
+    def programs(self, case: str) -> list[compile_only_tpu.CompiledProgram]:
+        """The programs of a case that return a cache, or call the kernel."""
         events = self._events(case)
         numbers = {e["program"] for e in events if e["event"] in ("compile", "load")}
         programs = (p for p in self.dump.programs() if p.number in numbers)
-        return [p for p in programs if p.hlo.kernel_calls]
+        return [p for p in programs if p.hlo.kernel_calls or len(p.results) == 2]
+
+    def kernels(self, case: str) -> list[compile_only_tpu.CompiledProgram]:
+        """The programs of a case that call the kernel."""
+        return [p for p in self.programs(case) if p.hlo.kernel_calls]
 
 
 def run(chip: str, directory, *names: str, **variables: str) -> Record:
@@ -193,8 +207,32 @@ def test_torch_finds_no_fault(record):
         assert set(results.values()) == {"SUCCESS"}
 
 
-def test_the_plain_computation_is_no_kernel(record):
-    assert record.kernels("reference") == []
+def test_the_plain_computation_gives_the_numbers_of_the_cpu(record):
+    """Its program has no kernel, so that XLA can run it on the CPU as it is."""
+    (program,) = record.programs("reference")
+    assert not program.hlo.kernel_calls
+    call = make_call()
+    out, new_cache = execute_on_cpu(program.stablehlo, call)
+    expected = torch_rpa.ragged_paged_attention(*call)
+    assert_same_up_to_rounding(out, expected)
+    assert torch.equal(raw_bytes(new_cache), raw_bytes(call.kv_cache))
+
+
+def execute_on_cpu(stablehlo: str, call) -> list[torch.Tensor]:
+    import jax
+    from jaxlib import xla_client
+
+    (device,) = jax.devices("cpu")[:1]
+    devices = xla_client._xla.DeviceList((device,))  # pyright: ignore[reportAttributeAccessIssue]
+    executable = device.client.compile_and_load(
+        stablehlo.encode(), devices, xla_client.CompileOptions()
+    )
+    arguments = [jax.device_put(to_numpy(t), device) for t in call if t is not None]
+    results = executable.execute_sharded(arguments)
+    return [
+        from_numpy(array)
+        for (array,) in results.disassemble_into_single_device_arrays()
+    ]
 
 
 def test_tuned_records_in_force_are_another_program_once(record):
@@ -203,11 +241,11 @@ def test_tuned_records_in_force_are_another_program_once(record):
     assert [len(record.dump.executions(p)) for p in (first, second)] == [2, 2]
 
 
-def test_the_public_way_does_the_same(record):
-    assert record.results["public_way"] == ["through.<locals>.launch"]
-    counts = [
-        len(record.dump.executions(program))
-        for program in record.dump.programs()
-        if program.hlo.kernel_calls
-    ]
-    assert counts.count(3) >= 1
+def test_the_short_way_passes_what_the_public_one_does(record):
+    short, public = record.results["ways"]
+    assert short == ["_direct.<locals>.launch"]
+    assert public == ["through.<locals>.launch"]
+    for program, tensors in zip(record.kernels("ways"), (8, 6), strict=True):
+        arguments = [e.arguments for e in record.dump.executions(program)]
+        assert len(arguments) == 3 and len(set(arguments)) == 1
+        assert len(arguments[0]) == tensors
