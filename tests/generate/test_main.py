@@ -79,15 +79,15 @@ def test_prompts_come_from_arguments_a_file_or_standard_input(
     monkeypatch.setattr(sys, "stdin", io.StringIO("second\nthird\n"))
     assert main([*SHORT, *arguments, "-"]) == 0
     from_stdin = capsys.readouterr().out
-    assert from_stdin.split("requests")[0] == from_file.split("requests")[0]
+    assert from_stdin.split("device")[0] == from_file.split("device")[0]
 
 
 def test_streamed_texts_are_the_same_texts(capsys):
     arguments = [*SHORT, "--prompt", "one", "--temperature", "1", "--seed", "3"]
     assert main(arguments) == 0
-    text = capsys.readouterr().out.split("--- one\n")[1].split("\n\nrequests")[0]
+    text = capsys.readouterr().out.split("--- one\n")[1].split("\n\ndevice")[0]
     assert main([*arguments, "--stream"]) == 0
-    assert capsys.readouterr().out.split("\n\nrequests")[0] == f"one{text}"
+    assert capsys.readouterr().out.split("\n\ndevice")[0] == f"one{text}"
     assert main([*arguments, "--seed", "4"]) == 0
     assert text not in capsys.readouterr().out
 
