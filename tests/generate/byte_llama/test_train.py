@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from torch_rpa.generate.byte_llama import train
 from torch_rpa.generate.byte_llama.corpus import Document, Split
@@ -12,8 +12,23 @@ from torch_rpa.generate.byte_llama.evaluation import bits_per_byte
 
 LINES = "".join(f"line {number} of a small corpus\n" for number in range(60))
 SPLIT = Split([Document("a", LINES)], [Document("b", LINES[-200:])])
-# With one row of 512 bytes a step takes a fraction of a second.
+# With one row of 512 bytes, and so small a model, a step takes a fraction of a second.
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 RECIPE = train.Recipe(steps=4, rows=1, warmup_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    """The model in training, with fewer and smaller matrices for Muon."""
+    monkeypatch.setattr(
+        train, "LlamaConfig", lambda **sizes: LlamaConfig(**(sizes | SMALL))
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +57,6 @@ def test_learning_rates_rise_stay_and_fall():
     assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
     whole = advanced(RECIPE, 4)
     first = advanced(RECIPE, 2)
@@ -56,7 +70,6 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
     assert not torch.equal(weights(second), weights(first))
 
 
-@pytest.mark.slow
 def test_a_run_may_be_prolonged_while_the_learning_rates_do_not_fall(tmp_path):
     path = tmp_path / "checkpoint.pt"
     longer = train.Recipe(steps=8, rows=1, warmup_steps=2)
@@ -77,7 +90,6 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
         train.Trainer(train.Recipe(4, 1, 2, seed=1), SPLIT).restore(path)
 
 
-@pytest.mark.slow
 def test_training_learns():
     trainer = advanced(train.Recipe(steps=12, rows=1, warmup_steps=2), 12)
     untrained = train.Trainer(RECIPE, SPLIT)
@@ -91,7 +103,6 @@ def run(tmp_path, monkeypatch):
     return lambda *more: train.main(["--out", str(tmp_path), "--rows", "1", *more])
 
 
-@pytest.mark.slow
 def test_the_command_writes_a_model_and_what_it_took(run, tmp_path, capsys):
     assert run("--steps", "3", "--checkpoint-every", "2") == 0
     captured = capsys.readouterr()
@@ -109,7 +120,6 @@ def test_the_command_writes_a_model_and_what_it_took(run, tmp_path, capsys):
     assert report["held_out_bits_per_byte"] == pytest.approx(bits, abs=1e-4)
 
 
-@pytest.mark.slow
 def test_the_command_goes_on_from_a_checkpoint(run, tmp_path, capsys):
     recipe = train.Recipe(steps=3, rows=1)
     advanced(recipe, 2).save(tmp_path / "checkpoint.pt")
