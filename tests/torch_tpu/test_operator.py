@@ -10,9 +10,18 @@ import re
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+import torch_rpa
 from jax_kernels import chips
 from tests.support import compile_only_tpu
+from tests.torch_rpa.calls import (
+    assert_same_up_to_rounding,
+    from_numpy,
+    make_call,
+    raw_bytes,
+    to_numpy,
+)
 
 REASON = compile_only_tpu.reason_to_skip()
 pytestmark = [
@@ -20,16 +29,6 @@ pytestmark = [
     pytest.mark.slow,
 ]
 if REASON is None:
-    import torch
-
-    import torch_rpa
-    from tests.torch_rpa.calls import (
-        assert_same_up_to_rounding,
-        from_numpy,
-        make_call,
-        raw_bytes,
-        to_numpy,
-    )
     from tests.torch_tpu import operator_cases as cases
     from torch_rpa.bridges import torch_tpu_launch
 
