@@ -54,7 +54,8 @@ class Chip:
       e4m3_bias: Exponent bias of the e4m3 that it multiplies, or widens.
       rounds_to_e4m3fn: Whether an instruction rounds float32 to it.
       adds_in_16_bits: Whether the vector unit adds bfloat16 and int16.
-      other_names: Beside ``name``, in lower case: device kinds, as PJRT reports them,
+      device_kind: As PJRT reports it, which is how JAX names a chip; None if unknown.
+      other_names: Beside ``name``, in lower case: device kinds, also of other releases,
         and accelerator types, as Google Cloud has them, without the number of chips.
       known_topology: What ``topology`` returns.
       known_rates: What ``rates`` returns.
@@ -68,6 +69,7 @@ class Chip:
     e4m3_bias: int = E4M3FN_BIAS
     rounds_to_e4m3fn: bool = False
     adds_in_16_bits: bool = False
+    device_kind: str | None = None
     other_names: tuple[str, ...] = ()
     known_topology: str | None = None
     known_rates: Rates | None = None
@@ -108,6 +110,7 @@ V5E = Chip(
     vmem_bytes=128 * MIB,
     matrix_columns=128,
     e4m3_bias=11,
+    device_kind="TPU v5 lite",
     other_names=("tpu v5 lite", "tpu v5e", "v5litepod"),
     known_topology="v5e:2x2",
     known_rates=Rates(1.5e9, 0.82e12, 131072),
@@ -118,6 +121,7 @@ V6E = Chip(
     multiplies_float8=True,
     e4m3_bias=11,
     adds_in_16_bits=True,
+    device_kind="TPU v6 lite",
     other_names=("tpu v6 lite", "tpu v6e"),
     known_topology="v6e:2x2",
     known_rates=Rates(1.755e9, 1.64e12, 524288),
@@ -128,6 +132,7 @@ TPU7X = Chip(
     multiplies_float8=True,
     rounds_to_e4m3fn=True,
     adds_in_16_bits=True,
+    device_kind="TPU7x",
     other_names=("tpu7", "tpu v7", "tpu v7x", "v7x"),
     known_topology="tpu7x:2x2x1",
     known_rates=Rates(2.2e9, 3.69e12, 524288),
@@ -135,8 +140,12 @@ TPU7X = Chip(
 # Small enough for every chip since v4.
 UNKNOWN = Chip("unknown", vmem_bytes=32 * MIB)
 # Chips that the kernel was never compiled for have a name, and the limits of UNKNOWN.
-V4 = dataclasses.replace(UNKNOWN, name="v4", other_names=("tpu v4",))
-V5P = dataclasses.replace(UNKNOWN, name="v5p", other_names=("tpu v5", "tpu v5p"))
+V4 = dataclasses.replace(
+    UNKNOWN, name="v4", device_kind="TPU v4", other_names=("tpu v4",)
+)
+V5P = dataclasses.replace(
+    UNKNOWN, name="v5p", device_kind="TPU v5", other_names=("tpu v5", "tpu v5p")
+)
 
 CHIPS = {chip.name: chip for chip in (TPU7X, V6E, V5E, V5P, V4)}
 # Those whose topology and rates are known: what the kernel is compiled and timed for.

@@ -10,6 +10,8 @@ from jax_kernels.contract import (
     check_arguments,
 )
 
+pytestmark = pytest.mark.versions
+
 
 def spec(*shape, dtype="bfloat16"):
     return ArraySpec(shape, dtype)

@@ -4,6 +4,8 @@ import pytest
 
 from jax_kernels.contract import CacheGeometry, cache_geometry
 
+pytestmark = pytest.mark.versions
+
 VALID = {
     "num_pages": 4,
     "page_size": 16,

@@ -17,6 +17,8 @@ from jax_kernels.contract import (
     check_ranges,
 )
 
+pytestmark = pytest.mark.versions
+
 
 def make_sizes(num_sequences, pages_per_sequence, page_size, num_pages, num_tokens):
     cache = CacheGeometry(num_pages, page_size, 2, 128, "bfloat16")

@@ -7,6 +7,8 @@ import pytest
 
 from jax_kernels.contract import AttentionOptions
 
+pytestmark = pytest.mark.versions
+
 
 def test_numbers_become_python_floats():
     options = AttentionOptions(sm_scale=1, k_scale=np.float64(2))

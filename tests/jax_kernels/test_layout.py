@@ -14,6 +14,8 @@ import jax_kernels.ragged_paged_attention as rpa
 from jax_kernels.ragged_paged_attention import layout
 from tests.support import oracle
 
+pytestmark = pytest.mark.versions
+
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"]
 
 geometries = st.fixed_dictionaries(

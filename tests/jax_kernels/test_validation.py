@@ -11,6 +11,8 @@ from jax_kernels.contract import Arguments, AttentionOptions
 from jax_kernels.ragged_paged_attention import layout, validation
 from tests.support.ragged_batches import make_ragged_batch
 
+pytestmark = pytest.mark.versions
+
 
 def shaped(shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))

@@ -14,18 +14,14 @@ import gc
 import io
 from collections.abc import Iterator
 from typing import Literal
-from unittest import mock
 
 import jax
 import numpy as np
-from jax._src import source_info_util
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call, vector_clock
-from jax._src.pallas.mosaic.interpret.shared_memory import SharedMemory
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention import BlockSizes, ragged_paged_attention
 from tests.conftest import HAS_TPU
-from tests.support import numerics, ragged_batches
+from tests.support import interpreter, numerics, ragged_batches
 
 # Small, so that short sequences cross many boundaries.
 SMALL_BLOCKS = BlockSizes(decode_block_kv=32, block_q=32, block_kv=32)
@@ -33,7 +29,10 @@ SMALL_BLOCKS = BlockSizes(decode_block_kv=32, block_q=32, block_kv=32)
 MAX_PROGRAMS = 8
 
 INTERPRET_PARAMS = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+    detect_races=True,
+    uninitialized_memory="nan",
+    out_of_bounds_reads="raise",
+    **interpreter.GOES_ON_AFTER_A_RACE,
 )
 
 # When copies are carried out: "on_wait" is as late as possible, "eager" at once.
@@ -110,21 +109,13 @@ def checked_interpret_mode():
     """
     printed = io.StringIO()
     problems_of_kernels: list[list[str]] = []
-    clear_shared_memory = interpret_pallas_call._clear_shared_memory
-
-    def look_and_clear() -> None:
-        """Stands in for what the interpreter does last of all for each kernel."""
-        problems_of_kernels.append(list(_problems_at_exit()))
-        clear_shared_memory()
-
-    interpret_pallas_call.reset_tpu_interpret_mode_state()
+    interpreter.reset()
     try:
         # The interpreter prints where it finds a race.
         with (
             contextlib.redirect_stdout(printed),
-            mock.patch.object(vector_clock, "ordered", are_ordered),
-            mock.patch.object(
-                interpret_pallas_call, "_clear_shared_memory", look_and_clear
+            interpreter.watched(
+                lambda: problems_of_kernels.append(list(_problems_at_exit()))
             ),
         ):
             yield
@@ -132,48 +123,21 @@ def checked_interpret_mode():
         problems = [problem for each in problems_of_kernels for problem in each]
         assert not problems, "\n".join([*problems, printed.getvalue()[:4000]])
     finally:
-        interpret_pallas_call.reset_tpu_interpret_mode_state()
+        interpreter.reset()
 
 
 def _problems_at_exit() -> Iterator[str]:
     """What is wrong with the state that a kernel leaves behind."""
-    memory, races = interpret_pallas_call._shared_memory, interpret_pallas_call.races
-    assert memory is not None and races is not None
-    if races.races_found:
+    if interpreter.found_races():
         yield "data race"
-    for semaphore in [*memory.sem.values(), *memory.fixed_id_sem.values()]:
-        if semaphore.count_by_core.any():
+    for semaphore in interpreter.semaphores():
+        if semaphore.counts.any():
             yield (
                 f"semaphore {semaphore.id} is left with a non-zero count: "
-                f"{semaphore.count_by_core.tolist()}"
+                f"{semaphore.counts.tolist()}"
             )
-    for copy in _copies_not_carried_out(memory):
-        assert copy.source_info is not None
-        started_at = source_info_util.summarize(copy.source_info)
+    for started_at in interpreter.copies_not_carried_out():
         yield f"a copy was started and never awaited: {started_at}"
-
-
-def _copies_not_carried_out(
-    memory: SharedMemory,
-) -> Iterator[interpret_pallas_call.DMA]:
-    """Copies that wait for somebody to wait for them."""
-    for semaphore in memory.sem.values():
-        for task in (task for tasks in semaphore.tasks for task in tasks):
-            copy = task.__self__  # the task is a method of the copy
-            if copy.state is not interpret_pallas_call.DmaState.COMPLETED:
-                yield copy
-
-
-def are_ordered(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether one vector clock happened before the other.
-
-    The same as ``vector_clock.ordered``, which takes four numpy reductions for two
-    numbers. It is asked about every earlier access, and took most of the time.
-    """
-    pairs = list(zip(x.tolist(), y.tolist(), strict=True))
-    is_less = any(a < b for a, b in pairs)
-    is_more = any(a > b for a, b in pairs)
-    return is_less != is_more
 
 
 def forget_old_programs() -> None:

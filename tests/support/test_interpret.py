@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import vector_clock
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.conftest import HAS_TPU
-from tests.support import interpret
+from tests.support import interpret, interpreter
 
-pytestmark = pytest.mark.skipif(HAS_TPU, reason="about interpret mode only")
+pytestmark = [
+    pytest.mark.versions,
+    pytest.mark.skipif(HAS_TPU, reason="about interpret mode only"),
+]
 
 
 def _doubled(x, *, read_before_wait: bool):
@@ -137,7 +139,8 @@ def test_a_kernel_is_judged_even_if_a_right_one_follows():
 def test_the_order_of_clocks_is_that_of_jax():
     rng = np.random.default_rng(0)
     for x, y in rng.integers(0, 3, (200, 2, 2)):
-        assert interpret.are_ordered(x, y) == vector_clock.ordered(x, y)
+        expected = interpreter.ordered_by_jax(x, y)
+        assert interpreter.are_ordered(x, y) == expected
 
 
 def test_checking_something_that_never_ran_fails():

@@ -12,7 +12,11 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from jax_kernels import chips
-from jax_kernels.ragged_paged_attention import kv_cache_shape, ragged_paged_attention
+from jax_kernels.ragged_paged_attention import (
+    jax_versions,
+    kv_cache_shape,
+    ragged_paged_attention,
+)
 from tests.support.optimised_hlo import Operation, OptimisedHlo
 
 # Read when libtpu is loaded, with the first topology.
@@ -118,15 +122,13 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
         row_major((shapes.num_q_heads,), "float32") if shapes.with_sinks else None,
     ]
     results = [_format(device, 3), _format(device, 5)]
-    compiled = (
-        jax.jit(
-            call,
-            donate_argnums=(3,) if updates else (),
-            out_shardings=tuple(results if updates else results[:1]),
-        )
-        .lower(*arguments)
-        .compile()
+    jitted = jax.jit(
+        call,
+        donate_argnums=(3,) if updates else (),
+        out_shardings=tuple(results if updates else results[:1]),
     )
+    with jax_versions.byte_code_for_libtpu():
+        compiled = jitted.lower(*arguments).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
     return CompiledKernel(

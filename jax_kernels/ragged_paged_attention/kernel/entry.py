@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jax_kernels.ragged_paged_attention import jax_versions
 from jax_kernels.ragged_paged_attention.config import (
     KernelConfig,
     Phase,
@@ -70,7 +71,8 @@ def rpa_kernel(
 
         @pl.when(end > begin)
         def _(run=run, loop=loop, phase=phase):
-            pl.run_scoped(run, *loop.allocate(config, phase))
+            with jax_versions.device_named(config.chip.device_kind):
+                pl.run_scoped(run, *loop.allocate(config, phase))
 
         is_first &= end <= begin
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jax_kernels.ragged_paged_attention import jax_versions
 from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout
 
@@ -99,7 +100,7 @@ def pack_heads(heads: list[jax.Array], interpret: bool) -> jax.Array:
     """Inverse of ``unpack_heads``, rounding to bf16 when there are two heads."""
     if len(heads) == 1:
         return pltpu.bitcast(heads[0], jnp.uint32)
-    if not interpret:
+    if jax_versions.HAS_PACK_ELEMENTWISE and not interpret:
         # One instruction on the newer chips.
         return pltpu.pack_elementwise(heads, packed_dtype=jnp.bfloat16)
     low, high = (
