@@ -109,7 +109,8 @@ def ragged_paged_attention(
       block_sizes: Tile sizes; by default chosen to fit ``chip``.
       vmem_limit_bytes: VMEM for the kernel; by default most of what ``chip`` has.
       chip: ``"v5e"``, ``"v6e"``, ``"tpu7x"`` or a device kind. By default limits
-        that every chip meets. Nothing is looked up, so tracing opens no device.
+        that every chip meets. Nothing is looked up, so tracing opens no device. On a
+        machine without a TPU, JAX from 0.11.2 on lowers for a TPU only if it is given.
       interpret: True, or Pallas TPU interpret parameters, to run on a CPU.
 
     Returns:

@@ -124,7 +124,10 @@ def lowering_config() -> Iterator[None]:
     """Sets what lowering needs of JAX's configuration, whatever the process has set."""
     from jax._src import config
 
+    from jax_kernels.ragged_paged_attention import jax_versions
+
     with (
+        jax_versions.byte_code_for_libtpu(),
         config.enable_x64(False),
         # torch_xla partitions with GSPMD and does not know Shardy's dialect.
         config.use_shardy_partitioner(False),
