@@ -15,8 +15,9 @@
 # kernel decides whether the default device is asked what it is.
 #
 # Why it matters here: PyTorch's bridge lowers the kernel in a process whose JAX has a
-# CPU only, since torch_xla holds the TPU; and all compile tests run without a TPU. This
-# project's extra "xla" pins jax 0.10.2. A move to jax 0.12 needs the abstract mesh.
+# CPU only, since torch_xla holds the TPU; and all compile tests run without a TPU.
+# `jax_versions.device_named` traces `run_scoped` under such a mesh, inside the kernel, so
+# that callers name the chip and need no mesh.
 set -euo pipefail
 
 work=$(mktemp -d)
