@@ -109,7 +109,9 @@ def sharded_ragged_paged_attention(
     Raises:
         ValueError: SPMD mode is off, the cache is not sharded, or the heads cannot be
             divided.
+        NotImplementedError: The tensors are not XLA tensors.
     """
+    _require_xla(q)
     import torch_xla
     import torch_xla.distributed.spmd as xs
     from torch_xla.distributed.spmd.xla_sharding import unwrap_sharded_tensor
@@ -149,6 +151,16 @@ def sharded_ragged_paged_attention(
         else:
             out = ops.ragged_paged_attention_readonly(*tensors, **options)
     return on_all_devices(out, (None, axis, None), q)
+
+
+def _require_xla(q: torch.Tensor) -> None:
+    if q.device.type != "xla":
+        raise NotImplementedError(
+            "torch_rpa.spmd shards XLA tensors over the devices of one process, got "
+            f"tensors on {q.device}: run one process for each device, call "
+            "torch_rpa.ragged_paged_attention on the heads of each, and add up what "
+            "the output projections give with torch.distributed.all_reduce"
+        )
 
 
 def _heads_of(kv_cache: torch.Tensor, axis: str) -> tuple:

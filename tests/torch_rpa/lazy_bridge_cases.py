@@ -72,6 +72,21 @@ def test_transformers_reach_the_bridge(calls):
     assert calls.count("sync") >= 4
 
 
+@pytest.mark.parametrize("in_block", [False, True])
+def test_generate_compiles_nothing_if_asked(calls, in_block):
+    model = build_llama("rpa").to("lazy")
+    arguments = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    arguments |= {"disable_compile": True}
+    ids = torch.tensor([PROMPTS[0]])
+    if in_block:
+        with rpa_transformers.paged_generation(model):
+            model.generate(ids, **arguments)
+    else:
+        generate = rpa_transformers.generate
+        model.generate(ids, custom_generate=generate, **arguments)
+    assert "call" in " ".join(calls) and "compiled" not in calls
+
+
 def test_serving_reaches_the_bridge(calls):
     params = SamplingParams(max_new_tokens=4)
     texts = []

@@ -202,9 +202,8 @@ def sync(*, wait: bool = False) -> None:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the function under ``torch.compile``, for static shapes."""
-    return torch.compile(
-        function, backend="tpu", dynamic=False, recompile_limit=MAX_STEP_SIZES
-    )
+    limit: dict[str, Any] = {"recompile_limit": MAX_STEP_SIZES}  # unknown to torch 2.9
+    return torch.compile(function, backend="tpu", dynamic=False, **limit)
 
 
 def num_compilations() -> int:
@@ -230,16 +229,22 @@ def _load() -> None:
     Raises:
         ValueError: TorchTPU sees no TPU.
     """
-    if hasattr(torch, "tpu"):
+    if _is_known():
         return
     from torch_tpu import _loader
 
     _loader.load()
-    if not hasattr(torch, "tpu"):
+    if not _is_known():
         raise ValueError(
             "device 'tpu' needs a TPU, and TorchTPU sees none on this machine; use "
             "'cpu', where the operator means the same"
         )
+
+
+def _is_known() -> bool:
+    """Whether torch knows the device. ``torch.tpu`` is there without one as well."""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and accelerator.type == "tpu"
 
 
 # ---- lowering

@@ -196,8 +196,9 @@ def _positive(text: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.plot:
         report.require_matplotlib()
+    device = devices.open_device(args.device)
     if args.check:
-        devices.multiply_in_float32(devices.open_device(args.device))
+        devices.multiply_in_float32(device)
     tokenizer = models.load_tokenizer(args.model)
     model = models.load_model(args.model, ATTENTION_NAME, MODEL_DTYPES[args.dtype])
     workload = _workload(args, tokenizer, model)

@@ -122,6 +122,7 @@ def generate(
         num_pages=num_pages,
         max_tokens_per_step=max_tokens_per_step,
         cache_dtype=cache_dtype,
+        compiles=not config.disable_compile,
     )
     out = _choose_tokens(
         batch,

@@ -30,6 +30,7 @@ class LockstepBatch:
         max_tokens_per_step: int | None,
         cache_dtype: torch.dtype | None,
         prefix_caching: bool = False,
+        compiles: bool = True,
     ):
         """Starts every prompt; ``prefix_caching`` pays if some are extended later."""
         is_compiled = devices.is_compiled(model.device)
@@ -60,6 +61,7 @@ class LockstepBatch:
             page_size=page_size,
             cache_dtype=cache_dtype,
             fill_caches_first=step_tokens < sum(map(len, prompts)),
+            compiles=compiles,
         )
         self._compute_logits = self.runner.step(torch.Tensor.float)
         self._indices = {r: index for index, r in enumerate(self.requests)}

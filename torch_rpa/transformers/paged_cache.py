@@ -73,12 +73,20 @@ class PagedCache(Cache):
         capacity: Columns that there is room for.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, options: PagingOptions):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        options: PagingOptions,
+        *,
+        compiles: bool = True,
+    ):
         num_layers = model.config.get_text_config().num_hidden_layers
         super().__init__(layers=[_PagedLayer(self) for _ in range(num_layers)])
         self.capacity = capacity
         self._model = model
         self._options = options
+        self._compiles = compiles
         self._is_token: torch.Tensor | None = None  # bool[B, columns seen]
         self._batch: LockstepBatch | None = None
         self._is_closed = False
@@ -131,6 +139,7 @@ class PagedCache(Cache):
                     max_tokens_per_step=self._options.max_tokens_per_step,
                     cache_dtype=self._options.cache_dtype,
                     prefix_caching=True,  # later turns
+                    compiles=self._compiles,
                 )
             else:
                 for index, row_tokens in enumerate(tokens):

@@ -148,7 +148,8 @@ class _Paging:
         cache = cache_among(model_kwargs)
         if cache is None:
             capacity = self._options.max_length or max_cache_length + 1
-            cache = PagedCache(self._model, capacity, self._options)
+            compiles = not generation_config.disable_compile
+            cache = PagedCache(self._model, capacity, self._options, compiles=compiles)
             self._caches.add(cache)
             model_kwargs[CACHE_NAME] = cache
         self._require_own(cache).require_room(max_cache_length)
