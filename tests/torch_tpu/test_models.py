@@ -22,7 +22,6 @@ pytestmark = [
 if REASON is None:
     from tests.torch_tpu import model_cases as cases
     from tests.torch_tpu.sections import Sections
-    from torch_rpa import devices
 
 MODULE = "tests.torch_tpu.model_cases"
 CACHE = f"bf16[{10_000},4,8,2,128]"
@@ -193,10 +192,3 @@ def test_the_command_checks_in_float32(v6e):
         ]
         assert products
         assert all("operand_precision={highest,highest}" in line for line in products)
-
-
-def test_the_usual_device_is_one_that_torch_sees():
-    """Without a TPU this process has none, though the package is installed."""
-    assert devices.usual_name() != "tpu"
-    with pytest.raises(ValueError, match="'tpu' needs a TPU, and TorchTPU sees none"):
-        devices.open_device("tpu")
