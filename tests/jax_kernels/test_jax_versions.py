@@ -8,6 +8,7 @@ those marked ``versions``. All of it runs without PyTorch.
 import functools
 import importlib.metadata
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,8 @@ def test_byte_code_is_that_of_the_old_libtpu_only_within():
 
     before = tpu_custom_call.get_ir_version, cloud_tpu_init.running_in_cloud_tpu_vm
     with jax_versions.byte_code_for_libtpu():
-        assert tpu_custom_call.get_ir_version(None) == 7
+        version: Any = tpu_custom_call.get_ir_version
+        assert version(None) == 7
         assert not cloud_tpu_init.running_in_cloud_tpu_vm
     after = tpu_custom_call.get_ir_version, cloud_tpu_init.running_in_cloud_tpu_vm
     assert after == before
