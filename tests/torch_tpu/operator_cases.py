@@ -270,6 +270,20 @@ def tuned():
             ops.ragged_paged_attention(*call, sm_scale=0.25)
 
 
+def _returns_cache(operator) -> bool:
+    return len(operator._opoverload._schema.returns) == 2
+
+
+def defaults():
+    """Defaults that are given, and left out."""
+    call = to_device(make_call(), "tpu")
+    for _ in range(2):
+        ops.ragged_paged_attention(*call, sm_scale=0.375)
+        ops.ragged_paged_attention(*call, sm_scale=0.375, causal=True)
+        torch_rpa.ragged_paged_attention(*call, sm_scale=0.375)
+        torch.accelerator.synchronize()
+
+
 def ways():
     """A call as the operator of TorchTPU, the short way, and through that operator.
 
@@ -288,14 +302,13 @@ def ways():
         ops.ragged_paged_attention_readonly(*without, **options)
         return sorted({launch.__qualname__ for launch in launchers.values()})
 
+    known = set(operators)
     run()
     names = [run()]
+    made = [operators[name] for name in set(operators) - known]
     for signature in launchers:
-        (operator,) = (
-            operator
-            for key, operator in operators.items()
-            if signature[: len(key)] == key
-        )
+        has_keys = signature[5] is not None  # after four of options, and q
+        (operator,) = (op for op in made if _returns_cache(op) == has_keys)
         launchers[signature] = torch_tpu_launch.through(operator)
     names.append(run())
     launchers.clear()
@@ -315,6 +328,7 @@ CASES = {
         reference,
         tuned,
         ways,
+        defaults,
     )
 }
 

@@ -240,6 +240,11 @@ def test_tuned_records_in_force_are_another_program_once(record):
     assert [len(record.dump.executions(p)) for p in (first, second)] == [2, 2]
 
 
+def test_defaults_that_are_given_are_the_same_program(record):
+    (program,) = record.kernels("defaults")
+    assert len(record.dump.executions(program)) == 6
+
+
 def test_the_short_way_passes_what_the_public_one_does(record):
     short, public = record.results["ways"]
     assert short == ["_direct.<locals>.launch"]

@@ -59,7 +59,7 @@ class _State(threading.local):
 
 _state = _State()
 _lock = threading.Lock()
-_operators: dict[tuple, Callable[..., Any]] = {}
+_operators: dict[str, Callable[..., Any]] = {}  # by name
 _launchers: dict[tuple, Callable[..., Any]] = {}
 
 
@@ -73,7 +73,6 @@ def call(
     if options.get("block_sizes") is not None:
         block_sizes = tuple(options["block_sizes"])  # from torch, a list
         options = options | {"block_sizes": block_sizes}
-    # What the function follows from, then the shapes.
     signature = (
         _state.implementation,
         tuned.token(),
@@ -97,14 +96,8 @@ def _first_call(
     validation.validate_static(inputs, attention_options)
     if validation.values_requested() and not _in_graph():
         validation.validate_values(inputs, attention_options)
-    key = signature[: -len(tensors)]
     with _lock, lowering.lowering_config():
-        operator = _operators.get(key)
-        if operator is None:
-            operator = _make_operator(
-                attention_options, donate, options.get("block_sizes")
-            )
-            _operators[key] = operator
+        operator = _operator(attention_options, donate, options.get("block_sizes"))
         results = operator(*inputs)
         _launchers[signature] = torch_tpu_launch.launcher(operator, inputs)
     return results if attention_options.update_kv_cache else (results,)
@@ -250,20 +243,22 @@ def _is_known() -> bool:
 # ---- lowering
 
 
-def _make_operator(
+def _operator(
     options: AttentionOptions, donate: bool, block_sizes: tuple[int, int, int] | None
 ) -> Callable[..., Any]:
-    """Makes a PyTorch operator of the JAX function of these options."""
+    """Returns the PyTorch operator of the JAX function of these options."""
     target = Target("tpu", chip(), _state.implementation)
-    function = lowering.jax_function(options, target, block_sizes)
-    digest = _digest(options, donate, target, block_sizes)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*jax_op is experimental.*")
-        return torch.tpu.pallas.jax_op(  # pyright: ignore[reportAttributeAccessIssue]
-            f"rpa::torch_tpu_{digest}",
-            _annotated(function, updates=options.update_kv_cache),
-            donate_argnums=[KV_CACHE] if donate else None,
-        )
+    name = f"rpa::torch_tpu_{_digest(options, donate, target, block_sizes)}"
+    if name not in _operators:
+        function = lowering.jax_function(options, target, block_sizes)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*jax_op is experimental.*")
+            _operators[name] = torch.tpu.pallas.jax_op(  # pyright: ignore[reportAttributeAccessIssue]
+                name,
+                _annotated(function, updates=options.update_kv_cache),
+                donate_argnums=[KV_CACHE] if donate else None,
+            )
+    return _operators[name]
 
 
 def _annotated(function: Callable, *, updates: bool) -> Callable:
