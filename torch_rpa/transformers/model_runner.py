@@ -53,7 +53,7 @@ class ModelRunner:
         self.model = use_rpa(model)
         if model.device != self.device:
             self.model.to(self.device)  # pyright: ignore[reportArgumentType]
-            self.model.tie_weights()  # moving to an XLA device unties them
+            self.model.tie_weights()  # moving to xla or tpu unties them
         self.kv_caches = empty_kv_caches(
             self.model,
             num_pages,
