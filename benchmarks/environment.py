@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("jax", "jaxlib", "libtpu", "torch", "torch_xla", "torch-rpa")
+PACKAGES = ("jax", "jaxlib", "libtpu", "torch", "torch_xla", "torch_tpu", "torch-rpa")
 
 
 def describe(chip: str) -> dict[str, str]:

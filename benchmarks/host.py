@@ -2,130 +2,169 @@
 
     python -m benchmarks.host
     python -m benchmarks.host --steps 2000 --layers 32 --json host.json
+    python -m benchmarks.host --beside ../torch_tpu/bin/python --compile-only v6e
 
-The XLA CPU device runs small steps with changing lengths, lazily and under
-``torch.compile(backend="openxla")``. Tracing is the time until the call returns; the
-step also holds what torch_xla does with the graph and, on this device, the computation
-itself, so it is an upper bound. A step compiles once, whatever the lengths are.
+It measures the framework of its environment: torch_xla on the XLA CPU device, or
+TorchTPU. The two cannot be installed together. ``--beside`` names the Python of another
+environment, which is measured in the same run: both take turns, so that the machine is
+as busy for one as for the other. TorchTPU needs a TPU. ``--compile-only`` gives it that
+of the tests in a checkout instead, which compiles for a chip and computes nothing.
+
+A step is a model of attention only: small tensors, and other lengths in every step. A
+call is the time until the function that runs a step returns, divided by the number of
+calls in it. The step itself lasts until all is computed. On the XLA CPU device that is
+real work, on a compile-only TPU it is none: there it says nothing of a TPU.
+
+Ways of calling it:
+
+    operator         torch.ops.rpa.ragged_paged_attention; torch_xla is lazy
+    function         torch_rpa.ragged_paged_attention
+    compiled         torch.compile of the whole step
+    through jax_op   TorchTPU: the operator, with no other way than jax_op's own
+    jax_op alone     TorchTPU: its operator of the JAX function, then Tensor.copy_
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import random
+import contextlib
+import json
+import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from benchmarks import environment, timing
+from benchmarks.host_worker import WAYS
 
-MODES = ("lazy", "openxla")
 MARK = "<!-- measured host -->"
 TABLE_HEAD = (
-    "| mode | call us, median (deciles) | step us, median (deciles) | compilations |",
-    "|---|---|---|---|",
+    "| framework | way | call us, median (deciles) | least | step us, median (deciles) "
+    "| compilations, then |",
+    "|---|---|---|---|---|---|",
 )
-# Small, so that the host and not the computation is measured.
-NUM_SEQUENCES, PAGES, PAGE_SIZE, MAX_TOKENS = 4, 4, 16, 16
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 128
+RATIO_HEAD = ("| ratio of calls | median (range) |", "|---|---|")
 
 
-def random_lengths(generator: random.Random) -> list[tuple[int, int]]:
-    """(q_len, kv_len) of one step: some decodes, then perhaps a prefill."""
-    longest = PAGES * PAGE_SIZE
-    num_decodes = generator.randint(1, NUM_SEQUENCES - 1)
-    lengths = [(1, generator.randint(1, longest)) for _ in range(num_decodes)]
-    if generator.random() < 0.5:
-        q_len = generator.randint(2, MAX_TOKENS - num_decodes)
-        lengths.append((q_len, generator.randint(q_len, longest)))
-    return lengths
+class Subject(NamedTuple):
+    """A way of calling the operator in a framework."""
+
+    framework: str
+    way: str
+
+    def __str__(self) -> str:
+        return f"{self.framework} {self.way}"
 
 
-def metadata_rows(lengths: list[tuple[int, int]]) -> tuple[list[int], ...]:
-    """kv_lens [S], cu_q_lens [S + 1] and distribution [3] of one step."""
-    padding = NUM_SEQUENCES - len(lengths)
-    kv_lens = [kv_len for _, kv_len in lengths] + [0] * padding
-    starts = [0]
-    for q_len, _ in lengths:
-        starts.append(starts[-1] + q_len)
-    num_decodes = sum(q_len == 1 for q_len, _ in lengths)
-    distribution = [num_decodes, num_decodes, len(lengths)]
-    return kv_lens, starts + starts[-1:] * padding, distribution
+# How many times the second costs the first does.
+RATIOS = (
+    (Subject("torch_tpu", "operator"), Subject("torch_xla", "operator")),
+    (Subject("torch_tpu", "function"), Subject("torch_xla", "function")),
+    (Subject("torch_tpu", "compiled"), Subject("torch_xla", "operator")),
+    (Subject("torch_tpu", "compiled"), Subject("torch_xla", "compiled")),
+    (Subject("torch_tpu", "through jax_op"), Subject("torch_tpu", "operator")),
+    (Subject("torch_tpu", "jax_op alone"), Subject("torch_tpu", "operator")),
+)
 
 
-def measure(mode: str, num_layers: int, steps: int) -> dict:
-    """Runs one mode; returns costs in microseconds and the number of compilations."""
-    import torch
-    import torch_xla
-    import torch_xla.debug.metrics as xla_metrics
+class Failed(Exception):
+    """A process that measures has ended; the reason is its own."""
 
-    import torch_rpa
 
-    device = torch_xla.device()
-    q = torch.randn(MAX_TOKENS, HEADS, HEAD_DIM, dtype=torch.bfloat16).to(device)
-    k, v = (
-        torch.randn(MAX_TOKENS, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16).to(device)
-        for _ in range(2)
-    )
-    num_pages = NUM_SEQUENCES * PAGES
-    cache = (num_pages, PAGE_SIZE, KV_HEADS, HEAD_DIM)
-    caches = [
-        torch_rpa.empty_kv_cache(*cache, dtype=torch.bfloat16).to(device)
-        for _ in range(num_layers)
-    ]
-    table = torch.arange(num_pages, dtype=torch.int32).to(device)
-    attend = torch.ops.rpa.ragged_paged_attention
+class Worker:
+    """A process of ``benchmarks.host_worker`` in one environment."""
 
-    def layers(q, kv_lens, cu_q_lens, distribution):
-        batch = kv_lens, table, cu_q_lens, distribution
-        for kv_cache in caches:
-            q = attend(q, k, v, kv_cache, *batch, sm_scale=HEAD_DIM**-0.5)
-        return q
+    def __init__(self, python: str, num_layers: int, compile_only: str | None) -> None:
+        command = [python, "-m", "benchmarks.host_worker", "--layers", str(num_layers)]
+        if compile_only is not None:
+            command += ["--compile-only", compile_only]
+        self._python = python
+        try:
+            self._process = subprocess.Popen(
+                command,
+                cwd=environment.ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        except OSError as error:
+            raise Failed(f"{python}: {error.strerror}") from error
 
-    step = layers
-    if mode == "openxla":
-        torch._dynamo.reset()
-        step = torch.compile(layers, backend="openxla")
-    batches = _batches(torch, device)
-    torch_xla.sync(wait=True)
-    xla_metrics.clear_all()
+    def answer(self) -> dict[str, Any]:
+        """The next line that the process writes."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        content = json.loads(line) if line else {"error": "the process has failed"}
+        if "error" in content:
+            raise Failed(f"{self._python}: {content['error']}")
+        return content
 
-    calls, whole = [], []
-    for index in range(steps + 2):
-        batch = next(batches)
-        torch_xla.sync(wait=True)
-        called, done = _timed(lambda batch=batch: step(q, *batch), torch_xla)
-        if index >= 2:  # the first compiles, the second fills torch_xla's own caches
-            calls.append(called / num_layers)
-            whole.append(done)
-    compilations = xla_metrics.metric_data("CompileTime")
+    def round(self, way: str, num_steps: int) -> dict[str, Any]:
+        """Measures some steps."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"way": way, "steps": num_steps}) + "\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> None:
+        """Lets the process end, or ends it."""
+        with self._process:  # closes both pipes, and waits
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            try:
+                self._process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+
+
+def measure(
+    workers: list[tuple[Worker, dict]], ways: list[str], rounds: int, num_steps: int
+) -> dict[Subject, list[dict]]:
+    """Runs all ways of all processes in turn, so many rounds; returns the answers."""
+    measured: dict[Subject, list[dict]] = {}
+    for _ in range(rounds):
+        for way in ways:
+            for worker, about in workers:
+                if way in about["ways"]:
+                    answers = measured.setdefault(Subject(about["framework"], way), [])
+                    answers.append(worker.round(way, num_steps))
+    return dict(sorted(measured.items()))
+
+
+def row(subject: Subject, answers: list[dict]) -> dict[str, Any]:
+    """What all rounds of a subject say."""
+    calls = [seconds for answer in answers for seconds in answer["calls"]]
+    whole = [seconds for answer in answers for seconds in answer["steps"]]
+    first, *later = (answer["compilations"] for answer in answers)
     return {
-        "mode": mode,
-        "layers": num_layers,
-        "steps": steps,
-        "call_per_layer": timing.summarize(calls).as_dict(),
+        **subject._asdict(),
+        "steps": len(calls),
+        "call": timing.summarize(calls).as_dict() | {"least_us": 1e6 * min(calls)},
         "whole_step": timing.summarize(whole).as_dict(),
-        "compilations": compilations[0] if compilations else 0,
+        "compilations": [first[0], first[1] + sum(map(sum, later))],
     }
 
 
-def _batches(torch, device) -> Iterator[list]:
-    """Metadata of steps whose lengths change each time, the same in every run."""
-    generator = random.Random(0)
-    while True:
-        rows = metadata_rows(random_lengths(generator))
-        yield [torch.tensor(row, dtype=torch.int32).to(device) for row in rows]
-
-
-def _timed(call: Callable[[], object], torch_xla) -> tuple[float, float]:
-    """Seconds until the call returns, and until all is computed."""
-    start = time.perf_counter()
-    result = call()
-    called = time.perf_counter() - start
-    torch_xla.sync(wait=True)
-    del result
-    return called, time.perf_counter() - start
+def ratios(measured: dict[Subject, list[dict]]) -> list[dict[str, Any]]:
+    """Those of ``RATIOS`` that were measured: of the medians of each round."""
+    found = []
+    for numerator, denominator in RATIOS:
+        if numerator in measured and denominator in measured:
+            medians = (
+                [statistics.median(answer["calls"]) for answer in measured[subject]]
+                for subject in (numerator, denominator)
+            )
+            of_rounds = [one / other for one, other in zip(*medians, strict=True)]
+            found.append(
+                {
+                    "ratio": f"{numerator} / {denominator}",
+                    "median": statistics.median(of_rounds),
+                    "least": min(of_rounds),
+                    "most": max(of_rounds),
+                }
+            )
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,53 +173,107 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="of each way")
+    parser.add_argument("--rounds", type=int, default=10, help="that share the steps")
     parser.add_argument("--layers", type=int, default=8, help="calls in each step")
-    parser.add_argument("--mode", choices=MODES, help="by default both")
+    parser.add_argument("--way", nargs="+", choices=WAYS, help="by default all")
+    parser.add_argument(
+        "--beside",
+        metavar="PYTHON",
+        help="the interpreter of another environment, to be measured in turn",
+    )
+    parser.add_argument(
+        "--compile-only",
+        metavar="CHIP",
+        help="give TorchTPU the TPU of the tests, such as v6e, in a checkout",
+    )
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
     parser.add_argument(
         "--update",
         metavar="FILE.md",
-        help=f"replace the table between the file's two lines {MARK}",
+        help=f"replace the tables between the file's two lines {MARK}",
     )
     options = parser.parse_args(arguments)
-    if options.steps < 1 or options.layers < 1:
-        parser.error("--steps and --layers: expected at least 1")
-    os.environ.setdefault("PJRT_DEVICE", "CPU")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    described = environment.describe("host, XLA CPU device")
-    quiet = options.json == "-"
-    if not quiet:
-        environment.print_header("cost of a call on the host, MEASURED", described)
-        print("\n".join(TABLE_HEAD))
-    rows = []
-    for mode in [options.mode] if options.mode else MODES:
-        row = measure(mode, options.layers, options.steps)
-        rows.append(row)
-        if not quiet:
-            print(_line(row))
+    if options.steps < 1 or options.layers < 1 or options.rounds < 1:
+        parser.error("--steps, --layers and --rounds: expected at least 1")
+    try:
+        return _run(options)
+    except Failed as failed:
+        print(failed, file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    pythons = [sys.executable, *([options.beside] if options.beside else [])]
+    ways = list(options.way or WAYS)
+    rounds = min(options.rounds, options.steps)
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for python in pythons:
+            worker = Worker(python, options.layers, options.compile_only)
+            stack.callback(worker.end)
+            workers.append((worker, worker.answer()))
+        about = [about for _, about in workers]
+        names = [one["framework"] for one in about]
+        if len(set(names)) < len(names):
+            raise Failed(f"expected environments of two frameworks, got {names[0]}")
+        if options.json != "-":
+            title = "cost of a call on the host, MEASURED"
+            for one in about:
+                environment.print_header(title, one["environment"])
+        measured = measure(workers, ways, rounds, -(-options.steps // rounds))
+    rows = [row(subject, answers) for subject, answers in measured.items()]
+    found = ratios(measured)
+    tables = [*TABLE_HEAD, *map(_line, rows)]
+    if found:
+        tables += ["", *RATIO_HEAD, *map(_ratio_line, found)]
+    if options.json != "-":
+        print("\n".join(tables))
     if options.update:
-        names = ("commit", "jax", "torch", "torch_xla")
-        versions = ", ".join(f"{name} {described[name]}" for name in names)
         caption = (
-            f"{versions}; {options.steps} steps of {options.layers} calls. MEASURED."
+            f"{'; '.join(map(_versions, about))}; at least {options.steps} steps of "
+            f"{options.layers} calls each, in {rounds} rounds. MEASURED."
         )
-        lines = [caption, "", *TABLE_HEAD, *map(_line, rows)]
-        environment.update_markdown(options.update, MARK, lines)
+        environment.update_markdown(options.update, MARK, [caption, "", *tables])
     if options.json:
-        content = {"kind": "measurement", "environment": described, "rows": rows}
+        content = {
+            "kind": "measurement",
+            "environments": [one["environment"] for one in about],
+            "layers": options.layers,
+            "rows": rows,
+            "ratios": found,
+        }
         environment.write_json(options.json, content)
     return 0
 
 
-def _line(row: dict) -> str:
-    cells = [_cell(row[name]) for name in ("call_per_layer", "whole_step")]
-    return f"| {row['mode']} | {cells[0]} | {cells[1]} | {row['compilations']} |"
+def _versions(about: dict[str, Any]) -> str:
+    """What a table says of an environment."""
+    described = about["environment"]
+    names = ("chip", "commit", "jax", "torch", about["framework"])
+    return ", ".join(f"{name} {described[name]}" for name in names)
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = (
+        row["framework"],
+        row["way"],
+        _cell(row["call"]),
+        f"{row['call']['least_us']:.0f}",
+        _cell(row["whole_step"]),
+        "{}, {}".format(*row["compilations"]),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(times: dict[str, float]) -> str:
     low, high = times["low_us"], times["high_us"]
     return f"{times['median_us']:.0f} ({low:.0f} to {high:.0f})"
+
+
+def _ratio_line(ratio: dict[str, Any]) -> str:
+    spread = f"{ratio['least']:.2f} to {ratio['most']:.2f}"
+    return f"| {ratio['ratio']} | {ratio['median']:.2f} ({spread}) |"
 
 
 if __name__ == "__main__":

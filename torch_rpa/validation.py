@@ -32,7 +32,9 @@ def values_requested() -> bool:
     Raises:
         ValueError: The variable holds a word that means neither yes nor no.
     """
-    value = os.environ.get(VALIDATE_ENV, "")
+    value = os.environ.get(VALIDATE_ENV)
+    if not value:  # each call comes here
+        return False
     word = value.strip().lower()
     if word not in _ON + _OFF:
         raise ValueError(
@@ -65,13 +67,14 @@ def validate_static(inputs: Inputs, options: AttentionOptions) -> CallSizes:
 
 def validate_gradients(tensors: Sequence[torch.Tensor | None]) -> None:
     """Raises if autograd would have to differentiate the operator."""
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    ):
-        raise NotImplementedError(
-            "rpa::ragged_paged_attention has no backward: call it under "
-            "torch.no_grad() or torch.inference_mode(), or detach its inputs"
-        )
+    if not torch.is_grad_enabled():
+        return
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            raise NotImplementedError(
+                "rpa::ragged_paged_attention has no backward: call it under "
+                "torch.no_grad() or torch.inference_mode(), or detach its inputs"
+            )
 
 
 def validate_values(inputs: Inputs, options: AttentionOptions) -> None:

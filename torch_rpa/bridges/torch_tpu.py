@@ -107,7 +107,7 @@ def donates(kv_cache: torch.Tensor) -> bool:
     """Whether the buffer of this cache is given away; see :class:`Bridge`.
 
     ``TORCH_RPA_EAGER_DONATION=0`` in the environment keeps it: then each call outside
-    of ``torch.compile`` copies the cache.
+    of ``torch.compile`` copies the cache. The first call of the process reads it.
     """
     num_bytes = kv_cache.numel() * kv_cache.element_size()
     storage_bytes = kv_cache.untyped_storage().nbytes()
@@ -120,6 +120,11 @@ def donates(kv_cache: torch.Tensor) -> bool:
             stacklevel=2,
         )
         return False
+    return _donates_at_once()
+
+
+@functools.cache
+def _donates_at_once() -> bool:
     return os.environ.get(DONATION_VARIABLE, "1") != "0"
 
 
