@@ -66,21 +66,37 @@ ragged_paged_attention_readonly = torch.ops.rpa.ragged_paged_attention_readonly.
 # ---- the public operator
 
 
-def _composite(*tensors: Any, **options: Any) -> torch.Tensor:
+# The keys of calls that, below autograd, concern the device alone: no mode, transform
+# or subclass of tensors, and no functionalization, has a part in them. The dispatcher
+# would come to the functions for all devices here as well. It takes longer.
+_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+_OWN_KEYS = frozenset(
+    keys.raw_repr()
+    for keys in (_DEVICE, _DEVICE.add(torch._C.DispatchKey.AutogradPrivateUse1))
+)
+
+
+def _composite(
+    keys: torch._C.DispatchKeySet, *tensors: Any, **options: Any
+) -> torch.Tensor:
     """Any device but the CPU: the functional operator, then an update in place."""
     check_given(tensors)
     validation.validate_gradients(tensors)
+    functional, readonly = (
+        ragged_paged_attention_functional,
+        ragged_paged_attention_readonly,
+    )
+    if keys.raw_repr() in _OWN_KEYS:
+        functional, readonly = _functional_bridged, _readonly_bridged
     with torch._C._AutoDispatchBelowAutograd():
         if not _updates(options):
-            return ragged_paged_attention_readonly(*tensors, **options)
+            return readonly(*tensors, **options)
         kv_cache = tensors[3]
         donate = isinstance(kv_cache, FunctionalTensor)  # in a graph of torch.compile
         if not donate:
             bridge = bridges.find(kv_cache.device.type)
             donate = bridge is not None and bridge.donates(kv_cache)
-        out, new_cache = ragged_paged_attention_functional(
-            *tensors, **options, donate_kv_cache=donate
-        )
+        out, new_cache = functional(*tensors, **options, donate_kv_cache=donate)
         update_in_place(kv_cache, new_cache)
         return out
 
@@ -234,7 +250,12 @@ def _require_no_update(options: dict[str, Any]) -> None:
         )
 
 
-_library.impl("ragged_paged_attention", _composite, "CompositeImplicitAutograd")
+_library.impl(
+    "ragged_paged_attention",
+    _composite,
+    "CompositeImplicitAutograd",
+    with_keyset=True,
+)
 _library.impl("ragged_paged_attention", _cpu, "CPU")
 _library.impl("ragged_paged_attention", _autograd_cpu, "AutogradCPU")
 
