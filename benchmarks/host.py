@@ -2,7 +2,7 @@
 
     python -m benchmarks.host
     python -m benchmarks.host --steps 2000 --layers 32 --json host.json
-    python -m benchmarks.host --beside ../torch_tpu/bin/python --compile-only v6e
+    python -m benchmarks.host --beside .venv-torchtpu/bin/python --compile-only v6e
 
 It measures the framework of its environment: torch_xla on the XLA CPU device, or
 TorchTPU. The two cannot be installed together. ``--beside`` names the Python of another

@@ -131,10 +131,10 @@ def test_one_framework_twice_is_refused(environments, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(HAS_TPU, reason="measures the XLA CPU device")
+@pytest.mark.torch_xla
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["operator", "compiled"])
 def test_changing_lengths_compile_once(way, tmp_path, capsys):
-    pytest.importorskip("torch_xla")
     path = tmp_path / "host.json"
     arguments = ["--steps", "5", "--rounds", "2", "--layers", "2", "--way", way]
     assert host.main([*arguments, "--json", str(path)]) == 0
