@@ -8,11 +8,13 @@ each line of its input, the way and the number of steps of a round, with seconds
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import importlib.util
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -298,6 +300,7 @@ def _open_compile_only_tpu(chip: str) -> None:
     if reason is not None:
         raise NoDevice(f"--compile-only: {reason}")
     record = tempfile.mkdtemp(prefix="rpa-host-")
+    atexit.register(shutil.rmtree, record, ignore_errors=True)
     os.environ.update(compile_only_tpu.environment(chip, record))
     compile_only_tpu.open_tpu()
 
