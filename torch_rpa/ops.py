@@ -209,6 +209,7 @@ def _bridge_of(tensors: Sequence[torch.Tensor | None]) -> bridges.Bridge:
     bridge = bridges.find(q.device.type)
     if bridge is not None:
         return bridge
+    validation.validate_devices(Inputs(*tensors))
     devices = sorted({str(t.device) for t in tensors if t is not None})
     layouts = sorted({str(t.layout) for t in tensors if t is not None})
     supported = " or ".join(repr(name) for name in (*bridges.BRIDGES, "cpu"))

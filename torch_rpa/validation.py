@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from jax_kernels import contract
 from jax_kernels.contract import Arguments, ArraySpec, CallSizes, Metadata
@@ -47,12 +48,7 @@ def values_requested() -> bool:
 def validate_static(inputs: Inputs, options: AttentionOptions) -> CallSizes:
     """Checks shapes, dtypes, devices and strides; returns the sizes of the call."""
     check_given(inputs)
-    for name, tensor in inputs._asdict().items():
-        if tensor is not None and tensor.device != inputs.q.device:
-            raise ValueError(
-                f"{name} must be on the device of q, {inputs.q.device}, "
-                f"got {tensor.device}"
-            )
+    validate_devices(inputs)
     specs: list[Any] = [
         None if t is None else ArraySpec(tuple(t.shape), dtype_name(t.dtype))
         for t in inputs
@@ -65,8 +61,26 @@ def validate_static(inputs: Inputs, options: AttentionOptions) -> CallSizes:
     return sizes
 
 
+def validate_devices(inputs: Inputs) -> None:
+    """Checks that all tensors are on the device of q."""
+    for name, tensor in inputs._asdict().items():
+        if tensor is not None and tensor.device != inputs.q.device:
+            raise ValueError(
+                f"{name} must be on the device of q, {inputs.q.device}, "
+                f"got {tensor.device}"
+            )
+
+
 def validate_gradients(tensors: Sequence[torch.Tensor | None]) -> None:
     """Raises if autograd would have to differentiate the operator."""
+    # Forward mode asks for no requires_grad, and works under torch.no_grad().
+    if forward_ad._current_level >= 0:
+        tangents = [forward_ad.unpack_dual(t).tangent for t in tensors if t is not None]
+        if any(tangent is not None for tangent in tangents):
+            raise NotImplementedError(
+                "rpa::ragged_paged_attention has no forward-mode derivative: call it "
+                "with tensors that have no tangent, outside of torch.func.jvp"
+            )
     if not torch.is_grad_enabled():
         return
     for tensor in tensors:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import torch_rpa
 from tests.torch_rpa.calls import make_call, raw_bytes, to_device
@@ -113,6 +114,29 @@ def test_asking_for_a_gradient_is_an_error(device, name):
     with torch.no_grad():
         ops.ragged_paged_attention(*call)
     with torch.inference_mode():
+        ops.ragged_paged_attention(*call)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch itself
+@pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
+def test_asking_for_a_tangent_is_an_error(name):
+    call = make_call(sinks=True)
+    before = raw_bytes(call.kv_cache).clone()
+    primal = getattr(call, name)
+    with forward_ad.dual_level():
+        dual = call._replace(**{name: forward_ad.make_dual(primal, primal)})
+        for operator in (
+            ops.ragged_paged_attention,
+            ops.ragged_paged_attention_functional,
+        ):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                operator(*dual)
+            with (
+                torch.no_grad(),
+                pytest.raises(NotImplementedError, match="no forward-mode derivative"),
+            ):
+                operator(*dual)
+        assert torch.equal(raw_bytes(call.kv_cache), before)
         ops.ragged_paged_attention(*call)
 
 
