@@ -1,6 +1,8 @@
 """The digest of the kernel: the same everywhere, another one when programs change."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +21,22 @@ def test_it_is_a_name_of_fixed_length():
 
 
 def test_it_is_the_same_in_every_process():
-    code = "from torch_rpa.bridges.kernel_digest import kernel_digest as d"
-    command = [sys.executable, "-W", "ignore", "-c", f"{code}; print(d('v6e', 1))"]
+    assert _in_another_process(PACKAGE.parent, "v6e", 1) == kernel_digest("v6e", 1)
+
+
+def _in_another_process(directory: Path, *others) -> str:
+    """The digest that the packages of a directory give."""
+    code = "from torch_rpa.bridges.kernel_digest import kernel_digest"
+    code += f"; print(kernel_digest(*{others!r}))"
     printed = subprocess.run(
-        command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=directory,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert printed.stdout.strip() == kernel_digest("v6e", 1)
+    return printed.stdout.strip()
 
 
 def test_chips_records_and_switches_are_told_apart(monkeypatch):
@@ -34,6 +46,21 @@ def test_chips_records_and_switches_are_told_apart(monkeypatch):
     monkeypatch.setenv("RPA_BOUNDS_CHECKS", "1")
     digests.append(kernel_digest())
     assert len(set(digests)) == len(digests)
+
+
+def test_the_source_of_the_operator_is_in_it(tmp_path):
+    for package in ("jax_kernels", "torch_rpa"):
+        shutil.copytree(PACKAGE.parent / package, tmp_path / package)
+
+    def digest():
+        return _in_another_process(tmp_path)
+
+    assert digest() == kernel_digest()
+    for name in ("ops.py", "options.py", "bridges/lowering.py"):
+        before = digest()
+        with (tmp_path / "torch_rpa" / name).open("a") as file:
+            file.write("# changed\n")
+        assert digest() != before, name
 
 
 def test_every_environment_variable_of_the_kernel_is_a_switch():

@@ -18,6 +18,7 @@ import jax_kernels
 from jax_kernels import tuned
 
 LENGTH = 16  # hexadecimal digits: 64 bits
+SUFFIXES = (".py", ".json")
 COMPILERS = ("jax", "jaxlib", "libtpu")
 SWITCHES = ("RPA_BOUNDS_CHECKS",)  # environment variables that the kernel reads
 
@@ -25,9 +26,10 @@ SWITCHES = ("RPA_BOUNDS_CHECKS",)  # environment variables that the kernel reads
 def kernel_digest(*others: object) -> str:
     """Returns the digest of all that a program of the kernel follows from.
 
-    That is the source of ``jax_kernels`` and of the bridges, the block sizes that come
-    with it, the tuned records in force, the switches in the environment, and the
-    versions of JAX and of the compiler. Shapes and options of a call are not in it.
+    That is the source of ``jax_kernels``, of the operator and of the bridges, the block
+    sizes that come with it, the tuned records in force, the switches in the
+    environment, and the versions of JAX and of the compiler. Shapes and options of a
+    call are not in it.
 
     Args:
         others: What else it shall cover, such as the chip: values whose ``repr`` is the
@@ -41,9 +43,14 @@ def kernel_digest(*others: object) -> str:
 @functools.cache
 def _sources_digest() -> str:
     """Of the files that programs are made by, and of their paths."""
+    bridges = Path(__file__).parent
     digest = hashlib.sha256()
-    for root in (Path(jax_kernels.__file__).parent, Path(__file__).parent):
-        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".json")):
+    for root, pattern in (
+        (Path(jax_kernels.__file__).parent, "**/*"),
+        (bridges, "**/*"),
+        (bridges.parent, "*"),  # what stands between a graph and the bridges
+    ):
+        for path in sorted(p for p in root.glob(pattern) if p.suffix in SUFFIXES):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
