@@ -6,6 +6,7 @@ The programs of a case come after the mark of the case: a copy of a tensor to th
 whose length nothing else has.
 """
 
+import copy
 import json
 import os
 import sys
@@ -202,8 +203,12 @@ def mistakes():
             _message(torch_rpa.ragged_paged_attention, *tensors, **options)
             for tensors in (on_tpu, call)
         ]
-    mixed = to_device(good, "tpu")._replace(kv_lens=good.kv_lens)
-    found["another device"] = [_message(torch_rpa.ragged_paged_attention, *mixed)]
+    moved = to_device(good, "tpu")
+    for name, mixed in {
+        "another device": moved._replace(kv_lens=good.kv_lens),
+        "q on another device": moved._replace(q=good.q),
+    }.items():
+        found[name] = [_message(torch_rpa.ragged_paged_attention, *mixed)]
     return found
 
 
@@ -213,6 +218,46 @@ def _message(function, *args, **keywords) -> str:
             function(*args, **keywords)
         except (ValueError, NotImplementedError) as error:
             return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def _attend(*call):
+    return ops.ragged_paged_attention(*call)
+
+
+def copies():
+    """Whether a copy of a cache can be read after a call that updates the cache."""
+    ways = {
+        "clone": torch.Tensor.clone,
+        "deepcopy": copy.deepcopy,
+        "copy_": lambda cache: torch.empty_like(cache).copy_(cache),
+        "computed": lambda cache: torch.cat([cache]),
+        "pages": lambda cache: cache[[3, 1]],
+        "on the host": torch.Tensor.cpu,
+    }
+    attend = torch.compile(_attend, backend="tpu")
+    found = {}
+    for name, way in ways.items():
+        for how, run in (("at once", ops.ragged_paged_attention), ("compiled", attend)):
+            call = to_device(make_call(), "tpu")
+            copied = way(call.kv_cache)
+            run(*call)
+            torch.accelerator.synchronize()
+            try:
+                copied.cpu()
+                found[f"{name}, {how}"] = "can be read"
+            except RuntimeError as error:
+                found[f"{name}, {how}"] = str(error)
+    return found
+
+
+def precompiled():
+    """The setting of torch that keeps how a graph is called as well."""
+    with torch._dynamo.config.patch(caching_precompile=True):
+        try:
+            torch.compile(_attend, backend="tpu")(*to_device(make_call(), "tpu"))
+        except torch._dynamo.exc.TorchRuntimeError as error:
+            return str(error)
     return "no error"
 
 
@@ -323,6 +368,8 @@ CASES = {
         views,
         features,
         mistakes,
+        copies,
+        precompiled,
         values,
         opcheck,
         reference,

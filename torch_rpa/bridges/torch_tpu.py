@@ -17,7 +17,9 @@ knows no kernel. :func:`before_compiling` puts the digest into the key of that c
 **In place.** Whoever promises to overwrite the cache donates it: XLA gives its buffer
 to the new cache, and :func:`update_in_place` makes that the value of the tensor, for
 which TorchTPU only exchanges buffers. It cannot do so for a part of a larger tensor.
-:func:`donates` warns of that.
+:func:`donates` warns of that. Nor does it see that a buffer has two owners: ``clone()``
+and ``copy_`` let tensors share one until an operator of PyTorch writes to either. The
+other owner is then left without a buffer, and its use is an error, no wrong number.
 """
 
 from __future__ import annotations
@@ -139,7 +141,19 @@ def before_compiling() -> None:
     The setting is torch's own for operators whose meaning can change. A library that
     sets another name of it is not disturbed, nor are graphs without the operator: a
     process that has not traced one yet does not come here.
+
+    Raises:
+        ValueError: torch would keep the graph together with how it is called. It looks
+            for that before it traces anything: nobody could say which kernel is meant.
+            (For a NotImplementedError it would call the operator outside of the graph.)
     """
+    if getattr(torch._dynamo.config, "caching_precompile", False):
+        raise ValueError(
+            "torch._dynamo.config.caching_precompile (TORCH_CACHING_PRECOMPILE) must "
+            "be False for rpa::ragged_paged_attention on a TPU, got True: after an "
+            "update the former kernel would run. What torch.compile keeps on disk "
+            "without it knows the kernel"
+        )
     setting = torch._inductor.config.unsafe_marked_cacheable_functions
     name, digest = "torch.ops.rpa.ragged_paged_attention", _digest()
     if setting.get(name) != digest:
