@@ -202,7 +202,7 @@ def _readonly_fake(*tensors: Any, **options: Any) -> torch.Tensor:
     return _fake_out(Inputs(*tensors), make_options(options))
 
 
-def _bridge_of(tensors: Sequence[torch.Tensor | None]) -> bridges.Bridge:
+def _bridge_of(tensors: Sequence[Any]) -> bridges.Bridge:
     """Returns the bridge of the device of q; raises if there is none."""
     q = tensors[0]
     assert q is not None

@@ -14,6 +14,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchRuntimeError
 
 import torch_rpa
 from jax_kernels.tuned import applied
@@ -256,7 +257,7 @@ def precompiled():
     with torch._dynamo.config.patch(caching_precompile=True):
         try:
             torch.compile(_attend, backend="tpu")(*to_device(make_call(), "tpu"))
-        except torch._dynamo.exc.TorchRuntimeError as error:
+        except TorchRuntimeError as error:
             return str(error)
     return "no error"
 
