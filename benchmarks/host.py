@@ -67,6 +67,9 @@ RATIOS = (
 )
 
 
+WORKER = "import sys; from benchmarks import host_worker; sys.exit(host_worker.main())"
+
+
 class Failed(Exception):
     """A process that measures has ended; the reason is its own."""
 
@@ -75,7 +78,7 @@ class Worker:
     """A process of ``benchmarks.host_worker`` in one environment."""
 
     def __init__(self, python: str, num_layers: int, compile_only: str | None) -> None:
-        command = [python, "-m", "benchmarks.host_worker", "--layers", str(num_layers)]
+        command = [python, "-c", WORKER, "--layers", str(num_layers)]
         if compile_only is not None:
             command += ["--compile-only", compile_only]
         self._python = python

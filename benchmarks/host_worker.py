@@ -346,7 +346,7 @@ def serve(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_worker")
+    parser = argparse.ArgumentParser(prog="benchmarks.host_worker")
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--compile-only", metavar="CHIP")
     options = parser.parse_args()
@@ -360,7 +360,3 @@ def main() -> int:
         answers.flush()
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,8 @@
 
 It has every phase, the dtypes of a cache that are handled apart, the options that have
 code of their own, and one program for each chip. Other modules belong to it as well:
-those marked ``versions``. All of it runs without PyTorch.
+those marked ``versions``. All of it runs without PyTorch. Where PyTorch is installed,
+the other tests of the kernel run, which look at more.
 """
 
 import functools
@@ -20,7 +21,13 @@ from tests.conftest import HAS_TPU
 from tests.support import interpret, tpu_compile
 from tests.support.ragged_batches import make_ragged_batch
 
-pytestmark = pytest.mark.versions
+pytestmark = [
+    pytest.mark.versions,
+    pytest.mark.skipif(
+        importlib.util.find_spec("torch") is not None,
+        reason="for environments without PyTorch: see .ci/jax_versions",
+    ),
+]
 
 BFLOAT16, E4M3FN = "bfloat16", "float8_e4m3fn"
 # (q_len, kv_len): two that decode, two chunks of 8, a prompt, and one that goes on.
