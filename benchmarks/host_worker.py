@@ -178,7 +178,7 @@ def _compiled(steps: Steps, compiler: str) -> Callable:
     """``torch.compile`` of the whole step."""
     import torch
 
-    options = {} if compiler == "openxla" else {"dynamic": False}
+    options: dict[str, Any] = {} if compiler == "openxla" else {"dynamic": False}
     step = steps.step(_public_operator(SM_SCALE))
     return torch.compile(step, backend=compiler, **options)
 
@@ -214,8 +214,9 @@ def _jax_op_alone(steps: Steps, compiler: str) -> Callable:
             q, k, v, kv_cache, *batch, sm_scale=SM_SCALE, chip=torch_tpu.chip()
         )
 
-    attention.__annotations__ = dict.fromkeys(names, jax.Array)
-    attention.__annotations__["return"] = tuple[jax.Array, jax.Array]
+    annotations: dict[str, Any] = dict.fromkeys(names, jax.Array)
+    annotations["return"] = tuple[jax.Array, jax.Array]
+    attention.__annotations__ = annotations
     operator = torch.tpu.pallas.jax_op(  # pyright: ignore[reportAttributeAccessIssue]
         "rpa_benchmarks::attention", attention, donate_argnums=[3]
     )

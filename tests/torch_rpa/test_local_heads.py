@@ -3,6 +3,8 @@
 That is the way under TorchTPU. Here the processes are two, on CPU tensors, with gloo.
 """
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,10 +41,8 @@ def run_process(rank: int, rendezvous: str, results: str) -> None:
         "gloo", f"file://{rendezvous}", rank=rank, world_size=PROCESSES
     )
     q, k, v, weight = tensors()
-    total = attend(
-        *(t.chunk(PROCESSES, dim=1)[rank] for t in (q, k, v)),
-        weight.chunk(PROCESSES, dim=0)[rank],
-    )
+    q, k, v = (t.chunk(PROCESSES, dim=1)[rank] for t in (q, k, v))
+    total = attend(q, k, v, weight.chunk(PROCESSES, dim=0)[rank])
     dist.all_reduce(total)
     torch.save(total, f"{results}/{rank}.pt")
     dist.destroy_process_group()
@@ -61,5 +61,6 @@ def test_local_heads_of_two_processes_sum_up_to_all_heads(tmp_path):
 def test_sharding_in_one_process_names_this_way():
     q, k, v, _ = tensors()
     cache = torch_rpa.empty_kv_cache(2, 8, KV_HEADS, HEAD_DIM, dtype=torch.float32)
+    mesh: Any = None
     with pytest.raises(NotImplementedError, match="one process for each device"):
-        spmd.sharded_ragged_paged_attention(q, k, v, cache, *BATCH, mesh=None)
+        spmd.sharded_ragged_paged_attention(q, k, v, cache, *BATCH, mesh=mesh)

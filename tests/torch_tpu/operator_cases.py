@@ -84,8 +84,7 @@ def _decode(function, steps):
     for kv_len in range(1, steps + 1):
         function(tensors, decode_batch(kv_len))
     torch.accelerator.synchronize()
-    bridge = bridges.find("tpu")
-    assert bridge is not None
+    bridge: Any = bridges.find("tpu")
     launchers = bridge._launchers.values()
     return {"launchers": sorted({launch.__qualname__ for launch in launchers})}
 
@@ -179,7 +178,7 @@ def features():
 
 def mistakes():
     """Messages of wrong calls: on the device, and on the CPU."""
-    good = make_call()
+    good: Any = make_call()
     bad: dict[str, tuple[Inputs, dict[str, Any]]] = {
         "dtype": (good._replace(kv_lens=good.kv_lens.long()), {}),
         "shape": (good._replace(k=good.k[:, :1]), {}),
@@ -269,7 +268,7 @@ def values():
     page_indices = good.page_indices.clone()
     page_indices[0] = 77
     bad = to_device(good._replace(page_indices=page_indices), "tpu")
-    found = {
+    found: dict[str, Any] = {
         "asked for": _message(torch_rpa.ragged_paged_attention, *bad, validate=True)
     }
     os.environ[validation.VALIDATE_ENV] = "1"
@@ -338,7 +337,7 @@ def ways():
     """
     call = to_device(make_call(), "tpu")
     without = call._replace(k=None, v=None)
-    bridge = bridges.find("tpu")
+    bridge: Any = bridges.find("tpu")
     launchers, operators = bridge._launchers, bridge._operators
     launchers.clear()
 

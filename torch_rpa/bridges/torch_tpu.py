@@ -243,7 +243,7 @@ def _load() -> None:
     """
     if _is_known():
         return
-    from torch_tpu import _loader  # pyright: ignore[reportAttributeAccessIssue]
+    from torch_tpu import _loader  # pyright: ignore
 
     _loader.load()
     if not _is_known():

@@ -39,14 +39,15 @@ def through(operator: Any) -> Launch:
     """The public way, which binds the arguments anew in each call."""
 
     def launch(tensors: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor]:
-        results = operator(*Inputs(*tensors))
+        given: list[Any] = list(tensors)
+        results = operator(*Inputs(*given))  # with None for those left out
         return (results,) if isinstance(results, torch.Tensor) else results
 
     return launch
 
 
 def _direct(operator: Any, inputs: Inputs) -> Launch:
-    from torch_tpu._internal.pallas import pallas, tpu_torch_pallas
+    from torch_tpu._internal.pallas import pallas, tpu_torch_pallas  # pyright: ignore
 
     function = operator._init_fn
     key = pallas._get_kernel_invocation_key(function.trace_key, inputs, {})

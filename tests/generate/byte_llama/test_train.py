@@ -1,6 +1,7 @@
 """Training learns, can be interrupted anywhere, and writes a model that loads."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,12 @@ RECIPE = train.Recipe(steps=4, rows=1, warmup_steps=2)
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
     """The model in training, with fewer and smaller matrices for Muon."""
-    monkeypatch.setattr(
-        train, "LlamaConfig", lambda **sizes: LlamaConfig(**(sizes | SMALL))
-    )
+
+    def small_config(**sizes: Any) -> LlamaConfig:
+        sizes.update(SMALL)
+        return LlamaConfig(**sizes)
+
+    monkeypatch.setattr(train, "LlamaConfig", small_config)
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ def open_tpu() -> None:
     TorchTPU registers it by itself where the PCI bus shows a TPU. It offers no public
     way to ask for it.
     """
-    from torch_tpu import _loader  # pyright: ignore[reportMissingImports]
+    from torch_tpu import _loader  # pyright: ignore
 
     _loader._init_device("tpu")
 
