@@ -101,12 +101,6 @@ def is_compiled(device: torch.device) -> bool:
     return bridges.find(device.type) is not None
 
 
-def is_lazy(device: torch.device) -> bool:
-    """Whether all calls between two of :func:`sync` are one program."""
-    bridge = bridges.find(device.type)
-    return bridge is not None and bridge.IS_LAZY
-
-
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """Returns what to call on a device instead of a function of static shapes."""
     bridge = bridges.find(device.type)

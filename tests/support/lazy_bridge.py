@@ -19,7 +19,6 @@ from torch_rpa.options import make_options
 
 torch._lazy.ts_backend.init()
 
-IS_LAZY = False  # a call reads its tensors, so it runs at once
 calls: list[str] = []
 
 

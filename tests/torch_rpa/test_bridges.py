@@ -77,7 +77,7 @@ def test_one_more_bridge_needs_a_file_and_an_entry():
 def test_the_cpu_needs_no_bridge():
     device = devices.open_device("cpu")
     assert device == torch.device("cpu")
-    assert not devices.is_compiled(device) and not devices.is_lazy(device)
+    assert not devices.is_compiled(device)
     assert devices.num_compilations(device) == 0
     assert devices.compiled(len, device) is len
     devices.sync(device, wait=True)
@@ -96,7 +96,7 @@ def test_another_device_than_that_of_the_process_is_an_error():
     with pytest.raises(ValueError, match=r"device must be xla:0.*, got xla:1"):
         devices.open_device("xla:1")
     device = devices.open_device("xla")
-    assert devices.is_lazy(device) and devices.is_compiled(device)
+    assert devices.is_compiled(device)
 
 
 @pytest.mark.torch_tpu

@@ -7,7 +7,6 @@ whose length nothing else has.
 """
 
 import copy
-import json
 import os
 import sys
 import warnings
@@ -19,6 +18,7 @@ from torch._dynamo.exc import TorchRuntimeError
 import torch_rpa
 from jax_kernels.tuned import applied
 from tests.torch_rpa.calls import make_call, to_device
+from tests.torch_tpu.sections import run_cases
 from tests.torch_tpu.tuned_record import tuned_record
 from torch_rpa import bridges, ops, validation
 from torch_rpa.bridges import torch_tpu_launch
@@ -30,7 +30,6 @@ NUM_LAYERS = 2
 PAGES, PAGE_SIZE, HEADS, KV_HEADS, HEAD_DIM = 10_000, 16, 8, 2, 128
 CACHE_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e5m2", "int8")
 OPTIONS: dict[str, Any] = {"sm_scale": HEAD_DIM**-0.5}
-MARK = 1001  # elements of the mark of the first case
 
 
 def decode_batch(kv_len: int, sequences: int = 4) -> list[torch.Tensor]:
@@ -254,6 +253,7 @@ def copies():
 
 def precompiled():
     """The setting of torch that keeps how a graph is called as well."""
+    torch._dynamo.reset()  # what is compiled already is not asked
     with torch._dynamo.config.patch(caching_precompile=True):
         try:
             torch.compile(_attend, backend="tpu")(*to_device(make_call(), "tpu"))
@@ -302,9 +302,27 @@ def opcheck():
     return results
 
 
+def reference_calls():
+    """Calls of the plain computation, and their options."""
+    scales = {"sm_scale": 0.11, "k_scale": 0.3, "v_scale": 0.7}
+    chunks = make_call([(1, 5), (4, 9), (4, 4)])
+    float8 = make_call(cache_dtype=torch.float8_e4m3fn, num_q_heads=6)
+    without = make_call()._replace(k=None, v=None)
+    return [
+        (make_call(), {}),
+        (chunks, {"chunk_prefill_size": 4, "sm_scale": 0.09}),
+        (make_call(sinks=True), {"sliding_window": 7, "soft_cap": 11.0}),
+        (float8, scales),
+        (make_call(cache_dtype=torch.int8, head_dim=48), scales | {"causal": False}),
+        (without, {"update_kv_cache": False, "sm_scale": 0.13}),
+    ]
+
+
 def reference():
     """The plain computation."""
-    torch_rpa.ragged_paged_attention(*to_device(make_call(), "tpu"), impl="reference")
+    for call, options in reference_calls():
+        on_tpu = to_device(call, "tpu")
+        torch_rpa.ragged_paged_attention(*on_tpu, **options, impl="reference")
 
 
 def tuned():
@@ -381,11 +399,5 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    results = {}
     with torch.no_grad():
-        for case in sys.argv[1:]:
-            torch._dynamo.reset()
-            torch.zeros(MARK + list(CASES).index(case)).to("tpu").cpu()
-            results[case] = CASES[case]()
-            torch.accelerator.synchronize()
-    print(json.dumps(results))
+        run_cases(CASES, sys.argv[1:])

@@ -8,7 +8,7 @@ to the device whose length nothing else has. The test reads the events of a case
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tests.support import compile_only_tpu
@@ -38,10 +38,18 @@ class Sections:
     """
 
     def __init__(
-        self, chip: str, directory: Any, module: str, cases: Sequence[str], all_cases
+        self,
+        chip: str,
+        directory: Any,
+        module: str,
+        cases: Sequence[str],
+        all_cases: Iterable[str],
+        **variables: str,
     ) -> None:
         """Runs the cases of a module in a child process."""
-        completed = compile_only_tpu.run(chip, directory, "-m", module, *cases)
+        completed = compile_only_tpu.run(
+            chip, directory, "-m", module, *cases, variables=variables
+        )
         self.results: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
         self.dump = compile_only_tpu.Dump(directory)
         self._all = list(all_cases)

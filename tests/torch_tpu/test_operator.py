@@ -5,9 +5,7 @@ interpret mode, and what the operator means by the tests of the other devices.
 """
 
 import itertools
-import json
 import re
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from tests.support import compile_only_tpu
 from tests.torch_rpa.calls import (
     assert_same_up_to_rounding,
     from_numpy,
-    make_call,
     raw_bytes,
     to_numpy,
 )
@@ -30,6 +27,7 @@ pytestmark = [
 ]
 if REASON is None:
     from tests.torch_tpu import operator_cases as cases
+    from tests.torch_tpu.sections import Sections
     from torch_rpa.bridges import torch_tpu_launch
 
 CACHE = f"bf16[{10_000},4,8,2,128]"
@@ -37,67 +35,20 @@ EAGER, COMPILED = "decode_eager", "decode_compiled"
 KV_CACHE = 3  # as a parameter
 
 
-class Record(NamedTuple):
-    """What a child process did.
-
-    Attributes:
-        chip: What it compiled for.
-        results: Of each case.
-        dump: All programs and executions.
-    """
-
-    chip: str
-    results: dict[str, Any]
-    dump: compile_only_tpu.Dump
-
-    def _events(self, case: str) -> list[dict[str, Any]]:
-        """What happened in a case, from its mark to the next one."""
-        first = 4 * cases.MARK
-        marks = [
-            (index, event["bytes"])
-            for index, event in enumerate(self.dump.events)
-            if event["event"] == "copy_to_device"
-            and first <= event["bytes"] < first + 4 * len(cases.CASES)
-        ]
-        mark = first + 4 * list(cases.CASES).index(case)
-        (start,) = (index for index, num_bytes in marks if num_bytes == mark)
-        ends = [index for index, _ in marks if index > start]
-        return self.dump.events[start : ends[0] if ends else None]
-
-    def programs(self, case: str) -> list[compile_only_tpu.CompiledProgram]:
-        """The programs of a case that return a cache, or call the kernel."""
-        events = self._events(case)
-        numbers = {e["program"] for e in events if e["event"] in ("compile", "load")}
-        programs = (p for p in self.dump.programs() if p.number in numbers)
-        return [p for p in programs if p.hlo.kernel_calls or len(p.results) == 2]
-
-    def kernels(self, case: str) -> list[compile_only_tpu.CompiledProgram]:
-        """The programs of a case that call the kernel."""
-        return [p for p in self.programs(case) if p.hlo.kernel_calls]
-
-
-def run(chip: str, directory, *names: str, **variables: str) -> Record:
-    completed = compile_only_tpu.run(
-        chip,
-        directory,
-        "-m",
-        "tests.torch_tpu.operator_cases",
-        *names,
-        variables=variables,
-    )
-    results = json.loads(completed.stdout.splitlines()[-1])
-    return Record(chip, results, compile_only_tpu.Dump(directory))
+def run(chip: str, directory, *names: str, **variables: str) -> "Sections":
+    module = "tests.torch_tpu.operator_cases"
+    return Sections(chip, directory, module, names, cases.CASES, **variables)
 
 
 @pytest.fixture(scope="module", params=chips.COMPILED)
-def decode(request, tmp_path_factory) -> Record:
+def decode(request, tmp_path_factory) -> "Sections":
     """Decode steps, at once and compiled, on each chip."""
     directory = tmp_path_factory.mktemp(request.param)
     return run(request.param, directory, EAGER, COMPILED)
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory) -> Record:
+def record(tmp_path_factory) -> "Sections":
     """All the other cases, on one chip."""
     names = [name for name in cases.CASES if name not in (EAGER, COMPILED)]
     return run("v6e", tmp_path_factory.mktemp("v6e"), *names)
@@ -107,13 +58,13 @@ def record(tmp_path_factory) -> Record:
 
 
 def test_a_compiled_model_is_one_program_for_all_lengths(decode):
-    (program,) = decode.kernels(COMPILED)
+    (program,) = decode.kernel_programs(COMPILED)
     assert len(decode.dump.executions(program)) == 50
     assert len(program.hlo.kernel_calls) == cases.NUM_LAYERS
 
 
 def test_a_compiled_model_keeps_each_cache_where_it_is(decode):
-    (program,) = decode.kernels(COMPILED)
+    (program,) = decode.kernel_programs(COMPILED)
     outputs = {n: t for n, t in enumerate(program.results) if t == CACHE}
     assert len(outputs) == cases.NUM_LAYERS
     aliases = program.aliases()
@@ -128,7 +79,7 @@ def test_a_compiled_model_keeps_each_cache_where_it_is(decode):
 
 
 def test_calls_that_run_at_once_share_a_program_and_keep_the_cache(decode):
-    (program,) = decode.kernels(EAGER)
+    (program,) = decode.kernel_programs(EAGER)
     executions = decode.dump.executions(program)
     assert len(executions) == 5 * cases.NUM_LAYERS
     assert program.aliases() == {1: KV_CACHE}
@@ -148,7 +99,7 @@ def test_calls_go_the_short_way(decode):
 
 def test_the_cache_is_kept_alive_on_request(tmp_path):
     kept = run("v6e", tmp_path, EAGER, TORCH_RPA_EAGER_DONATION="0")
-    (program,) = kept.kernels(EAGER)
+    (program,) = kept.kernel_programs(EAGER)
     assert program.aliases() == {}
     assert not any(execution.donated for execution in kept.dump.executions())
 
@@ -183,7 +134,7 @@ def test_what_would_keep_an_old_kernel_is_refused(record):
 
 
 def test_each_feature_is_one_program_with_one_alias(record):
-    done, programs = record.results["features"], record.kernels("features")
+    done, programs = record.results["features"], record.kernel_programs("features")
     assert len(done) == len(programs) == 17
     for name, program in zip(done, programs, strict=True):
         assert len(program.hlo.kernel_calls) == 1
@@ -224,13 +175,16 @@ def test_torch_finds_no_fault(record):
 
 def test_the_plain_computation_gives_the_numbers_of_the_cpu(record):
     """Its program has no kernel, so that XLA can run it on the CPU as it is."""
-    (program,) = record.programs("reference")
-    assert not program.hlo.kernel_calls
-    call = make_call()
-    out, new_cache = execute_on_cpu(program.stablehlo, call)
-    expected = torch_rpa.ragged_paged_attention(*call)
-    assert_same_up_to_rounding(out, expected)
-    assert torch.equal(raw_bytes(new_cache), raw_bytes(call.kv_cache))
+    programs, calls = record.programs("reference"), cases.reference_calls()
+    for program, (call, options) in zip(programs, calls, strict=True):
+        assert not program.hlo.kernel_calls
+        out, *new_cache = execute_on_cpu(program.stablehlo, call)
+        expected = torch_rpa.ragged_paged_attention(*call, **options)
+        assert_same_up_to_rounding(out, expected)
+        if new_cache:
+            assert torch.equal(raw_bytes(new_cache[0]), raw_bytes(call.kv_cache))
+        else:
+            assert not options["update_kv_cache"]
 
 
 def execute_on_cpu(stablehlo: str, call) -> list[torch.Tensor]:
@@ -251,13 +205,13 @@ def execute_on_cpu(stablehlo: str, call) -> list[torch.Tensor]:
 
 
 def test_tuned_records_in_force_are_another_program_once(record):
-    first, second = record.kernels("tuned")
+    first, second = record.kernel_programs("tuned")
     assert first.hlo.text != second.hlo.text
     assert [len(record.dump.executions(p)) for p in (first, second)] == [2, 2]
 
 
 def test_defaults_that_are_given_are_the_same_program(record):
-    (program,) = record.kernels("defaults")
+    (program,) = record.kernel_programs("defaults")
     assert len(record.dump.executions(program)) == 6
 
 
@@ -265,7 +219,7 @@ def test_the_short_way_passes_what_the_public_one_does(record):
     short, public = record.results["ways"]
     assert short == ["_direct.<locals>.launch"]
     assert public == ["through.<locals>.launch"]
-    for program, tensors in zip(record.kernels("ways"), (8, 6), strict=True):
+    for program, tensors in zip(record.kernel_programs("ways"), (8, 6), strict=True):
         arguments = [e.arguments for e in record.dump.executions(program)]
         assert len(arguments) == 3 and len(set(arguments)) == 1
         assert len(arguments[0]) == tensors

@@ -25,14 +25,7 @@ import torch
 
 @runtime_checkable
 class Bridge(Protocol):
-    """What the module of a bridge defines.
-
-    Attributes:
-        IS_LAZY: Whether calls only build a program, which :meth:`sync` starts. Then all
-            calls between two of them are one program. Otherwise each call runs at once.
-    """
-
-    IS_LAZY: bool
+    """What the module of a bridge defines."""
 
     def call(
         self,
@@ -52,7 +45,7 @@ class Bridge(Protocol):
             options: Keyword arguments of the operator, checked by
                 :func:`torch_rpa.options.make_options`; defaults may be left out. What
                 is compiled depends on all of them and on the tuned records in force:
-                ``jax_kernels.tuned.token()`` belongs to the key of any cache of it.
+                :func:`torch_rpa.bridges.lowering.call_signature` is a key of it.
             donate_kv_cache: Whether the buffer of the cache may become that of the new
                 cache, because the caller overwrites the old one.
 

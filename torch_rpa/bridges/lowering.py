@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from jax_kernels import tuned
 from torch_rpa.options import AttentionOptions
 
 
@@ -33,7 +34,7 @@ class Target(NamedTuple):
 def jax_function(
     options: AttentionOptions,
     target: Target,
-    block_sizes: tuple[int, int, int] | None = None,
+    block_sizes: Sequence[int] | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
     """Returns the JAX function of one call.
 
@@ -60,9 +61,7 @@ def _results(
     return (out, new_cache) if keywords["update_kv_cache"] else (out,)
 
 
-def _implementation(
-    target: Target, block_sizes: tuple[int, int, int] | None
-) -> Callable:
+def _implementation(target: Target, block_sizes: Sequence[int] | None) -> Callable:
     if target.implementation == "reference":
         from jax_kernels.ragged_paged_attention import ragged_paged_attention_reference
 
@@ -73,6 +72,26 @@ def _implementation(
         ragged_paged_attention,
         chip=target.chip,
         block_sizes=None if block_sizes is None else BlockSizes(*block_sizes),
+    )
+
+
+def call_signature(
+    tensors: Sequence[torch.Tensor | None], options: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Returns what the program of a call follows from, but for its target.
+
+    Equal for calls that one program serves, in the key of whatever keeps programs.
+
+    Args:
+        tensors: As a bridge takes them.
+        options: As a bridge takes them.
+    """
+    if options.get("block_sizes") is not None:
+        options = options | {"block_sizes": tuple(options["block_sizes"])}
+    return (
+        tuned.token(),
+        tuple(options.items()),
+        *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
     )
 
 

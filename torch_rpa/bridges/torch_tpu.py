@@ -38,7 +38,7 @@ import torch
 import torch._inductor.config
 from torch._guards import TracingContext
 
-from jax_kernels import chips, tuned
+from jax_kernels import chips
 from torch_rpa import validation
 from torch_rpa.bridges import lowering, torch_tpu_launch
 from torch_rpa.bridges.kernel_digest import kernel_digest
@@ -46,7 +46,6 @@ from torch_rpa.bridges.lowering import Target
 from torch_rpa.options import AttentionOptions, make_options
 from torch_rpa.validation import Inputs
 
-IS_LAZY = False
 DONATION_VARIABLE = "TORCH_RPA_EAGER_DONATION"
 OPTIONAL_TENSORS = ("k", "v", "sinks")
 KV_CACHE = Inputs._fields.index("kv_cache")
@@ -72,15 +71,10 @@ def call(
     tensors: Sequence[Any], options: dict[str, Any], *, donate_kv_cache: bool = False
 ) -> Sequence[torch.Tensor]:
     """Runs the kernel, or lowers it; see :meth:`torch_rpa.bridges.Bridge.call`."""
-    if options.get("block_sizes") is not None:
-        block_sizes = tuple(options["block_sizes"])  # from torch, a list
-        options = options | {"block_sizes": block_sizes}
     signature = (
         _state.implementation,
-        tuned.token(),
         donate_kv_cache,
-        tuple(options.items()),
-        *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
+        *lowering.call_signature(tensors, options),
     )
     launch = _launchers.get(signature)
     if launch is None:
@@ -263,11 +257,12 @@ def _is_known() -> bool:
 
 
 def _operator(
-    options: AttentionOptions, donate: bool, block_sizes: tuple[int, int, int] | None
+    options: AttentionOptions, donate: bool, block_sizes: Sequence[int] | None
 ) -> Callable[..., Any]:
     """Returns the PyTorch operator of the JAX function of these options."""
     target = Target("tpu", chip(), _state.implementation)
-    name = f"rpa::torch_tpu_{_digest(options, donate, target, block_sizes)}"
+    sizes = None if block_sizes is None else tuple(block_sizes)
+    name = f"rpa::torch_tpu_{_digest(options, donate, target, sizes)}"
     if name not in _operators:
         function = lowering.jax_function(options, target, block_sizes)
         with warnings.catch_warnings():

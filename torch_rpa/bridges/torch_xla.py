@@ -55,7 +55,7 @@ import torch_xla.debug.metrics
 import torch_xla.runtime
 from torch_xla._dynamo import dynamo_bridge
 
-from jax_kernels import chips, tuned
+from jax_kernels import chips
 from torch_rpa import validation
 from torch_rpa.bridges import lowering
 from torch_rpa.bridges.lowering import Target
@@ -63,7 +63,6 @@ from torch_rpa.options import AttentionOptions, make_options
 from torch_rpa.validation import Inputs
 
 CALL_NAME = "xla::ragged_paged_attention"
-IS_LAZY = True
 
 
 class _State(threading.local):
@@ -82,15 +81,7 @@ def call(
     tensors: Sequence[Any], options: dict[str, Any], *, donate_kv_cache: bool = False
 ) -> list[torch.Tensor]:
     """Adds the attention to torch_xla's graph; see :meth:`torch_rpa.bridges.Bridge`."""
-    if options.get("block_sizes") is not None:
-        block_sizes = tuple(options["block_sizes"])  # from torch, a list
-        options = options | {"block_sizes": block_sizes}
-    signature = (
-        _state.target,
-        tuned.token(),
-        tuple(options.items()),
-        *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors],
-    )
+    signature = _state.target, *lowering.call_signature(tensors, options)
     computation = _computations.get(signature)
     if computation is None:
         computation = _prepare(signature, tensors, options)
@@ -255,7 +246,7 @@ def _lower(
     inputs: Inputs,
     options: AttentionOptions,
     target: Target,
-    block_sizes: tuple[int, int, int] | None,
+    block_sizes: Sequence[int] | None,
 ) -> Any:
     """Lowers the kernel or its reference to an XLA computation of torch_xla."""
     torch_xla._XLAC._init_computation_client()  # before JAX looks for devices
