@@ -151,7 +151,7 @@ class _Emitter:
             return str(self._memory.operand_register(ins.kernel_operand))
         if op.startswith("smov"):
             return args[0]
-        if op == "spop.sfrf":
+        if op in isa.READ_BACK:
             return "sync_values.popleft()"
         if op == "sld":
             return self.load(_memory_address(ins))
@@ -193,7 +193,10 @@ class _Emitter:
         if base == "sxor":
             return f"({args[0]} ^ {args[1]})"
         if base in ("smax", "smin"):
-            return f"{base[1:]}({args[0]}, {args[1]})"
+            if kind == "u32":  # of x and -x, the compiler's absolute value
+                unsigned = ", ".join(f"{a} & 0xFFFFFFFF" for a in args)
+                return f"wrap({base[1:]}({unsigned}))"
+            return f"{base[1:]}({args[0]}, {args[1]})" if kind == "s32" else None
         return None
 
     def effect(self, ins: Instruction) -> str | None:
@@ -206,7 +209,7 @@ class _Emitter:
             return "pass"
         if op == "dma.done.wait":
             return f"t = wait(t, {first}, {second})"
-        if op == "vsyncmov":  # read back by a later spop.sfrf
+        if op == "vsyncmov":  # read back later, see READ_BACK
             return f"sync_read(t, {first})"
         if op == "shalt.err":
             return f"halt({ins.comment[:160]!r})"

@@ -18,6 +18,8 @@ MOST_BRANCH_DELAY_SLOTS = 6  # 6 on TPU7x, 4 on v5e and v6e
 _COMMENT = re.compile(r"/\* (.*?)\*/")
 # Opcode of what the compiler itself knows to be skipped.
 NEVER = "never"
+# Opcodes that give the value of a sync flag; the second is libtpu 0.0.44's.
+READ_BACK = ("spop.sfrf", "vpop.sfrf")
 _PREDICATE = re.compile(r"\((!?)%p\d+_p(\d+)(?:,\s*([^)]*))?\)")
 _NAMED_OPERAND = re.compile(r"/\*(\w+)=\*/\s*([^,]+)")
 _REGISTER = re.compile(r"^(!?)%([sp])\d+_[sp](\d+)$")
@@ -283,7 +285,7 @@ def _parse(part: str) -> Instruction:
             space="value" if "<no" in opcode else opcode.split(".")[1],
         )
         return instruction
-    if opcode in ("spop.sfrf", "shalt.err"):
+    if opcode in (*READ_BACK, "shalt.err"):
         predicate = _PREDICATE.search(args)
         if predicate:
             negated, number, _ = predicate.groups()

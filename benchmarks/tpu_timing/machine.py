@@ -82,6 +82,11 @@ class Machine:
         piece = steps * 512 // GRANULE_BYTES
         self.dma.issue(now, source, target, granules, flag, piece, is_spill)
 
+    def _wait(self, now, flag, granules):
+        if granules < 0:
+            raise SimulationError(f"flag {flag} is awaited with {granules} granules")
+        return self.dma.wait(now, flag, granules)
+
     def _matmuls(self, number, now):
         stretch = self.program.stretches[number]
         self.stretch_runs[number] = self.stretch_runs.get(number, 0) + 1
@@ -128,7 +133,7 @@ class Machine:
             "load": self.memory.load,
             "store": self.memory.store,
             "dma": self._dma,
-            "wait": engine.wait,
+            "wait": self._wait,
             "matmuls": self._matmuls,
             "sync_add": lambda t, flag, amount: engine.add(flag, amount),
             "sync_set": lambda t, flag, amount: engine.set(flag, amount),

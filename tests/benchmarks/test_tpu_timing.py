@@ -227,6 +227,12 @@ def test_unknown_scalar_instruction_stops_the_run(folder):
         simulate(load_kernel(folder, "toy"), TOY_CHIP, count_operand(0), TOY_DMA)
 
 
+def test_negative_wait_stops_the_run(folder):
+    edit_listing(folder, "wait [#allocation1], 16", "wait [#allocation1], 4294967280")
+    with pytest.raises(SimulationError, match="awaited with -16 granules"):
+        simulate(load_kernel(folder, "toy"), TOY_CHIP, count_operand(0), TOY_DMA)
+
+
 def test_comments_over_several_lines(folder):
     halt = "0x13   : > { %77 = shalt.err (%p15_p0) /* check\nhlo: toy\n */ }"
     edit_listing(folder, "0x13   : > {}", halt)
