@@ -26,8 +26,12 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape = parser.add_argument_group("shape of a step given by --seqs")
     add_model_arguments(shape)
-    shape.add_argument("--no-causal", action="store_true")
-    shape.add_argument("--chunk", type=int, help="chunk_prefill_size")
+    shape.add_argument(
+        "--no-causal", action="store_true", help="queries see later keys as well"
+    )
+    shape.add_argument(
+        "--chunk", type=int, help="chunk_prefill_size; by default no such phase"
+    )
     shape.add_argument("--num-tokens", type=int, help="T; by default just enough")
     shape.add_argument("--num-sequences", type=int, help="S; by default just enough")
     shape.add_argument("--pages-per-sequence", type=int, help="P; likewise")
@@ -35,15 +39,22 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(shape: argparse._ArgumentGroup) -> None:
     """Adds heads, masks, dtypes and page size; ``given_model`` reads the first two."""
-    shape.add_argument("--heads", type=int, default=32)
-    shape.add_argument("--kv-heads", type=int, default=8)
-    shape.add_argument("--head-dim", type=int, default=128)
-    shape.add_argument("--window", type=int, help="sliding window")
-    shape.add_argument("--soft-cap", type=float)
-    shape.add_argument("--sinks", action="store_true")
-    shape.add_argument("--q-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    shape.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="bfloat16")
-    shape.add_argument("--page-size", type=int, default=128)
+    shape.add_argument("--heads", type=int, default=32, help="query heads")
+    shape.add_argument("--kv-heads", type=int, default=8, help="key heads")
+    shape.add_argument("--head-dim", type=int, default=128, help="width of a head")
+    shape.add_argument("--window", type=int, help="sliding window; by default none")
+    shape.add_argument("--soft-cap", type=float, help="of scores; by default none")
+    shape.add_argument("--sinks", action="store_true", help="an extra key of each head")
+    shape.add_argument(
+        "--q-dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of queries and of new keys and values",
+    )
+    shape.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, default="bfloat16", help="of the cache"
+    )
+    shape.add_argument("--page-size", type=int, default=128, help="tokens of a page")
 
 
 def given_model(options: argparse.Namespace) -> cases.Model:

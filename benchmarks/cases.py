@@ -327,6 +327,20 @@ def names_in_short(members: Iterable[Case]) -> list[str]:
     ]
 
 
+def by_shape(selected: Iterable[Case]) -> dict[StaticShape, list[Case]]:
+    """Cases of each program, in the order of the first of each."""
+    found: dict[StaticShape, list[Case]] = {}
+    for case in selected:
+        found.setdefault(case.shape, []).append(case)
+    return found
+
+
+def in_words(members: list[Case]) -> str:
+    """The cases of one program, on one line."""
+    first, *others = members
+    return f"{first.name} and {len(others)} more" if others else first.name
+
+
 def select(names: list[str]) -> list[Case]:
     """The cases of some names.
 

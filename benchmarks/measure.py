@@ -20,7 +20,14 @@ import pathlib
 import subprocess
 import sys
 
-from benchmarks import case_options, cases, environment, measurement, timing
+from benchmarks import (
+    case_options,
+    cases,
+    command_line,
+    environment,
+    measurement,
+    timing,
+)
 from benchmarks.tpu_timing import workloads
 from jax_kernels import chips
 
@@ -85,12 +92,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.measure",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=command_line.HelpFormatter,
     )
     case_options.add_case_arguments(parser)
     parser.add_argument("--through", choices=TIME_CASE, help="by default both")
-    parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=3, help="samples before")
+    parser.add_argument("--repeats", type=int, default=20, help="samples")
     parser.add_argument("--calls", type=int, default=8, help="in each sample")
     parser.add_argument("--predictions", metavar="FILE", help="of benchmarks.predict")
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")

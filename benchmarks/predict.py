@@ -20,6 +20,7 @@ from benchmarks import (
     block_choice,
     case_options,
     cases,
+    command_line,
     compiler,
     environment,
     plots,
@@ -31,6 +32,7 @@ from benchmarks.prediction import (
     predict_all,
     scaled_cases,
 )
+from benchmarks.progress import Progress
 from benchmarks.tpu_timing import DmaModel, report
 from jax_kernels import chips
 from jax_kernels.chips import Chip
@@ -76,11 +78,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.predict",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=command_line.HelpFormatter,
     )
     case_options.add_case_arguments(parser)
     defaults = DmaModel()
-    parser.add_argument("--chip", choices=chips.COMPILED, default="tpu7x")
+    parser.add_argument(
+        "--chip", choices=chips.COMPILED, default="tpu7x", help="where it would run"
+    )
     parser.add_argument("--list", action="store_true", help="names of cases, no more")
     parser.add_argument(
         "--scaling", action="store_true", help="also over contexts and batch sizes"
@@ -100,11 +104,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--plot", metavar="FILE.png", help="roofline and scaling; needs matplotlib"
     )
     model = parser.add_argument_group("constants of the model")
-    model.add_argument("--latency-us", type=float, default=defaults.latency_s * 1e6)
     model.add_argument(
-        "--descriptor-ns", type=float, default=defaults.descriptor_s * 1e9
+        "--latency-us",
+        type=float,
+        default=defaults.latency_s * 1e6,
+        help="from the issue of a copy to its flag, beside the transfer",
     )
-    model.add_argument("--efficiency", type=float, default=defaults.efficiency)
+    model.add_argument(
+        "--descriptor-ns",
+        type=float,
+        default=defaults.descriptor_s * 1e9,
+        help="time of the memory channel for each piece of a copy",
+    )
+    model.add_argument(
+        "--efficiency",
+        type=float,
+        default=defaults.efficiency,
+        help="share of the peak bandwidth that copies reach",
+    )
     options = parser.parse_args(arguments)
     given = [bool(options.case), bool(options.table), bool(options.seqs)]
     if not options.list and sum(given) != 1:
@@ -202,7 +219,9 @@ def _follow_up(
     """Trace and scaling of the first case; returns the curves."""
     if not (options.trace or options.scaling or options.plot):
         return []
-    program = compiler.compile_program(case.shape, chip.name)
+    progress = Progress(1)
+    with progress.compiling(case.name):
+        program = compiler.compile_program(case.shape, chip.name)
     if options.trace:
         traced = predict(case, chip, program, dma_model, keep_timeline=True)
         report.write_trace(options.trace, program, chip, traced.result)
@@ -210,7 +229,8 @@ def _follow_up(
         return []
     curves = []
     for name, members in zip(("context", "sequences"), scaled_cases(case), strict=True):
-        curve = [predict(member, chip, program, dma_model) for member in members]
+        with progress.executing(f"{case.name} over {name}"):
+            curve = [predict(member, chip, program, dma_model) for member in members]
         curves.append(curve)
         if not quiet:
             print(f"\nPREDICTED, {case.name} over {name}:")

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from benchmarks import block_choice, cases, compiler
+from benchmarks.progress import Progress
 from benchmarks.tpu_timing import DmaModel, Program, Result, report, simulate, workloads
 from jax_kernels.chips import Chip
 
@@ -72,16 +73,23 @@ def predict(
 
 
 def predict_all(
-    selected: Iterable[cases.Case], chip: Chip, dma_model: DmaModel | None = None
+    selected: Iterable[cases.Case],
+    chip: Chip,
+    dma_model: DmaModel | None = None,
 ) -> Iterator[Prediction]:
-    """Predicts cases one after the other; those of one shape share a compilation."""
-    by_shape: dict[cases.StaticShape, list[cases.Case]] = {}
-    for case in selected:
-        by_shape.setdefault(case.shape, []).append(case)
+    """Predicts cases one after the other; those of one shape share a compilation.
+
+    Says on standard error how far it is.
+    """
+    by_shape = cases.by_shape(selected)
+    progress = Progress(len(by_shape))
     for shape, members in by_shape.items():
-        program = compiler.compile_program(shape, chip.name)
+        with progress.compiling(cases.in_words(members)):
+            program = compiler.compile_program(shape, chip.name)
         for case in members:
-            yield predict(case, chip, program, dma_model)
+            with progress.executing(case.name):
+                prediction = predict(case, chip, program, dma_model)
+            yield prediction
 
 
 def scaled_cases(case: cases.Case) -> tuple[list[cases.Case], list[cases.Case]]:

@@ -26,9 +26,16 @@ import fnmatch
 import sys
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
-from benchmarks import cases, compiler, environment, journal, prediction, sweep_checks
+from benchmarks import (
+    cases,
+    command_line,
+    compiler,
+    environment,
+    journal,
+    prediction,
+    sweep_checks,
+)
+from benchmarks.progress import Progress
 from benchmarks.sweep_checks import Point
 from benchmarks.tpu_timing import Program
 from jax_kernels import chips, tuned
@@ -51,19 +58,16 @@ def predict_points(
     def key(case: cases.Case) -> str:
         return f"{chip.name} {case.name}"
 
-    by_shape = collections.defaultdict(list)
-    for case in selected:
-        if key(case) not in records:
-            by_shape[case.shape].append(case)
-    missing = sum(map(len, by_shape.values()))
-    with tqdm(total=missing, unit="case", desc=chip.name) as bar:
-        for shape, members in by_shape.items():
+    by_shape = cases.by_shape(case for case in selected if key(case) not in records)
+    progress = Progress(len(by_shape))
+    for shape, members in by_shape.items():
+        with progress.compiling(cases.in_words(members)):
             program = compiler.compile_program(shape, chip.name)
-            for case in members:
+        for case in members:
+            with progress.executing(case.name):
                 records[key(case)] = predict_case(case, chip, program)
-                if known:
-                    known.append(key(case), records[key(case)])
-                bar.update()
+            if known:
+                known.append(key(case), records[key(case)])
     return [sweep_checks.as_point(case, chip, records[key(case)]) for case in selected]
 
 
@@ -88,9 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sweep",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=command_line.HelpFormatter,
     )
-    parser.add_argument("--chip", choices=chips.COMPILED, default="tpu7x")
+    parser.add_argument(
+        "--chip", choices=chips.COMPILED, default="tpu7x", help="where it would run"
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="PATTERN", help="names of cases, such as 'llama*'"
     )

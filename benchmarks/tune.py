@@ -23,12 +23,21 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import case_options, cases, environment, journal, measurement
+from benchmarks import (
+    case_options,
+    cases,
+    command_line,
+    environment,
+    journal,
+    measurement,
+    progress,
+)
 from benchmarks.tuning.run import Run
 from benchmarks.tuning.search import CandidateError
 from jax_kernels import chips, tuned
@@ -39,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=command_line.HelpFormatter,
     )
     parser.add_argument(
         "--chips", nargs="+", choices=chips.COMPILED, help="by default all"
@@ -74,8 +83,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--measure", action="store_true", help="time on the TPU in place of predicting"
     )
-    parser.add_argument("--journal", metavar="FILE", default="tune.jsonl")
-    parser.add_argument("--output", metavar="FILE", type=Path, default=tuned.DATA_FILE)
+    parser.add_argument(
+        "--journal", metavar="FILE", default="tune.jsonl", help="continue, and keep"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        default=tuned.DATA_FILE,
+        help="by default the file that the package ships",
+    )
     case_options.add_model_arguments(parser.add_argument_group("shape of --custom"))
     options = parser.parse_args(arguments)
     if options.jobs < 1:
@@ -120,7 +137,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run = Run(kind, known, options.output, options.extent)
     work = [
         (shapes, chips.COMPILED[name])
         for name in names
@@ -128,7 +144,20 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     failures = []
     total = sum(len(shapes) for shapes, _ in work)
-    with tqdm(total=total, unit="shape") as bar:
+    # Without a terminal there is no bar, but a line for each candidate.
+    with contextlib.ExitStack() as shown:
+        bar = shown.enter_context(tqdm(total=total, unit="shape", disable=None))
+
+        def tell(candidate: str) -> None:
+            text = f"{len(known.records)} results, trying {candidate}"
+            if bar.disable:
+                print(text, file=sys.stderr, flush=True)
+            else:
+                bar.set_postfix_str(text)
+
+        if not bar.disable:
+            shown.enter_context(progress.every_second(bar.refresh))
+        run = Run(kind, known, options.output, options.extent, tell)
 
         def tune_in_order(shapes: list[cases.StaticShape], chip: Chip) -> None:
             for shape in shapes:
@@ -140,7 +169,6 @@ def main(arguments: list[str] | None = None) -> int:
                     lines = [line]
                 bar.write("\n".join(lines))
                 bar.update()
-                bar.set_postfix(candidates=len(known.records))
 
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             jobs = [pool.submit(tune_in_order, *item) for item in work]

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import block_choice, cases, environment, journal
@@ -26,12 +27,14 @@ class Run:
       known: Results of candidates.
       output: The data file.
       extent: As ``search.tune`` has it.
+      tell: Called with a description of each candidate before it is tried.
     """
 
     kind: str
     known: journal.Journal
     output: Path
     extent: str
+    tell: Callable[[str], None] = lambda candidate: None
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def tune_shape(
@@ -123,6 +126,8 @@ class Run:
                 raise CandidateError(records[together]["failure"])
             is_predicted = self.kind == "prediction"
             cost = trials.predict_blocks if is_predicted else trials.time_blocks
+            sizes = ", ".join(f"{k} {n}" for k, n in dataclasses.asdict(blocks).items())
+            self.tell(f"{sizes} on {chip.name}")
             try:
                 found = cost(shape, chip, blocks)
             except CandidateError as error:

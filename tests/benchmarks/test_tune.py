@@ -256,6 +256,16 @@ def test_candidates_that_fail_are_noted(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "blocks.json").exists()
 
 
+def test_every_candidate_is_told_where_there_is_no_terminal(
+    fake_compiler, tmp_path, capsys
+):
+    assert tune.main(command(tmp_path, "--chips", "v6e", "--models", "mqa")) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(fake_compiler["tried"])
+    assert told[0].startswith("0 results, trying decode_block_kv ")
+    assert told[0].endswith(" on v6e")
+
+
 def test_a_journal_of_another_kernel_is_refused(fake_compiler, tmp_path, capsys):
     journal.Journal(tmp_path / "tune.jsonl", {"kernel": "old"})
     assert tune.main(command(tmp_path, "--chips", "v6e")) == 2
