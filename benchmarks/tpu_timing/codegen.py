@@ -153,6 +153,8 @@ class _Emitter:
             return args[0]
         if op in isa.READ_BACK:
             return "sync_values.popleft()"
+        if op == isa.VECTOR_RESULT:
+            return f"vector_result({ins.text[:160]!r})"
         if op == "sld":
             return self.load(_memory_address(ins))
         if op == "scalar_select":
@@ -164,6 +166,8 @@ class _Emitter:
             return " + ".join(args)
         if op.startswith("scmp."):
             _, relation, kind, *_ = op.split(".")
+            if kind == "f32":
+                return f"float32_is({relation!r}, {args[0]}, {args[1]})"
             if kind == "u32":
                 args = [f"({a} & 0xFFFFFFFF)" for a in args]
             elif kind != "s32":

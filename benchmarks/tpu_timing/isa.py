@@ -20,6 +20,8 @@ _COMMENT = re.compile(r"/\* (.*?)\*/")
 NEVER = "never"
 # Opcodes that give the value of a sync flag; the second is libtpu 0.0.44's.
 READ_BACK = ("spop.sfrf", "vpop.sfrf")
+# Opcode that gives a value of the vector unit.
+VECTOR_RESULT = "spop"
 _PREDICATE = re.compile(r"\((!?)%p\d+_p(\d+)(?:,\s*([^)]*))?\)")
 _NAMED_OPERAND = re.compile(r"/\*(\w+)=\*/\s*([^,]+)")
 _REGISTER = re.compile(r"^(!?)%([sp])\d+_[sp](\d+)$")
@@ -193,6 +195,12 @@ def float32_value(bits: int) -> float:
     return struct.unpack("<f", struct.pack("<i", bits))[0]
 
 
+def float32_comparison(relation: str, left: int, right: int) -> bool:
+    """Whether lt, le, gt, ge, eq or ne holds between float32 bits."""
+    compare = getattr(operator, relation)
+    return compare(float32_value(left), float32_value(right))
+
+
 def float32_arithmetic(operation: str, left: int, right: int) -> int:
     """Result of sadd, ssub, smul, smax or smin on float32 bits, as bits."""
     operate = {
@@ -285,7 +293,7 @@ def _parse(part: str) -> Instruction:
             space="value" if "<no" in opcode else opcode.split(".")[1],
         )
         return instruction
-    if opcode in (*READ_BACK, "shalt.err"):
+    if opcode in (VECTOR_RESULT, *READ_BACK, "shalt.err"):
         predicate = _PREDICATE.search(args)
         if predicate:
             negated, number, _ = predicate.groups()

@@ -23,6 +23,10 @@ DEFAULT_DMA = DmaModel()
 class Machine:
     """One TensorCore with a program and the values of its scalar operands."""
 
+    # Vector code is not computed. Where a program reads a vector value back into a
+    # scalar register (vpush, spop), ``vector_results`` is what it gets, as the 32 bits
+    # in the register; 0 is false, 0 and 0.0. It is an assumption about the data, which
+    # the caller must make: without it such a read stops the run.
     def __init__(
         self,
         program: Program,
@@ -30,6 +34,7 @@ class Machine:
         dma_model: DmaModel = DEFAULT_DMA,
         operands: Mapping[int, np.ndarray] | None = None,
         *,
+        vector_results: int | None = None,
         keep_timeline: bool = False,
         model_mxu_stalls: bool = True,
         max_blocks: int = 200_000_000,
@@ -39,6 +44,8 @@ class Machine:
         self.operand_values = {k: np.asarray(v) for k, v in (operands or {}).items()}
         self.memory = ScalarMemory(program, self.operand_values)
         self.dma = DmaEngine(chip, dma_model, GRANULE_BYTES, keep_timeline)
+        self.vector_results = vector_results
+        self.vector_results_read = 0
         self.keep_timeline = keep_timeline
         self.model_mxu_stalls = model_mxu_stalls
         self.max_blocks = max_blocks
@@ -122,6 +129,15 @@ class Machine:
             raise SimulationError(f"operand {index} is passed by value: give it")
         return int(self.operand_values[index].ravel()[0])
 
+    def _vector_result(self, text):
+        if self.vector_results is None:
+            raise SimulationError(
+                f"{text!r} reads back a value of the vector unit, which is not "
+                "computed: give vector_results, the bits that all such reads get"
+            )
+        self.vector_results_read += 1
+        return self.vector_results
+
     # --- running -------------------------------------------------------------
 
     def run(self) -> Result:
@@ -142,6 +158,8 @@ class Machine:
             "halt": self._halt,
             "wrap": isa.signed32,
             "float32": isa.float32_arithmetic,
+            "float32_is": isa.float32_comparison,
+            "vector_result": self._vector_result,
             "unsupported": self._unsupported,
             "scalar_operand": self._scalar_operand,
         }
@@ -226,6 +244,11 @@ class Machine:
         if self.unknown_matmuls:
             warnings.append(
                 f"vmatmul types {self.unknown_matmuls} are costed like bf16"
+            )
+        if self.vector_results_read:
+            warnings.append(
+                f"{self.vector_results_read} values read back from the vector unit "
+                f"were assumed to be {self.vector_results}"
             )
         if self.memory.bad_loads:
             warnings.append(

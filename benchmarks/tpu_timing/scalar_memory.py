@@ -7,12 +7,51 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from benchmarks.tpu_timing.memory_map import GRANULE_BYTES, WORD_BYTES, Region
+from benchmarks.tpu_timing.memory_map import (
+    GRANULE_BYTES,
+    WORD_BYTES,
+    Region,
+    operand_bytes,
+)
 from benchmarks.tpu_timing.program import Program
 
 
 class SimulationError(Exception):
     """The program did what the model has no meaning for."""
+
+
+_LANES = 128
+
+
+def packed_words(values: np.ndarray, itemsize: int) -> list[int]:
+    """Words of a one-dimensional array of 8 or 16 bits, as its tiles have them.
+
+    Of 512 elements of 8 bits, word ``i`` has elements ``i``, ``i + 128``, ``i + 256``
+    and ``i + 384``, the first one in its lowest byte. Of 16 bits it has two.
+    """
+    parts = WORD_BYTES // itemsize
+    tile = parts * _LANES
+    padded = np.zeros(-(-len(values) // tile) * tile, np.int64)
+    padded[: len(values)] = values
+    fields = padded.reshape(-1, parts, _LANES) & (1 << 8 * itemsize) - 1
+    shifts = 8 * itemsize * np.arange(parts)[:, None]
+    return (fields << shifts).sum(1).astype(np.uint32).view(np.int32).ravel().tolist()
+
+
+def _words_of(dtype: str, values: np.ndarray) -> list[int]:
+    """Words of an operand.
+
+    Raises:
+      SimulationError: Packed elements in more than one dimension.
+    """
+    itemsize = operand_bytes(dtype, (1,))
+    if itemsize == WORD_BYTES:
+        return values.astype(np.int32).ravel().tolist()
+    if values.ndim != 1:
+        raise SimulationError(
+            f"operand of {dtype}: expected one dimension, got shape {values.shape}"
+        )
+    return packed_words(values, itemsize)
 
 
 class ScalarMemory:
@@ -34,8 +73,9 @@ class ScalarMemory:
         self.bad_loads = 0
         self.unknown_reads: set[str] = set()
         values = {
-            index: value.astype(np.int32).ravel().tolist()
+            index: _words_of(program.operands[index].dtype, value)
             for index, value in operands.items()
+            if index in program.operands
         }
         for region in memory.regions:
             if region.operand_index is None:
