@@ -10,7 +10,6 @@ of other passes are removed.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -71,25 +70,13 @@ def _compile(
     ).compile()
 
 
-def prune(directory: Path) -> None:
-    """Removes what the instrument does not read."""
-    for path in directory.iterdir():
-        kept = compiler.KERNEL_NAME in path.name and any(
-            part in path.name for part in compiler.KEPT
-        )
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif not kept:
-            path.unlink()
-
-
 def main() -> None:
     directory, chip = sys.argv[1:]
     request = json.load(sys.stdin)
     fields = request["shape"]
     model = cases.Model(**fields.pop("model"))
     _compile(cases.StaticShape(model, **fields), chip, request["blocks"])
-    prune(Path(directory))
+    compiler.prune(Path(directory))
 
 
 if __name__ == "__main__":

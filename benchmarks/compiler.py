@@ -10,9 +10,12 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 
 from benchmarks import cases, environment
 from benchmarks.tpu_timing import Program, load_kernel
@@ -50,7 +53,7 @@ def compile_program(
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.compile_here", directory, chip],
                 cwd=environment.ROOT,
-                env=_child_environment(directory),
+                env=dumping_environment(directory),
                 input=json.dumps(
                     {"shape": dataclasses.asdict(shape), "blocks": blocks}
                 ),
@@ -70,7 +73,12 @@ def compile_program(
         return load_kernel(directory, KERNEL_NAME, chips.COMPILED[chip])
 
 
-def _child_environment(directory: str) -> dict[str, str]:
+def dumping_environment(directory: str | Path) -> dict[str, str]:
+    """Of a process that compiles for a chip that is not there.
+
+    Args:
+      directory: Where libtpu writes its files.
+    """
     flags = (
         f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
         # All passes would be 300 MB and more, and half of the time.
@@ -83,3 +91,21 @@ def _child_environment(directory: str) -> dict[str, str]:
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         **chips.COMPILE_ONLY_ENVIRONMENT,
     }
+
+
+def prune(directory: Path, kernels: Iterable[str] = (KERNEL_NAME,)) -> None:
+    """Removes what the instrument does not read of the files that libtpu wrote.
+
+    Args:
+      directory: Where they are.
+      kernels: Names of the kernels whose files are kept.
+    """
+    kernels = tuple(kernels)
+    for path in directory.iterdir():
+        is_kept = any(kernel in path.name for kernel in kernels) and any(
+            part in path.name for part in KEPT
+        )
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not is_kept:
+            path.unlink()

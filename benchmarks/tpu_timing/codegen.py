@@ -153,6 +153,8 @@ class _Emitter:
             return args[0]
         if op in isa.READ_BACK:
             return "sync_values.popleft()"
+        if op == isa.REMAINDER:
+            return "remainders.popleft()"
         if op == isa.VECTOR_RESULT:
             return f"vector_result({ins.text[:160]!r})"
         if op == "sld":
@@ -215,6 +217,9 @@ class _Emitter:
             return f"t = wait(t, {first}, {second})"
         if op == "vsyncmov":  # read back later, see READ_BACK
             return f"sync_read(t, {first})"
+        if op == "sdivrem.u32" and ins.comment == "kRem":
+            dividend, divisor = (f"({a} & 0xFFFFFFFF)" for a in (first, second))
+            return f"remainders.append(wrap({dividend} % {divisor}))"
         if op == "shalt.err":
             return f"halt({ins.comment[:160]!r})"
         if op == "vsyncadd":

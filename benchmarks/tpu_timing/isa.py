@@ -20,6 +20,8 @@ _COMMENT = re.compile(r"/\* (.*?)\*/")
 NEVER = "never"
 # Opcodes that give the value of a sync flag; the second is libtpu 0.0.44's.
 READ_BACK = ("spop.sfrf", "vpop.sfrf")
+# Opcode that gives the remainder of the oldest division that was not read back yet.
+REMAINDER = "spop.drf"
 # Opcode that gives a value of the vector unit.
 VECTOR_RESULT = "spop"
 _PREDICATE = re.compile(r"\((!?)%p\d+_p(\d+)(?:,\s*([^)]*))?\)")
@@ -293,7 +295,7 @@ def _parse(part: str) -> Instruction:
             space="value" if "<no" in opcode else opcode.split(".")[1],
         )
         return instruction
-    if opcode in (VECTOR_RESULT, *READ_BACK, "shalt.err"):
+    if opcode in (*READ_BACK, REMAINDER, VECTOR_RESULT, "shalt.err"):
         predicate = _PREDICATE.search(args)
         if predicate:
             negated, number, _ = predicate.groups()

@@ -52,6 +52,7 @@ class Machine:
         self.s = [0] * 64
         self.p = [False] * 32
         self.sync_values: deque[int] = deque()
+        self.remainders: deque[int] = deque()
         self.mxu_free = [0.0] * 8
         self.mxu_stall_cycles = 0.0
         self.mxu_memo: dict = {}
@@ -155,6 +156,7 @@ class Machine:
             "sync_set": lambda t, flag, amount: engine.set(flag, amount),
             "sync_read": lambda t, flag: self.sync_values.append(engine.read(t, flag)),
             "sync_values": self.sync_values,
+            "remainders": self.remainders,
             "halt": self._halt,
             "wrap": isa.signed32,
             "float32": isa.float32_arithmetic,

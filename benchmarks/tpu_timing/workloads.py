@@ -32,7 +32,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class RpaShape:
-    """Static sizes of a call."""
+    """Static sizes of a call; values are as wide as keys without ``v_head_dim``."""
 
     max_seqs: int
     pages_per_seq: int
@@ -43,15 +43,25 @@ class RpaShape:
     head_dim: int
     q_bytes: float
     kv_bytes: float
+    v_head_dim: int | None = None
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of a key and a value together."""
+        return self.head_dim + (self.v_head_dim or self.head_dim)
 
     @property
     def kv_token_bytes(self) -> float:
         """Keys and values of one token."""
-        return 2 * self.num_kv_heads * self.head_dim * self.kv_bytes
+        return self.num_kv_heads * self.kv_width * self.kv_bytes
 
     @property
     def q_token_bytes(self) -> float:
         return self.num_q_heads * self.head_dim * self.q_bytes
+
+    @property
+    def output_token_bytes(self) -> float:
+        return self.num_q_heads * (self.v_head_dim or self.head_dim) * self.q_bytes
 
 
 def page_table(shape: RpaShape, sequences: list[Sequence], seed: int = 0) -> np.ndarray:
@@ -149,17 +159,22 @@ def ideal(
     sequences: list[Sequence],
     causal: bool = True,
     window: int | None = None,
+    writes_cache: bool = True,
 ) -> Ideal:
-    """Bytes and FLOPs that the step needs; see the module docstring."""
+    """Bytes and FLOPs that the step needs; see the module docstring.
+
+    Without ``writes_cache`` new keys and values are read but stored nowhere.
+    """
     kv_tokens = sum(visible_tokens(s, window) for s in sequences)
     q_tokens = sum(s.q_len for s in sequences)
     pairs = sum(visible_pairs(s, window, causal) for s in sequences)
     all_pairs = sum(s.q_len * s.kv_len for s in sequences)
-    per_pair = 4 * shape.num_q_heads * shape.head_dim
+    per_pair = 2 * shape.num_q_heads * shape.kv_width
+    written = shape.output_token_bytes + (shape.kv_token_bytes if writes_cache else 0)
     kv_read_bytes = kv_tokens * shape.kv_token_bytes
     return Ideal(
         read_bytes=kv_read_bytes + q_tokens * shape.q_token_bytes,
-        write_bytes=q_tokens * (shape.q_token_bytes + shape.kv_token_bytes),
+        write_bytes=q_tokens * written,
         kv_read_bytes=kv_read_bytes,
         flops=per_pair * pairs,
         unmasked_flops=per_pair * all_pairs,

@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks import (
     cases,
-    compile_here,
     compiler,
     environment,
     predict,
@@ -139,7 +138,7 @@ def test_only_the_files_that_are_read_are_kept(tmp_path):
     for name in (*kept, "1-rpa-9-memory-space.txt", "1-copy-71-final_bundles.txt"):
         (tmp_path / name).touch()
     (tmp_path / "graphs").mkdir()
-    compile_here.prune(tmp_path)
+    compiler.prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 

@@ -15,19 +15,32 @@ from jax_kernels.chips import TPU7X
 RECORDED = Path(__file__).parent / "recorded"
 
 
+def run(folder, kernel, operands):
+    """The program, its result and the iterations of its loops by their starts."""
+    program = load_kernel(RECORDED / folder, kernel, TPU7X)
+    assert program.warnings == []
+    assert find_stale_reads(program) == []
+    result = simulate(program, TPU7X, operands)
+    assert result.nonzero_flags == {}
+    assert result.warnings == []
+    return program, result, {loop.start: loop.iterations for loop in result.loops}
+
+
 @pytest.mark.parametrize("length", [0, 31, 64, 100, 64 * 32])
 def test_floor_division_of_libtpu_0_0_44(length):
     """The kernel copies ``lens[0] // 32`` blocks, divided by an unsigned minimum."""
-    program = load_kernel(
-        RECORDED / "floor_division_libtpu_0_0_44", "floor_division", TPU7X
-    )
-    assert program.warnings == []
-    assert find_stale_reads(program) == []
-    assert any("smin.u32" in bundle.text for bundle in program.bundles)
-
     lens = np.array([length] + [0] * 7)
-    result = simulate(program, TPU7X, {0: lens})
-    iterations = {loop.start: loop.iterations for loop in result.loops}
+    program, _, iterations = run(
+        "floor_division_libtpu_0_0_44", "floor_division", {0: lens}
+    )
+    assert any("smin.u32" in bundle.text for bundle in program.bundles)
     assert iterations.get(0x21, 0) == length // 32
-    assert result.nonzero_flags == {}
-    assert result.warnings == []
+
+
+@pytest.mark.parametrize(("first", "second"), [(24, 902), (23, 2), (-1, 900)])
+def test_remainders_of_libtpu_0_0_44(first, second):
+    """It copies ``lens[0] % 12 + lens[1] % 900`` blocks: two divisions at a time."""
+    lens = np.array([first, second] + [0] * 6)
+    program, _, iterations = run("remainders_libtpu_0_0_44", "remainders", {0: lens})
+    assert any("sdivrem.u32" in bundle.text for bundle in program.bundles)
+    assert iterations[0x29] == first % 12 + second % 900

@@ -48,6 +48,8 @@ def test_nothing_is_imported_from_a_command(name):
 def test_every_command_is_found():
     commands = {name.removesuffix(".__main__") for name in TREES if is_command(name)}
     documented = Path(FOLDER, "README.md").read_text()
-    for name in commands - {"benchmarks.compile_here"}:
+    # Those that others start.
+    scripts = {name for name in commands if ".compile_" in name}
+    for name in commands - scripts:
         assert f"| `python -m {name}` |" in documented
-    assert len(commands) == 7
+    assert len(commands - scripts) == 6

@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         subprocess.run(
             [sys.executable, "-m", "tests.benchmarks.recorded.guarded_loop.kernel"],
-            env=compiler._child_environment(directory) | {"RECORDING": "1"},
+            env=compiler.dumping_environment(directory) | {"RECORDING": "1"},
             check=True,
         )
         here = Path(__file__).parent
