@@ -1,7 +1,6 @@
 """The instrument on small kernels of ours, as releases of libtpu wrote them.
 
-Each folder in ``recorded`` has the files of one kernel. Its name says which, and which
-libtpu compiled it for TPU7x.
+Each folder in ``recorded`` has dumps, and in ``kernel.py`` what was compiled for TPU7x.
 """
 
 from pathlib import Path
@@ -30,9 +29,7 @@ def run(folder, kernel, operands):
 def test_floor_division_of_libtpu_0_0_44(length):
     """The kernel copies ``lens[0] // 32`` blocks, divided by an unsigned minimum."""
     lens = np.array([length] + [0] * 7)
-    program, _, iterations = run(
-        "floor_division_libtpu_0_0_44", "floor_division", {0: lens}
-    )
+    program, _, iterations = run("scalar_division", "floor_division", {0: lens})
     assert any("smin.u32" in bundle.text for bundle in program.bundles)
     assert iterations.get(0x21, 0) == length // 32
 
@@ -41,6 +38,6 @@ def test_floor_division_of_libtpu_0_0_44(length):
 def test_remainders_of_libtpu_0_0_44(first, second):
     """It copies ``lens[0] % 12 + lens[1] % 900`` blocks: two divisions at a time."""
     lens = np.array([first, second] + [0] * 6)
-    program, _, iterations = run("remainders_libtpu_0_0_44", "remainders", {0: lens})
+    program, _, iterations = run("scalar_division", "remainders", {0: lens})
     assert any("sdivrem.u32" in bundle.text for bundle in program.bundles)
     assert iterations[0x29] == first % 12 + second % 900

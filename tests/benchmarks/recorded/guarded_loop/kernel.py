@@ -1,26 +1,18 @@
 """The kernel whose dump is recorded beside this file.
 
-``python -m tests.benchmarks.recorded.guarded_loop.kernel`` compiles it anew. Loop counts
-are 8-bit integers in scalar memory, and a reduction over a vector decides whether an
-iteration stores its exponential.
+``python -m tests.benchmarks.recorded.guarded_loop.kernel`` compiles it anew. Loop
+counts are 8-bit integers in scalar memory, and a reduction over a vector decides
+whether an iteration stores its exponential.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
 
-from benchmarks import compiler
+from tests.benchmarks.recorded import recording
 
 NAME = "guarded_loop"
 LOOPS = 130
@@ -42,10 +34,8 @@ def _kernel(counts, x, out):
     jax.lax.fori_loop(0, LOOPS, outer, None)
 
 
-def _compile() -> None:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="tpu7x:2x2x1")
-    where = SingleDeviceSharding(topology.devices[0])
-    call = pl.pallas_call(
+def _call(counts, x):
+    return pl.pallas_call(
         _kernel,
         name=NAME,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -55,39 +45,19 @@ def _compile() -> None:
             out_specs=pl.BlockSpec(memory_space=pltpu.VMEM),
         ),
         out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
-    )
-    jax.jit(call).lower(
-        jax.ShapeDtypeStruct((LOOPS,), jnp.int8, sharding=where),
-        jax.ShapeDtypeStruct((1024, 128), jnp.float32, sharding=where),
-    ).compile()
+    )(counts, x)
 
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.recorded.guarded_loop.kernel"],
-            env=compiler.dumping_environment(directory) | {"RECORDING": "1"},
-            check=True,
-        )
-        here = Path(__file__).parent
-        for old in here.glob("*.txt"):
-            old.unlink()
-        for path in Path(directory).glob(f"*-{NAME}.1-*.txt"):
-            label = path.name.split(f"-{NAME}.1-")[1]
-            if label.split("-", 1)[1].removesuffix(".txt") in READ:
-                (here / f"1-{NAME}.1-{label}").write_bytes(path.read_bytes())
-
-
-# What the instrument reads.
-READ = (
-    "post-ra",
-    "packed-bundles-post-ra",
-    "final_bundles",
-    "pre-delay_hlo-static-per-bundle-utilization",
-)
 
 if __name__ == "__main__":
-    if "RECORDING" in os.environ:
-        _compile()
-    else:
-        main()
+    recording.main(
+        "tests.benchmarks.recorded.guarded_loop.kernel",
+        {
+            NAME: (
+                _call,
+                (
+                    jax.ShapeDtypeStruct((LOOPS,), jnp.int8),
+                    jax.ShapeDtypeStruct((1024, 128), jnp.float32),
+                ),
+            )
+        },
+    )
