@@ -28,6 +28,7 @@ _LOGIC = {
     "pxor": "({0} != {1})",
     "pmov": "{0}",
 }
+_INTEGERS = ("s32", "u32")
 _TIMED = ("dma.", "vsync")
 
 
@@ -181,10 +182,12 @@ class _Emitter:
         if kind == "f32":
             known = base in ("sadd", "ssub", "smul", "smax", "smin")
             return f"float32({base!r}, {args[0]}, {args[1]})" if known else None
+        if kind not in _INTEGERS:
+            return None
         if base in ("sadd", "ssub", "smul"):
             sign = {"sadd": "+", "ssub": "-", "smul": "*"}[base]
             return _WRAPPED.format(f"({args[0]} {sign} {args[1]})")
-        if base == "smulhi":
+        if base == "smulhi" and kind == "u32":
             return f"wrap((({args[0]} & 0xFFFFFFFF) * ({args[1]} & 0xFFFFFFFF)) >> 32)"
         if base == "sshll":
             return _WRAPPED.format(f"({args[0]} << ({args[1]} & 31))")
@@ -202,7 +205,7 @@ class _Emitter:
             if kind == "u32":  # of x and -x, the compiler's absolute value
                 unsigned = ", ".join(f"{a} & 0xFFFFFFFF" for a in args)
                 return f"wrap({base[1:]}({unsigned}))"
-            return f"{base[1:]}({args[0]}, {args[1]})" if kind == "s32" else None
+            return f"{base[1:]}({args[0]}, {args[1]})"
         return None
 
     def effect(self, ins: Instruction) -> str | None:

@@ -1,6 +1,7 @@
 """The instrument on a toy kernel whose time can be counted by hand."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -221,9 +222,18 @@ def test_missing_operand_is_reported(program):
     assert any("without values" in warning for warning in result.warnings)
 
 
-def test_unknown_scalar_instruction_stops_the_run(folder):
-    edit_listing(folder, "smov.u32 0 }", "spop.v2sf %9 }")
-    with pytest.raises(SimulationError, match=r"spop\.v2sf"):
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "spop.v2sf %9",
+        "sadd.bf16 %s1_s3, 1",
+        "smin.u8 %s1_s3, 1",
+        "smulhi.s32 %s1_s3, 1",
+    ],
+)
+def test_unknown_scalar_instruction_stops_the_run(folder, instruction):
+    edit_listing(folder, "smov.u32 0 }", f"{instruction} }}")
+    with pytest.raises(SimulationError, match=re.escape(instruction)):
         simulate(load_kernel(folder, "toy"), TOY_CHIP, count_operand(0), TOY_DMA)
 
 
