@@ -24,7 +24,9 @@ class Peer:
     """A kernel of others.
 
     Attributes:
-      name: Of its environment, and of its script ``compile_NAME.py``.
+      name: Of its environment.
+      kernel: Of its script ``compile_KERNEL.py``, which may serve several releases;
+        ``name`` if None.
       is_paged: Whether keys and values are in pages. Such a kernel also writes new ones
         to them.
       has_traced_lengths: Whether one program serves all lengths that fit its capacity.
@@ -33,21 +35,25 @@ class Peer:
     """
 
     name: str
+    kernel: str | None = None
     is_paged: bool = False
     has_traced_lengths: bool = False
     vector_results: int | None = None
 
     @property
     def script(self) -> Path:
-        return SCRIPTS / f"compile_{self.name}.py"
+        return SCRIPTS / f"compile_{self.kernel or self.name}.py"
 
 
 PEERS = {
     peer.name: peer
     for peer in (
         Peer("rpa_v3", is_paged=True, has_traced_lengths=True),
-        Peer("flywheel"),
+        # It reads back whether the scores of a block exceed a bound, and computes the
+        # block anew if so. 0 is the usual case, no excess.
+        Peer("flywheel", vector_results=0),
         Peer("splash"),
+        Peer("splash_0_0_5", kernel="splash"),
     )
 }
 

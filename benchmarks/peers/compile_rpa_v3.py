@@ -10,36 +10,16 @@ gets small blocks, so that nobody waits for its compilation.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import json
 import sys
-import types
 from pathlib import Path
 
 import here
 import jax.numpy as jnp
 import numpy as np
 
-PACKAGE = "tpu_inference"
+KERNEL = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
 BLOCKS = ("bq_sz", "bkv_sz", "bq_csz", "bkv_csz")
-
-
-def import_kernel() -> types.ModuleType:
-    """The module of the kernel, without what its package imports first: a server.
-
-    Raises:
-      ModuleNotFoundError: The package is not installed.
-    """
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError(f"{PACKAGE}: not installed")
-    package = types.ModuleType(PACKAGE)
-    package.__path__ = list(spec.submodule_search_locations)
-    sys.modules[PACKAGE] = package
-    return importlib.import_module(
-        f"{PACKAGE}.kernels.ragged_paged_attention.v3.kernel"
-    )
 
 
 def block_options(request: dict) -> dict[str, tuple[int, ...]]:
@@ -92,7 +72,8 @@ def main() -> None:
     directory = Path(sys.argv[1])
     request = json.load(sys.stdin)
     device = here.device_of(request["topology"])
-    module = import_kernel()
+    # Its package imports a server first.
+    module = here.import_alone(KERNEL)
     array = functools.partial(here.array, request["dtype"])
     tokens, head_dim = request["max_tokens"], request["head_dim"]
     new = array(tokens, request["num_kv_heads"], head_dim)

@@ -6,8 +6,12 @@ The scripts run in environments that have a peer and not this project.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
+import importlib.util
 import json
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,23 @@ from jax.sharding import SingleDeviceSharding
 # No kernel reads anything larger as scalars.
 MAX_SCALARS = 1 << 20
 _LOOPS = {"cond_jaxpr", "body_jaxpr", "branches", "reverse"}
+
+
+def import_alone(module: str) -> types.ModuleType:
+    """A module, without what its outermost package imports first.
+
+    Raises:
+      ModuleNotFoundError: The package is not installed.
+    """
+    name = module.partition(".")[0]
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ModuleNotFoundError(f"{name}: not installed")
+        package = types.ModuleType(name)
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules[name] = package
+    return importlib.import_module(module)
 
 
 def device_of(topology: str) -> Any:
@@ -189,9 +210,8 @@ def _result(equation: Any, given: list) -> list:
 
 
 def _name(parameters: Mapping[str, Any]) -> str:
-    if parameters.get("name"):
-        return parameters["name"]
-    return parameters["name_and_src_info"].name
+    # JAX 0.8 has it in the debug information only.
+    return parameters.get("name") or parameters["jaxpr"].debug_info.func_name
 
 
 def _scalars(given: list) -> dict[int, np.ndarray]:

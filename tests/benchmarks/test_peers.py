@@ -248,11 +248,6 @@ def test_blocks_of_rpa_v3(rpa_v3):
         rpa_v3.block_options(wrong)
 
 
-def test_a_missing_peer_is_named(rpa_v3):
-    with pytest.raises(ModuleNotFoundError, match="tpu_inference"):
-        rpa_v3.import_kernel()
-
-
 # --- compilation and prediction ----------------------------------------------
 
 
