@@ -113,7 +113,7 @@ class Instruction:
     @property
     def is_rename(self) -> bool:
         """Whether it only gives the same physical register another name."""
-        if self.opcode.startswith(("sphi", "int_to_ptr")):
+        if self.opcode.startswith(("sphi", "pphi", "int_to_ptr")):
             return True
         if not self.opcode.startswith("smov") or not self.operands:
             return False
@@ -304,7 +304,7 @@ def _parse(part: str) -> Instruction:
                 not negated,
             )
         return instruction
-    if opcode == "sphi" or opcode.startswith("int_to_ptr"):
+    if opcode in ("sphi", "pphi") or opcode.startswith("int_to_ptr"):
         args = re.sub(r"\[resolvable:\S+\]", "", args)
         instruction.operands = [parse_operand(a) for a in args.split(",")]
         return instruction

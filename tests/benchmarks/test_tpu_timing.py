@@ -36,6 +36,13 @@ def test_predicated_move_keeps_old_value():
     assert move.operands == [isa.Immediate(128)]
 
 
+@pytest.mark.parametrize(
+    "text", ["%p3_p2 = pphi %p1_p2, %p2_p2", "%s3_s2 = sphi %s1_s2"]
+)
+def test_a_phi_of_one_register_is_another_name(text):
+    assert isa.parse_instruction(text).is_rename
+
+
 def test_what_the_compiler_knows_to_be_skipped_has_no_effect():
     wait = isa.parse_instruction("%9 = dma.done.wait (0), [#allocation62], 0")
     assert wait.opcode == isa.NEVER
