@@ -2,8 +2,10 @@
 
     PYTHON compile_splash.py DIRECTORY < request.json
 
-``blocks`` has fields of the peer's ``SplashConfig``; without it the peer's default is
-taken. Layouts are ``"HEAD_DIM_MINOR"`` or ``"SEQ_MINOR"``.
+``blocks`` has some of ``BLOCKS``; without it the peer's default is taken. ``layouts``
+has a letter each for queries, keys and values: ``h`` if the head dimension is the minor
+one, ``s`` if the sequence is. ``scheduler`` is the experimental one. A
+``diagonal_grid`` skips what is above the diagonal in so many parts of a block.
 """
 
 from __future__ import annotations
@@ -20,29 +22,46 @@ import here
 import jax
 
 PACKAGE = "tokamax._src.ops.experimental.tpu.splash_attention"
+BLOCKS = (
+    "block_q",
+    "block_kv",
+    "block_kv_compute",
+    "num_stacked_q_heads",
+    "layouts",
+    "scheduler",
+    "diagonal_grid",
+)
+LAYOUTS = {"h": "HEAD_DIM_MINOR", "s": "SEQ_MINOR"}
 
 
 def config_of(module: Any, blocks: dict) -> Any:
     """The peer's configuration.
 
     Raises:
-      ValueError: This release of the peer has no such field.
+      ValueError: Other blocks than ``BLOCKS``, or some that this release does not have.
     """
     if not blocks:
         return module.SplashConfig.get_default()
+    if not set(blocks) <= set(BLOCKS):
+        raise ValueError(f"blocks: expected some of {', '.join(BLOCKS)}, got {blocks}")
+    given = dict(blocks)
+    fields: dict[str, Any] = {}
+    for name, letter in zip("qkv", given.pop("layouts", "hhh"), strict=True):
+        fields[f"{name}_layout"] = module.QKVLayout[LAYOUTS[letter]]
+    fields["use_experimental_scheduler"] = bool(given.pop("scheduler", False))
+    if given.get("num_stacked_q_heads") == 1:  # earlier releases do not have it
+        del given["num_stacked_q_heads"]
+    if grid := given.pop("diagonal_grid", 0):
+        fields |= {"qk_diag_skip": True, "sv_diag_skip": True, "qk_diag_grid": grid}
+    fields |= given
     known = {field.name for field in dataclasses.fields(module.SplashConfig)}
-    if not set(blocks) <= known:
+    if not set(fields) <= known:
         release = importlib.metadata.version("tokamax")
         raise ValueError(
-            f"blocks: expected fields of tokamax {release}'s SplashConfig, got "
-            f"{sorted(set(blocks) - known)}"
+            f"blocks: SplashConfig of tokamax {release} has no "
+            f"{', '.join(sorted(set(fields) - known))}, got {blocks}"
         )
-    return module.SplashConfig(
-        **{
-            name: module.QKVLayout[value] if name.endswith("_layout") else value
-            for name, value in blocks.items()
-        }
-    )
+    return module.SplashConfig(**fields)
 
 
 def call_of(request: dict) -> tuple[Callable, list]:

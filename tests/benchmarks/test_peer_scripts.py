@@ -177,7 +177,13 @@ class QKVLayout(enum.IntEnum):
 @dataclasses.dataclass
 class SplashConfig:
     block_q: int
+    q_layout: QKVLayout = QKVLayout.HEAD_DIM_MINOR
     k_layout: QKVLayout = QKVLayout.HEAD_DIM_MINOR
+    v_layout: QKVLayout = QKVLayout.HEAD_DIM_MINOR
+    use_experimental_scheduler: bool = False
+    qk_diag_skip: bool = False
+    sv_diag_skip: bool = False
+    qk_diag_grid: int = 2
     @classmethod
     def get_default(cls):
         return cls(128)
@@ -208,13 +214,34 @@ def splash(monkeypatch, tmp_path):
 
 
 def test_the_configuration_of_splash(splash):
-    blocks = {"block_q": 256, "k_layout": "SEQ_MINOR"}
+    blocks = {
+        "block_q": 256,
+        "num_stacked_q_heads": 1,
+        "layouts": "hsh",
+        "scheduler": 1,
+        "diagonal_grid": 4,
+    }
     request = request_of("512/512", peer="splash", blocks=blocks, v_head_dim=128)
     call, arguments = splash.call_of(request)
     mask, config, *_ = call(*arguments)
     assert mask == ("causal", (512, 512))
-    assert (config.block_q, config.k_layout.name) == (256, "SEQ_MINOR")
+    assert config.block_q == 256
+    assert (config.q_layout.name, config.k_layout.name) == (
+        "HEAD_DIM_MINOR",
+        "SEQ_MINOR",
+    )
+    assert config.use_experimental_scheduler
+    assert (config.qk_diag_skip, config.sv_diag_skip) == (True, True)
+    assert config.qk_diag_grid == 4
     assert [a.shape for a in arguments] == [(8, 512, 256), (2, 512, 256), (2, 512, 128)]
+
+
+def test_splash_skips_nothing_of_the_diagonal_unasked(splash):
+    request = request_of(
+        "8/8", peer="splash", blocks={"block_q": 8, "diagonal_grid": 0}
+    )
+    call, arguments = splash.call_of(request)
+    assert not call(*arguments)[1].qk_diag_skip
 
 
 def test_the_default_of_splash_is_the_peers(splash):
@@ -246,9 +273,16 @@ def test_what_splash_does_not_take(splash, lengths):
         splash.call_of(request_of(lengths, peer="splash"))
 
 
-def test_blocks_that_a_release_of_splash_does_not_have(splash):
-    request = request_of("512/512", peer="splash", blocks={"block_x": 1})
-    with pytest.raises(ValueError, match=r"tokamax 9's .*, got \['block_x'\]"):
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"block_x": 1}, r"expected some of block_q, .*got .*'block_x': 1"),
+        ({"num_stacked_q_heads": 2}, "tokamax 9 has no num_stacked_q_heads, got"),
+    ],
+)
+def test_blocks_that_splash_does_not_have(splash, blocks, message):
+    request = request_of("512/512", peer="splash", blocks={"block_q": 8, **blocks})
+    with pytest.raises(ValueError, match=message):
         splash.call_of(request)
 
 
