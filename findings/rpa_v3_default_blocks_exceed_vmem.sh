@@ -26,7 +26,7 @@ trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3.12}" -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --no-deps jax==0.11.0 jaxlib==0.11.0 \
     libtpu==0.0.52 ml_dtypes==0.6.0 numpy==2.5.5 opt_einsum==3.4.0 scipy==1.18.1 \
-    tpu-inference==0.31.0
+    tpu_inference==0.31.0
 
 cd "$work"
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost
