@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.tpu_timing import isa, listing
@@ -25,6 +26,19 @@ class Block:
     start: int
     end: int
     successors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StaticLoop:
+    """A loop of a listing, whether it runs or not.
+
+    Attributes:
+      start: First bundle.
+      end: First bundle after all that lead back to the start.
+    """
+
+    start: int
+    end: int
 
 
 def infer_delay_slots(
@@ -55,6 +69,7 @@ def form_blocks(
     bundles: list[listing.Bundle],
     scalar_code: list[list[Instruction]],
     delay_slots: int | None,
+    cuts: Iterable[int] = (),
 ) -> dict[int, Block]:
     """The blocks that execution can reach, by their first bundle.
 
@@ -63,17 +78,18 @@ def form_blocks(
       scalar_code: Of each bundle.
       delay_slots: Of every branch; None if some may have been folded away, so that they
         end where the next region starts.
+      cuts: Bundles where a block has to begin.
 
     Raises:
       UnsupportedInstruction: Two branches in a bundle, or one in a delay slot.
     """
     total = len(bundles)
-    branches = _branches(bundles, scalar_code)
+    branches = find_branches(bundles, scalar_code)
     ends = {  # of the delay slots of each branch
         position: min(position + 1 + _slots(bundles, position, delay_slots), total)
         for position in branches
     }
-    leaders = {0, *ends.values(), *(target for target, _ in branches.values())}
+    leaders = {0, *ends.values(), *(target for target, _ in branches.values()), *cuts}
     pending, blocks = [0], {}
     while pending:
         start = pending.pop()
@@ -103,10 +119,14 @@ def form_blocks(
     return dict(sorted(blocks.items()))
 
 
-def _branches(
+def find_branches(
     bundles: list[listing.Bundle], scalar_code: list[list[Instruction]]
 ) -> dict[int, tuple[int, bool]]:
-    """The target of each branch and whether it has a condition, by its bundle."""
+    """The target of each branch and whether it has a condition, by its bundle.
+
+    Raises:
+      UnsupportedInstruction: Two branches in a bundle.
+    """
     region_start: dict[int | None, int] = {}
     for bundle in bundles:
         for region in bundle.starts_regions:
@@ -136,3 +156,13 @@ def _slots(bundles: list[listing.Bundle], branch: int, delay_slots: int | None) 
 
 def _or_exit(position: int, total: int) -> int:
     return position if position < total else EXIT
+
+
+def static_loops(blocks: Mapping[int, Block]) -> list[StaticLoop]:
+    """The loops, each with all that is inside it, in the order of their starts."""
+    ends: dict[int, int] = {}
+    for block in blocks.values():
+        for following in block.successors:
+            if following != EXIT and following <= block.start:
+                ends[following] = max(ends.get(following, 0), block.end)
+    return [StaticLoop(start, end) for start, end in sorted(ends.items())]

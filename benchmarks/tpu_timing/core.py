@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from benchmarks.tpu_timing.overlays import OverlaySizes
 from jax_kernels.chips import Chip
 
 # Bundles executed after every branch, by chip. They are inferred from the program of a
 # chip that is missing here.
 BRANCH_DELAY_SLOTS = {"tpu7x": 6, "v6e": 4, "v5e": 4}
+
+# What libtpu's log says of each chip. Instruction memory has 65,536 bundles on all of
+# them, of which the jump routine takes some.
+OVERLAY_SIZES = {
+    "tpu7x": OverlaySizes(21680, 65056),
+    "v6e": OverlaySizes(21720, 65168),
+    "v5e": OverlaySizes(21744, 65232),
+}
+LEAST_OVERLAY_SIZES = OVERLAY_SIZES["tpu7x"]
 
 # Cycles one vmatmul keeps its MXU busy, by the MXU's width and the type named in the
 # mnemonic. These are the smallest spacings the compiler's own scheduler uses.

@@ -9,6 +9,7 @@ All transfers share one HBM channel and are served in issue order:
 so latency is paid per transfer but overlaps with other transfers. Transfers
 that are cut into short contiguous pieces move at least `min_piece_bytes` per
 piece. Transfers that do not touch HBM use the same latency but no HBM time.
+Fetches of instructions are transfers like the others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from jax_kernels.chips import Chip
+
+# The direction of fetches of instructions.
+CODE = "hbm_to_imem"
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,32 @@ class DmaEngine:
         self.stalled_waits = 0
         self.transfers: list[Transfer] | None = [] if keep_transfers else None
 
+    def _occupy(self, now: float, num_bytes: float) -> tuple[float, float]:
+        """When the channel takes up a transfer, and when that has arrived."""
+        start = max(now, self.channel_free)
+        busy = self.descriptor + num_bytes / self.bytes_per_cycle
+        self.channel_free = start + busy
+        self.channel_busy += busy
+        return start, self.channel_free + self.latency
+
+    def _count(self, direction: str, num_bytes: int) -> None:
+        self.bytes_moved[direction] = self.bytes_moved.get(direction, 0) + num_bytes
+        self.count[direction] = self.count.get(direction, 0) + 1
+
+    def fetch_code(self, now: float, num_bytes: int) -> float:
+        """Moves instructions to instruction memory; returns when they are there."""
+        self._count(CODE, num_bytes)
+        start, done = self._occupy(now, num_bytes)
+        self.last_done = max(self.last_done, done)
+        if self.transfers is not None:
+            self.transfers.append(Transfer("hbm", "imem", num_bytes, now, start, done))
+        return done
+
     def issue(
         self, now, source, target, granules, flag, piece_granules, is_spill=False
     ):
         nbytes = granules * self.granule_bytes
-        direction = f"{'spill_' if is_spill else ''}{source}_to_{target}"
-        self.bytes_moved[direction] = self.bytes_moved.get(direction, 0) + nbytes
-        self.count[direction] = self.count.get(direction, 0) + 1
+        self._count(f"{'spill_' if is_spill else ''}{source}_to_{target}", nbytes)
         start = now
         done = now + self.latency
         if granules > 0:
@@ -89,11 +112,7 @@ class DmaEngine:
                     piece = piece_granules * self.granule_bytes
                     if piece < self.model.min_piece_bytes:
                         moved = max(moved, nbytes * self.model.min_piece_bytes / piece)
-                start = max(now, self.channel_free)
-                busy = self.descriptor + moved / self.bytes_per_cycle
-                self.channel_free = start + busy
-                self.channel_busy += busy
-                done = self.channel_free + self.latency
+                start, done = self._occupy(now, moved)
             self.parked.discard(flag)
             self.pending.setdefault(flag, deque()).append((done, granules))
             self.last_done = max(self.last_done, done)

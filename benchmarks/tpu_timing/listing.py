@@ -175,6 +175,19 @@ def read_unit_usage(path: str | Path) -> tuple[list[str], np.ndarray, np.ndarray
     return names, capacity, np.array(rows, dtype=np.int64).reshape(-1, len(names))
 
 
+def final_addresses(final: list[Bundle], post_ra: list[Bundle]) -> np.ndarray:
+    """Which bundle of the final listing each row before the folding of delays is in.
+
+    Returns:
+      [rows + 1], addresses in the final listing. A row that was folded away has that
+      of the next bundle, and the last element is the length of the final listing.
+      Both listings have to hold the same instructions.
+    """
+    addresses = np.array([b.address for b in final if b.text] + [len(final)])
+    is_kept = np.array([bool(b.text) for b in post_ra])
+    return addresses[np.concatenate([[0], np.cumsum(is_kept)])]
+
+
 def same_instructions(final: list[Bundle], post_ra: list[Bundle]) -> bool:
     """True if both listings hold the same non-empty bundles in the same order."""
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.tpu_timing import codegen, control_flow, core, isa, listing, memory_map
+from benchmarks.tpu_timing import (
+    code_size,
+    codegen,
+    control_flow,
+    core,
+    isa,
+    listing,
+    memory_map,
+    overlays,
+)
 from benchmarks.tpu_timing.program import Program, UnitUse
 from jax_kernels.chips import Chip
 
@@ -27,7 +37,7 @@ def load_kernel(
     """
     files = listing.find_kernel(dump_dir, name_contains)
     warnings: list[str] = []
-    bundles, is_exact = _read_bundles(files, warnings)
+    bundles, final, is_exact = _read_bundles(files, warnings)
     units = _read_units(files, is_exact, len(bundles), warnings)
     scalar_code = [_scalar_code(bundle) for bundle in bundles]
     operands = {
@@ -42,12 +52,18 @@ def load_kernel(
         delay_slots = core.BRANCH_DELAY_SLOTS[chip.name]
     else:
         delay_slots = control_flow.infer_delay_slots(bundles, scalar_code)
+    addresses = _final_addresses(bundles, final)
+    layout = _read_overlays(dump_dir, final, warnings)
+    cuts = [] if layout is None else [start for start, _ in layout.starts]
     blocks = control_flow.form_blocks(
-        bundles, scalar_code, delay_slots if is_exact else None
+        bundles,
+        scalar_code,
+        delay_slots if is_exact else None,
+        np.searchsorted(addresses, cuts).tolist(),
     )
     matmuls = [isa.matmul_issues(bundle.text) for bundle in bundles]
     source, stretches = codegen.generate(blocks, scalar_code, matmuls, memory)
-    return Program(
+    program = Program(
         kernel=files.kernel,
         bundles=bundles,
         scalar_code=scalar_code,
@@ -59,25 +75,81 @@ def load_kernel(
         source=source,
         code=compile(source, f"<{files.kernel}>", "exec"),
         units=units,
+        final_addresses=addresses,
+        overlays=layout,
+        overlay_sizes=_overlay_sizes(layout, chip),
         warnings=[*warnings, *memory.warnings],
     )
+    program.warnings.extend(map(str, code_size.find_oversize_loops(program)))
+    return program
 
 
 def _read_bundles(
     files: listing.KernelFiles, warnings: list[str]
-) -> tuple[list[listing.Bundle], bool]:
-    """The listing, and whether each of its bundles is one cycle."""
+) -> tuple[list[listing.Bundle], list[listing.Bundle] | None, bool]:
+    """The listing, the final one, and whether each bundle of the first is one cycle.
+
+    There is no final listing if its file is missing, or is another program's.
+    """
     if files.post_ra_bundles is None:
         if files.final_bundles is None:
             raise FileNotFoundError(f"{files.kernel}: no bundle listing")
         warnings.append("no packed-bundles-post-ra file: folded delays are not counted")
-        return listing.read_bundles(files.final_bundles), False
-    bundles = listing.read_bundles(files.post_ra_bundles)
+        final = listing.read_bundles(files.final_bundles)
+        return final, final, False
+    bundles, final = listing.read_bundles(files.post_ra_bundles), None
     if files.final_bundles is not None:
         final = listing.read_bundles(files.final_bundles)
         if not listing.same_instructions(final, bundles):
             warnings.append("final_bundles and packed-bundles-post-ra differ")
-    return bundles, True
+            final = None
+    return bundles, final, True
+
+
+def _final_addresses(
+    bundles: list[listing.Bundle], final: list[listing.Bundle] | None
+) -> np.ndarray:
+    """Without a final listing, as if all its bundles had instructions."""
+    if final is None:
+        final = [bundle for bundle in bundles if bundle.text]
+        final = [dataclasses.replace(b, address=n) for n, b in enumerate(final)]
+    return listing.final_addresses(final, bundles)
+
+
+def _read_overlays(
+    dump_dir: str | Path, final: list[listing.Bundle] | None, warnings: list[str]
+) -> overlays.Layout | None:
+    """The overlays of a kernel, or None and a warning."""
+    uncounted = "fetches of instructions are not counted"
+    text = overlays.read_logs(dump_dir)
+    if not text:
+        warnings.append(f"no log of overlays: {uncounted}")
+        return None
+    if final is None:
+        warnings.append(f"overlays need the final listing: {uncounted}")
+        return None
+    branches = control_flow.find_branches(final, list(map(_branches_of, final)))
+    targets = {source: target for source, (target, _) in branches.items()}
+    layout = overlays.find_kernel(overlays.parse_log(text), targets, len(final))
+    if layout is None:
+        warnings.append(f"the kernel is not in the log of overlays: {uncounted}")
+    return layout
+
+
+def _branches_of(bundle: listing.Bundle) -> list[isa.Instruction]:
+    if "sbr.rel" not in bundle.text:
+        return []
+    parts = isa.split_bundle(bundle.text)
+    return [isa.parse_instruction(part) for part in parts if "sbr.rel" in part]
+
+
+def _overlay_sizes(
+    layout: overlays.Layout | None, chip: Chip | None
+) -> overlays.OverlaySizes:
+    if layout is not None:
+        return layout.program.sizes
+    name = "" if chip is None else chip.name
+    return core.OVERLAY_SIZES.get(name, core.LEAST_OVERLAY_SIZES)
 
 
 def _read_units(

@@ -8,20 +8,30 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from benchmarks.tpu_timing import core, isa
+from benchmarks.tpu_timing import code_size, core, isa
 from benchmarks.tpu_timing.control_flow import EXIT
 from benchmarks.tpu_timing.dma import DmaEngine, DmaModel, SyncFlagDeadlock
+from benchmarks.tpu_timing.instruction_memory import InstructionMemory
 from benchmarks.tpu_timing.memory_map import GRANULE_BYTES
 from benchmarks.tpu_timing.program import Program
-from benchmarks.tpu_timing.result import Result, Visits, find_loops, unit_share
+from benchmarks.tpu_timing.result import Loop, Result, Visits, find_loops, unit_share
 from benchmarks.tpu_timing.scalar_memory import ScalarMemory, SimulationError
 from jax_kernels.chips import Chip
 
 DEFAULT_DMA = DmaModel()
+# Overlays of a program have positive numbers.
+_NO_OVERLAY = 0
+# Loops with less of the time are not worth a note.
+_HOT_SHARE = 0.1
 
 
 class Machine:
-    """One TensorCore with a program and the values of its scalar operands."""
+    """One TensorCore with a program and the values of its scalar operands.
+
+    A run begins with the jump into the kernel's first overlay. With ``is_resident``
+    that overlay is in instruction memory already, as in a loop of calls, and the jump
+    costs nothing. Otherwise no overlay is.
+    """
 
     # Vector code is not computed. Where a program reads a vector value back into a
     # scalar register (vpush, spop), ``vector_results`` is what it gets, as the 32 bits
@@ -35,6 +45,7 @@ class Machine:
         operands: Mapping[int, np.ndarray] | None = None,
         *,
         vector_results: int | None = None,
+        is_resident: bool = False,
         keep_timeline: bool = False,
         model_mxu_stalls: bool = True,
         max_blocks: int = 200_000_000,
@@ -46,6 +57,8 @@ class Machine:
         self.dma = DmaEngine(chip, dma_model, GRANULE_BYTES, keep_timeline)
         self.vector_results = vector_results
         self.vector_results_read = 0
+        self.is_resident = is_resident
+        self.instructions, self.overlay_of = self._load_code()
         self.keep_timeline = keep_timeline
         self.model_mxu_stalls = model_mxu_stalls
         self.max_blocks = max_blocks
@@ -58,6 +71,17 @@ class Machine:
         self.mxu_memo: dict = {}
         self.stretch_runs: dict[int, int] = {}
         self.matmul_cost = self._matmul_costs()
+
+    def _load_code(self) -> tuple[InstructionMemory | None, dict[int, int]]:
+        """Instruction memory before the run, and the overlay of each block."""
+        program, layout = self.program, self.program.overlays
+        if layout is None:
+            return None, dict.fromkeys(program.blocks, _NO_OVERLAY)
+        memory = InstructionMemory(layout.program, self.dma, program.branch_delay_slots)
+        return memory, {
+            start: layout.overlay_at(int(program.final_addresses[start]))
+            for start in program.blocks
+        }
 
     def _matmul_costs(self) -> dict[str, int]:
         dtypes = {
@@ -171,10 +195,20 @@ class Machine:
         # One block is a few microseconds: no attribute is looked up in the loop.
         runs, edges, spent = visits.runs, visits.edges, visits.cycles
         waited, stalled = visits.dma_wait_cycles, visits.mxu_stall_cycles
+        fetching = visits.code_wait_cycles
         timeline = []
         began = time.perf_counter()
-        at, now, executed = 0, 0, 0
+        last, at, executed = EXIT, 0, 0
+        instructions, overlay_of = self.instructions, self.overlay_of
+        overlay = overlay_of[at]
+        start_cycles = now = self._begin(overlay)
+        spent[at] = fetching[at] = start_cycles
         while at != EXIT:
+            if overlay_of[at] != overlay and instructions is not None:
+                overlay = overlay_of[at]
+                before, now = now, instructions.enter(now, overlay)
+                spent[at] += now - before
+                fetching[at] += now - before
             wait_before, stall_before = engine.wait_cycles, self.mxu_stall_cycles
             try:
                 following, after = blocks[at](now)
@@ -194,20 +228,40 @@ class Machine:
             stalled[at] += self.mxu_stall_cycles - stall_before
             if self.keep_timeline:
                 timeline.append((at, now, after, engine.wait_cycles - wait_before))
-            at, now = following, after
+            last, at, now = at, following, after
             executed += 1
             if executed > self.max_blocks:
                 raise SimulationError("block limit reached")
-        return self._result(visits, now, time.perf_counter() - began, timeline)
+        if instructions is not None:
+            before, now = now, instructions.leave(now)
+            spent[last] += now - before
+            fetching[last] += now - before
+        host_seconds = time.perf_counter() - began
+        return self._result(visits, start_cycles, now, host_seconds, timeline)
+
+    def _begin(self, overlay: int) -> float:
+        """Jumps into the first overlay; returns when its first bundle runs."""
+        if self.instructions is None:
+            return 0.0
+        if self.is_resident:
+            self.instructions.hold(overlay)
+            return 0.0
+        return self.instructions.enter(0.0, overlay)
 
     def _result(
-        self, visits: Visits, now: float, host_seconds: float, timeline: list
+        self,
+        visits: Visits,
+        start_cycles: float,
+        now: float,
+        host_seconds: float,
+        timeline: list,
     ) -> Result:
         program = self.program
         end = max(now, self.dma.last_done)
         per_bundle = visits.per_bundle(program)
         is_nonempty = np.array([bool(bundle.text) for bundle in program.bundles])
         usage = per_bundle @ program.units.usage
+        loops = find_loops(program, visits)
         occupied: dict[int, int] = {}
         matmuls = 0
         for number, count in self.stretch_runs.items():
@@ -223,6 +277,8 @@ class Machine:
             executed_bundles=int(per_bundle[is_nonempty].sum()),
             dma_wait_cycles=float(self.dma.wait_cycles),
             mxu_stall_cycles=float(self.mxu_stall_cycles),
+            code_wait_cycles=float(sum(visits.code_wait_cycles.values())),
+            code_start_cycles=float(start_cycles),
             drain_cycles=float(end - now),
             bytes_moved=dict(self.dma.bytes_moved),
             dma_count=dict(self.dma.count),
@@ -234,8 +290,8 @@ class Machine:
             mxu_occupied_cycles=dict(sorted(occupied.items())),
             matmuls=matmuls,
             nonzero_flags=self.dma.finish(),
-            loops=find_loops(program, visits),
-            warnings=self._warnings(),
+            loops=loops,
+            warnings=[*self._warnings(), *self._code_warnings(loops, end)],
             host_seconds=host_seconds,
             timeline=timeline,
             transfers=self.dma.transfers or [],
@@ -263,6 +319,22 @@ class Machine:
                 f"{sorted(self.memory.unknown_reads)}"
             )
         return warnings
+
+    def _code_warnings(self, loops: list[Loop], cycles: float) -> list[str]:
+        """Of loops with much time that need a jumbo overlay."""
+        sizes = self.program.overlay_sizes
+        hot = {
+            (loop.start, loop.end)
+            for loop in loops
+            if loop.cycles > _HOT_SHARE * cycles
+        }
+        return [
+            f"{loop} is longer than a regular overlay of {sizes.regular} bundles: it is "
+            "fetched as a whole, and little else stays beside it"
+            for loop in code_size.loop_sizes(self.program)
+            if sizes.regular < loop.bundles <= sizes.jumbo
+            and (loop.start, loop.end) in hot
+        ]
 
 
 def simulate(

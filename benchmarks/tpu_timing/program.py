@@ -12,6 +12,7 @@ from benchmarks.tpu_timing.codegen import MatmulStretch
 from benchmarks.tpu_timing.control_flow import Block
 from benchmarks.tpu_timing.isa import Instruction
 from benchmarks.tpu_timing.memory_map import MemoryMap
+from benchmarks.tpu_timing.overlays import Layout, OverlaySizes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Program:
       source: Python source of the functions of all blocks.
       code: The same, compiled.
       units: Of the TensorCore.
+      final_addresses: [bundles + 1], where each bundle is in the final listing, which
+        lacks most of the empty ones; see ``listing.final_addresses``.
+      overlays: In which instructions are fetched; None if the compiler did not say.
+      overlay_sizes: How long overlays may be.
       warnings: What may make predictions less exact.
     """
 
@@ -59,4 +64,7 @@ class Program:
     source: str
     code: types.CodeType
     units: UnitUse
+    final_addresses: np.ndarray
+    overlays: Layout | None
+    overlay_sizes: OverlaySizes
     warnings: list[str]

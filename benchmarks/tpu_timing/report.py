@@ -17,7 +17,8 @@ def as_dict(result: Result) -> dict:
     names = [f.name for f in dataclasses.fields(result) if f.name not in skip]
     data = {name: getattr(result, name) for name in names}
     data["loops"] = [dataclasses.asdict(loop) for loop in result.loops]
-    data["microseconds"] = result.microseconds
+    for name in ("microseconds", "code_bytes", "code_fetches"):
+        data[name] = getattr(result, name)
     return data
 
 
@@ -41,6 +42,12 @@ def as_text(result: Result, loops: int = 6) -> str:
             f"   ({result.stalled_waits} of {result.waits} waits stalled)",
         ),
         row("MXU stall cycles", result.mxu_stall_cycles),
+        row(
+            "code wait cycles",
+            result.code_wait_cycles,
+            f"   ({result.code_fetches} overlays, {result.code_bytes} bytes; "
+            f"{result.code_start_cycles:.0f} before the start)",
+        ),
         row("HBM channel busy", result.hbm_busy_cycles),
     ]
     for direction, num_bytes in sorted(result.bytes_moved.items()):
@@ -63,12 +70,15 @@ def _share(cycles: float, result: Result) -> str:
 
 def _loop_line(loop: Loop, result: Result) -> str:
     busiest = ", ".join(f"{n} {use:.0%}" for n, use in loop.busiest_units.items())
+    code = ""
+    if loop.code_wait_cycles:
+        code = f", waits for code {_share(loop.code_wait_cycles, result).strip()}"
     return (
         f"  loop {loop.start:#x}-{loop.end:#x} depth {loop.depth}: "
         f"{loop.entries} entries, {loop.iterations} iterations, "
         f"{loop.cycles / max(loop.iterations, 1):.0f} cycles each, "
         f"{_share(loop.cycles, result).strip()} of time, "
-        f"waits {_share(loop.dma_wait_cycles, result).strip()}; {busiest}"
+        f"waits {_share(loop.dma_wait_cycles, result).strip()}{code}; {busiest}"
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.tpu_timing.control_flow import EXIT
+from benchmarks.tpu_timing.dma import CODE
 from benchmarks.tpu_timing.program import Program
 
 
@@ -20,6 +21,8 @@ class Visits:
       cycles: Spent in a block, stalls included.
       dma_wait_cycles: Of those, in waits for DMAs.
       mxu_stall_cycles: Of those, in waits for a matrix unit.
+      code_wait_cycles: Of those, in jumps to the overlay of the block: until its
+        instructions are there.
     """
 
     runs: dict[int, int]
@@ -27,12 +30,13 @@ class Visits:
     cycles: dict[int, float]
     dma_wait_cycles: dict[int, float]
     mxu_stall_cycles: dict[int, float]
+    code_wait_cycles: dict[int, float]
 
     @classmethod
     def none(cls, program: Program) -> Visits:
         """Before the first block."""
         blocks = program.blocks
-        times = (dict.fromkeys(blocks, 0.0) for _ in range(3))
+        times = (dict.fromkeys(blocks, 0.0) for _ in range(4))
         return cls(dict.fromkeys(blocks, 0), {}, *times)
 
     def per_bundle(self, program: Program) -> np.ndarray:
@@ -58,6 +62,7 @@ class Loop:
     cycles: float
     dma_wait_cycles: float
     mxu_stall_cycles: float
+    code_wait_cycles: float
     busiest_units: dict[str, float]  # share of each unit's capacity while in the loop
 
 
@@ -73,6 +78,8 @@ class Result:
     executed_bundles: int
     dma_wait_cycles: float
     mxu_stall_cycles: float
+    code_wait_cycles: float  # until instructions were there, the start included
+    code_start_cycles: float  # of those, before the first bundle
     drain_cycles: float
     bytes_moved: dict[str, int]
     dma_count: dict[str, int]
@@ -93,6 +100,16 @@ class Result:
     @property
     def microseconds(self) -> float:
         return self.seconds * 1e6
+
+    @property
+    def code_bytes(self) -> int:
+        """Of the instructions that were fetched."""
+        return self.bytes_moved.get(CODE, 0)
+
+    @property
+    def code_fetches(self) -> int:
+        """Overlays that were fetched."""
+        return self.dma_count.get(CODE, 0)
 
 
 def find_loops(program: Program, visits: Visits) -> list[Loop]:
@@ -124,6 +141,7 @@ def find_loops(program: Program, visits: Visits) -> list[Loop]:
                 cycles=float(cycles),
                 dma_wait_cycles=float(sum(visits.dma_wait_cycles[b] for b in inside)),
                 mxu_stall_cycles=float(sum(visits.mxu_stall_cycles[b] for b in inside)),
+                code_wait_cycles=float(sum(visits.code_wait_cycles[b] for b in inside)),
                 busiest_units=dict(sorted(share.items(), key=lambda i: -i[1])[:4]),
             )
         )
