@@ -1,17 +1,15 @@
 """Compiles the kernel in this process; ``benchmarks.compiler`` starts it.
 
-    python -m benchmarks.compile_here DIRECTORY CHIP < request.json
+    python -m benchmarks.compile_here CHIP < request.json
 
 The request has the static shape and the block sizes. The flags of the compiler are in
-the environment; it writes its files into the directory, and those of other kernels and
-of other passes are removed.
+the environment, and with them where it writes its files.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +69,11 @@ def _compile(
 
 
 def main() -> None:
-    directory, chip = sys.argv[1:]
+    (chip,) = sys.argv[1:]
     request = json.load(sys.stdin)
     fields = request["shape"]
     model = cases.Model(**fields.pop("model"))
     _compile(cases.StaticShape(model, **fields), chip, request["blocks"])
-    compiler.prune(Path(directory))
 
 
 if __name__ == "__main__":

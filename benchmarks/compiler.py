@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import cases, environment
-from benchmarks.tpu_timing import Program, load_kernel
+from benchmarks.tpu_timing import Program, load_kernel, overlays
 from jax_kernels import chips
 
 KERNEL_NAME = "rpa"
@@ -51,7 +51,7 @@ def compile_program(
     with tempfile.TemporaryDirectory(prefix="rpa-schedule-") as directory:
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.compile_here", directory, chip],
+                [sys.executable, "-m", "benchmarks.compile_here", chip],
                 cwd=environment.ROOT,
                 env=dumping_environment(directory),
                 input=json.dumps(
@@ -70,6 +70,7 @@ def compile_program(
                 f"compiling for {chip} failed with exit status {done.returncode}:\n"
                 + "\n".join(done.stderr.splitlines()[-15:])
             )
+        prune(Path(directory))
         return load_kernel(directory, KERNEL_NAME, chips.COMPILED[chip])
 
 
@@ -90,16 +91,20 @@ def dumping_environment(directory: str | Path) -> dict[str, str]:
         # A program taken from a cache would leave no schedule.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         **chips.COMPILE_ONLY_ENVIRONMENT,
+        **overlays.log_environment(directory),
     }
 
 
 def prune(directory: Path, kernels: Iterable[str] = (KERNEL_NAME,)) -> None:
     """Removes what the instrument does not read of the files that libtpu wrote.
 
+    The process that compiled must have ended, since its log is complete only then.
+
     Args:
       directory: Where they are.
       kernels: Names of the kernels whose files are kept.
     """
+    overlays.keep_log(directory)
     kernels = tuple(kernels)
     for path in directory.iterdir():
         is_kept = any(kernel in path.name for kernel in kernels) and any(
@@ -107,5 +112,5 @@ def prune(directory: Path, kernels: Iterable[str] = (KERNEL_NAME,)) -> None:
         )
         if path.is_dir():
             shutil.rmtree(path)
-        elif not is_kept:
+        elif not is_kept and path.name != overlays.LOG_NAME:
             path.unlink()

@@ -53,7 +53,9 @@ def load_kernel(
     else:
         delay_slots = control_flow.infer_delay_slots(bundles, scalar_code)
     addresses = _final_addresses(bundles, final)
-    layout = _read_overlays(dump_dir, final, warnings)
+    chip_name = "" if chip is None else chip.name
+    sizes = core.OVERLAY_SIZES.get(chip_name, core.LEAST_OVERLAY_SIZES)
+    layout = _read_overlays(dump_dir, final, sizes, int(addresses[-1]), warnings)
     cuts = [] if layout is None else [start for start, _ in layout.starts]
     blocks = control_flow.form_blocks(
         bundles,
@@ -77,7 +79,7 @@ def load_kernel(
         units=units,
         final_addresses=addresses,
         overlays=layout,
-        overlay_sizes=_overlay_sizes(layout, chip),
+        overlay_sizes=sizes if layout is None else layout.program.sizes,
         warnings=[*warnings, *memory.warnings],
     )
     program.warnings.extend(map(str, code_size.find_oversize_loops(program)))
@@ -117,23 +119,32 @@ def _final_addresses(
 
 
 def _read_overlays(
-    dump_dir: str | Path, final: list[listing.Bundle] | None, warnings: list[str]
+    dump_dir: str | Path,
+    final: list[listing.Bundle] | None,
+    sizes: overlays.OverlaySizes,
+    num_bundles: int,
+    warnings: list[str],
 ) -> overlays.Layout | None:
-    """The overlays of a kernel, or None and a warning."""
-    uncounted = "fetches of instructions are not counted"
+    """The overlays of a kernel, or None and a warning.
+
+    What the compiler says nothing of is one overlay, if it is short enough.
+    """
     text = overlays.read_logs(dump_dir)
-    if not text:
-        warnings.append(f"no log of overlays: {uncounted}")
-        return None
-    if final is None:
-        warnings.append(f"overlays need the final listing: {uncounted}")
-        return None
-    branches = control_flow.find_branches(final, list(map(_branches_of, final)))
-    targets = {source: target for source, (target, _) in branches.items()}
-    layout = overlays.find_kernel(overlays.parse_log(text), targets, len(final))
-    if layout is None:
-        warnings.append(f"the kernel is not in the log of overlays: {uncounted}")
-    return layout
+    if text and final is not None:
+        branches = control_flow.find_branches(final, list(map(_branches_of, final)))
+        targets = {source: target for source, (target, _) in branches.items()}
+        programs = overlays.parse_log(text)
+        layout = overlays.find_kernel(programs, targets, num_bundles)
+        if layout is not None:
+            return layout
+        warnings.append("the kernel is in no program of the log of overlays")
+    if num_bundles <= sizes.regular:
+        return overlays.single_overlay(num_bundles, sizes)
+    warnings.append(
+        f"no log says how {num_bundles} bundles are cut into overlays: fetches of "
+        "instructions are not counted"
+    )
+    return None
 
 
 def _branches_of(bundle: listing.Bundle) -> list[isa.Instruction]:
@@ -141,15 +152,6 @@ def _branches_of(bundle: listing.Bundle) -> list[isa.Instruction]:
         return []
     parts = isa.split_bundle(bundle.text)
     return [isa.parse_instruction(part) for part in parts if "sbr.rel" in part]
-
-
-def _overlay_sizes(
-    layout: overlays.Layout | None, chip: Chip | None
-) -> overlays.OverlaySizes:
-    if layout is not None:
-        return layout.program.sizes
-    name = "" if chip is None else chip.name
-    return core.OVERLAY_SIZES.get(name, core.LEAST_OVERLAY_SIZES)
 
 
 def _read_units(

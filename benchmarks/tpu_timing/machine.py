@@ -329,8 +329,8 @@ class Machine:
             if loop.cycles > _HOT_SHARE * cycles
         }
         return [
-            f"{loop} is longer than a regular overlay of {sizes.regular} bundles: it is "
-            "fetched as a whole, and little else stays beside it"
+            f"{loop} is one jumbo overlay, since a regular one takes {sizes.regular} "
+            "bundles: it is fetched as a whole, and little stays beside it"
             for loop in code_size.loop_sizes(self.program)
             if sizes.regular < loop.bundles <= sizes.jumbo
             and (loop.start, loop.end) in hot

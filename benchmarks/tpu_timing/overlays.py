@@ -137,6 +137,14 @@ class Layout:
         return self.starts[position - 1][1]
 
 
+def single_overlay(num_bundles: int, sizes: OverlaySizes) -> Layout:
+    """A kernel that is one overlay, as a program is that fits a regular one."""
+    overlay = Overlay(1, 0, num_bundles, num_bundles, None)
+    granules = sizes.jumbo // GRANULE_BUNDLES
+    program = OverlaidProgram({1: overlay}, {}, 0, granules, 1, sizes)
+    return Layout(program, 0, ((0, 1),))
+
+
 def log_environment(directory: str | os.PathLike) -> dict[str, str]:
     """What makes libtpu write its log of overlays into a folder."""
     return {**_LOG_ENVIRONMENT, "TPU_LOG_DIR": os.fspath(directory)}
