@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import cases, environment
-from benchmarks.tpu_timing import Program, load_kernel, overlays
+from benchmarks.tpu_timing import Program, code_size, load_kernel, overlays
 from jax_kernels import chips
 
 KERNEL_NAME = "rpa"
@@ -71,7 +71,10 @@ def compile_program(
                 + "\n".join(done.stderr.splitlines()[-15:])
             )
         prune(Path(directory))
-        return load_kernel(directory, KERNEL_NAME, chips.COMPILED[chip])
+        program = load_kernel(directory, KERNEL_NAME, chips.COMPILED[chip])
+    for loop in code_size.find_oversize_loops(program):
+        print(f"warning: {shape.model}, {shape.q_dtype}: {loop}", file=sys.stderr)
+    return program
 
 
 def dumping_environment(directory: str | Path) -> dict[str, str]:

@@ -37,7 +37,7 @@ LOG_NAME = "overlays.log"
 _RAW_LOGS = "tpu_driver.*.log.INFO.*"
 
 _LINE = re.compile(r"^I\d+ \S+\s+(\d+) overlay\w*\.cc:\d+\] ?(.*)$", re.MULTILINE)
-_BEGIN = "OverlayProgram(), input program"
+_BEGIN = re.compile(r"^OverlayProgram\(\), input program")
 _BRANCH = re.compile(r"^\s*(\d+) : branch to (\d+)")
 _SIZES = re.compile(r"^OverlayPartitioner \(regular/jumbo/hlo overlay size (\d+)/(\d+)")
 _REGION = re.compile(
@@ -48,6 +48,7 @@ _OVERLAY = re.compile(
     r"^Overlay #(\d+), kind:\d+, bundles:(\d+), partition \[(\d+), (\d+)\):\d+, "
     r"default prefetch: (?:n/a|#(\d+))$"
 )
+_READ = (_BEGIN, _BRANCH, _SIZES, _REGION, _TABLE, _OVERLAY)
 
 
 class LogError(ValueError):
@@ -156,8 +157,7 @@ def keep_log(directory: Path) -> None:
         f"{match.group()}\n"
         for path in _raw_logs(directory)
         for match in _LINE.finditer(path.read_text())
-        # How partitions were merged is most of a log, and nothing reads it.
-        if not match.group(2).startswith(("Merged", "OverlayPartition "))
+        if any(pattern.match(match.group(2)) for pattern in _READ)
     )
     for path in directory.glob("tpu_driver.*"):
         path.unlink()
@@ -186,7 +186,7 @@ def parse_log(text: str) -> list[OverlaidProgram]:
     by_thread: dict[str, list[list[str]]] = {}
     for thread, line in _LINE.findall(text):
         programs = by_thread.setdefault(thread, [])
-        if line.startswith(_BEGIN):
+        if _BEGIN.match(line):
             programs.append([])
         if programs:
             programs[-1].append(line)

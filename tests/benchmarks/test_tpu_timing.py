@@ -17,6 +17,7 @@ from benchmarks.tpu_timing import (
     simulate,
 )
 from benchmarks.tpu_timing.dma import DmaEngine, SyncFlagDeadlock
+from benchmarks.tpu_timing.instruction_memory import JUMP_BRANCHES
 from jax_kernels.chips import Chip, Rates
 from tests.benchmarks import synthetic_dump
 
@@ -202,7 +203,10 @@ def test_time_adds_up(program):
     fetch = 1024 + 100 - 1
     assert result.dma_wait_cycles == prefetch + 2 * fetch
     assert result.mxu_stall_cycles == 2 * 7  # second matmul one bundle after the first
-    assert result.cycles == result.schedule_cycles + result.dma_wait_cycles + 14
+    # The 29 bundles of the kernel are four granules of 512 bytes.
+    start = JUMP_BRANCHES * 7 + 4 * 512 / 32 + 100
+    assert result.code_wait_cycles == result.code_start_cycles == start
+    assert result.cycles == result.schedule_cycles + result.dma_wait_cycles + 14 + start
     assert result.mxu_occupied_cycles == {0: 2 * 2 * 8}
     assert result.unit_busy["MATMUL"] == 4
 
@@ -259,11 +263,16 @@ def test_comments_over_several_lines(folder):
 
 def test_reports(program, tmp_path):
     _, result = run_toy(program, 3, keep_timeline=True)
-    assert "loop 0xe-0x1c" in report.as_text(result)
-    json.dumps(report.as_dict(result))
+    text = report.as_text(result)
+    assert "loop 0xe-0x1c" in text
+    assert "(1 overlays, 2048 bytes; 367 before the start)" in text
+    content = json.loads(json.dumps(report.as_dict(result)))
+    assert (content["code_fetches"], content["code_bytes"]) == (1, 2048)
+    assert content["code_wait_cycles"] == content["code_start_cycles"] == 367
     path = tmp_path / "trace.json"
     report.write_trace(path, program, TOY_CHIP, result)
     events = json.loads(path.read_text())["traceEvents"]
     rows = {event["args"]["name"] for event in events if event["ph"] == "M"}
-    assert rows == {"toy.1 core (predicted)", "hbm to smem", "hbm to vmem"}
+    memories = ("imem", "smem", "vmem")
+    assert rows == {"toy.1 core (predicted)", *(f"hbm to {m}" for m in memories)}
     assert any(event["name"].endswith("in loop 0xe") for event in events)

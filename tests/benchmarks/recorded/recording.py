@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import compiler
+from benchmarks.tpu_timing import overlays
 
 # What the instrument reads.
 _READ = (
@@ -26,7 +27,11 @@ _READ = (
 _CHILD = "RPA_RECORDING"
 
 
-def main(module: str, kernels: dict[str, tuple[Callable, tuple[Any, ...]]]) -> None:
+def main(
+    module: str,
+    kernels: dict[str, tuple[Callable, tuple[Any, ...]]],
+    parts: tuple[str, ...] = _READ,
+) -> None:
     """Writes the files of kernels into the folder of the module that defines them.
 
     libtpu reads its flags when it is loaded, so the module runs a second time, in a
@@ -36,6 +41,7 @@ def main(module: str, kernels: dict[str, tuple[Callable, tuple[Any, ...]]]) -> N
       module: Its name, for ``python -m``.
       kernels: A function with one ``pallas_call``, and its arguments as shapes, by the
         name of the kernel.
+      parts: Of the dump, to be kept beside the log of overlays.
     """
     if _CHILD in os.environ:
         for function, arguments in kernels.values():
@@ -53,8 +59,11 @@ def main(module: str, kernels: dict[str, tuple[Callable, tuple[Any, ...]]]) -> N
         for name in kernels:
             for path in Path(directory).glob(f"*-{name}.1-*.txt"):
                 label = path.name.split(f"-{name}.1-")[1]
-                if label.split("-", 1)[1].removesuffix(".txt") in _READ:
+                if label.split("-", 1)[1].removesuffix(".txt") in parts:
                     (folder / f"1-{name}.1-{label}").write_bytes(path.read_bytes())
+        overlays.keep_log(Path(directory))
+        log = (Path(directory) / overlays.LOG_NAME).read_text()
+        (folder / overlays.LOG_NAME).write_text(log)
 
 
 def _compile(function: Callable, arguments: tuple[Any, ...]) -> None:
