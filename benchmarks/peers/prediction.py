@@ -52,6 +52,15 @@ class PeerPrediction:
         return sum(result.mxu_stall_cycles for result in self.results)
 
     @property
+    def code_wait_cycles(self) -> float:
+        return sum(result.code_wait_cycles for result in self.results)
+
+    @property
+    def code_start_cycles(self) -> float:
+        """Of the waits for instructions, those before the first bundles of kernels."""
+        return sum(result.code_start_cycles for result in self.results)
+
+    @property
     def unit_share(self) -> dict[str, float]:
         """Use of each unit as a share of what it could do in all the time."""
         shares: dict[str, float] = {}
@@ -89,6 +98,8 @@ class PeerPrediction:
             "microseconds": self.microseconds,
             "dma_wait_cycles": self.dma_wait_cycles,
             "mxu_stall_cycles": self.mxu_stall_cycles,
+            "code_wait_cycles": self.code_wait_cycles,
+            "code_start_cycles": self.code_start_cycles,
             "unit_share": self.unit_share,
             "warnings": self.warnings,
             **self.shares,
@@ -120,17 +131,21 @@ def predict_call(
     chip = chips.COMPILED[call.chip]
     programs = {} if programs is None else programs
     results = []
+    previous: Program | None = None
     for kernel, operands in zip(compiled.kernels, compiled.operands, strict=True):
         key = compiled.dump, kernel
         if key not in programs:
             programs[key] = load_kernel(compiled.dump, kernel, chip)
+        program = programs[key]
         results.append(
             simulate(
-                programs[key],
+                program,
                 chip,
                 operands,
                 dma_model or DmaModel(),
                 vector_results=PEERS[call.peer].vector_results,
+                is_resident=previous is not None and program.begins_where(previous),
             )
         )
+        previous = program
     return PeerPrediction(call, tuple(results), compiled.versions)

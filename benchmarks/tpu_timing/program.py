@@ -68,3 +68,11 @@ class Program:
     overlays: Layout | None
     overlay_sizes: OverlaySizes
     warnings: list[str]
+
+    def begins_where(self, previous: Program) -> bool:
+        """Whether it begins in the overlay in which a kernel before it ends."""
+        before, here = previous.overlays, self.overlays
+        if before is None or here is None or before.program != here.program:
+            return False
+        last = int(previous.final_addresses[-1]) - 1
+        return here.overlay_at(0) == before.overlay_at(last)

@@ -235,3 +235,11 @@ def test_every_compiled_chip_has_sizes():
     for sizes in core.OVERLAY_SIZES.values():
         assert least.jumbo <= sizes.jumbo < 65536
         assert least.regular <= sizes.regular <= sizes.jumbo / 3
+
+
+def test_a_kernel_may_begin_where_another_ends(tmp_path):
+    whole = toy(tmp_path, program_log((0, 300, 304, "n/a"), branches=PLACED))
+    assert whole.begins_where(whole)
+    cut = toy(tmp_path, cut_in_the_loop(160))
+    assert not cut.begins_where(cut)
+    assert not cut.begins_where(whole)
