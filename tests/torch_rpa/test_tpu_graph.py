@@ -6,6 +6,7 @@ produces an array of the cache's shape, or temporary memory of its size.
 
 import contextlib
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -105,10 +106,23 @@ def openxla_graph(tensors, chip, monkeypatch):
     return taken["graph"]
 
 
+# Each mode with both caches and on both chips, each cache on both chips; the other
+# combinations are left to a longer run.
+GRAPHS = [
+    ("lazy", "bf16", "tpu7x"),
+    ("lazy", "fp8", "v6e"),
+    ("openxla", "bf16", "v6e"),
+    ("openxla", "fp8", "tpu7x"),
+]
+MORE_GRAPHS = [
+    pytest.param(*graph, marks=pytest.mark.extended)
+    for graph in itertools.product(("lazy", "openxla"), CACHES, CHIPS)
+    if graph not in GRAPHS
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("mode", ["lazy", "openxla"])
+@pytest.mark.parametrize(("mode", "cache", "chip"), [*GRAPHS, *MORE_GRAPHS])
 def test_no_copy_of_the_cache_remains(mode, cache, chip, monkeypatch):
     cache_dtype, hlo_shape, mlir_shape = CACHES[cache]
     tensors = two_layer_call(cache_dtype)

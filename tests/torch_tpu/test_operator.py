@@ -47,11 +47,30 @@ def decode(request, tmp_path_factory) -> "Sections":
     return run(request.param, directory, EAGER, COMPILED)
 
 
-@pytest.fixture(scope="module")
-def record(tmp_path_factory) -> "Sections":
-    """All the other cases, on one chip."""
-    names = [name for name in cases.CASES if name not in (EAGER, COMPILED)]
-    return run("v6e", tmp_path_factory.mktemp("v6e"), *names)
+# The other cases run on one chip, in one process for the cases of a few tests that
+# stand together: tests of two workers would each run all cases of a larger record.
+GROUPS = {
+    "buffers_record": ("views", "copies", "precompiled"),
+    "options_record": ("features",),
+    "calls_record": ("mistakes", "values", "opcheck", "reference"),
+    "programs_record": ("tuned", "defaults", "ways"),
+}
+
+
+def record_of(group: str):
+    @pytest.fixture(scope="module", name=group)
+    def record(tmp_path_factory) -> "Sections":
+        return run("v6e", tmp_path_factory.mktemp(group), *GROUPS[group])
+
+    return record
+
+
+buffers_record, options_record, calls_record, programs_record = map(record_of, GROUPS)
+
+
+def test_every_case_is_run():
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted([EAGER, COMPILED, *grouped]) == sorted(cases.CASES)
 
 
 # ---- in place
@@ -104,8 +123,8 @@ def test_the_cache_is_kept_alive_on_request(tmp_path):
     assert not any(execution.donated for execution in kept.dump.executions())
 
 
-def test_a_part_of_a_larger_tensor_is_warned_of(record):
-    found = record.results["views"]
+def test_a_part_of_a_larger_tensor_is_warned_of(buffers_record):
+    found = buffers_record.results["views"]
     assert len(found) == 7
     for kind, messages in found.items():
         if kind.startswith("whole"):
@@ -116,25 +135,28 @@ def test_a_part_of_a_larger_tensor_is_warned_of(record):
             assert "copies the whole tensor in each call" in message
 
 
-def test_copies_that_share_a_buffer_are_taken_it_away(record):
+def test_copies_that_share_a_buffer_are_taken_it_away(buffers_record):
     """TorchTPU copies nothing for them at first: README's section on it says so."""
-    for way, message in record.results["copies"].items():
+    for way, message in buffers_record.results["copies"].items():
         if way.startswith(("clone", "deepcopy", "copy_")):
             assert "was donated" in message, way
         else:
             assert message == "can be read", way
 
 
-def test_what_would_keep_an_old_kernel_is_refused(record):
-    message = record.results["precompiled"]
+def test_what_would_keep_an_old_kernel_is_refused(buffers_record):
+    message = buffers_record.results["precompiled"]
     assert "caching_precompile (TORCH_CACHING_PRECOMPILE) must be False" in message
 
 
 # ---- all of the operator
 
 
-def test_each_feature_is_one_program_with_one_alias(record):
-    done, programs = record.results["features"], record.kernel_programs("features")
+def test_each_feature_is_one_program_with_one_alias(options_record):
+    done, programs = (
+        options_record.results["features"],
+        options_record.kernel_programs("features"),
+    )
     assert len(done) == len(programs) == 17
     for name, program in zip(done, programs, strict=True):
         assert len(program.hlo.kernel_calls) == 1
@@ -147,8 +169,8 @@ def test_each_feature_is_one_program_with_one_alias(record):
         )
 
 
-def test_wrong_calls_are_the_errors_of_the_cpu(record):
-    for name, messages in record.results["mistakes"].items():
+def test_wrong_calls_are_the_errors_of_the_cpu(calls_record):
+    for name, messages in calls_record.results["mistakes"].items():
         expected = {
             "another device": "kv_lens must be on the device of q, tpu:0, got cpu",
             "q on another device": "k must be on the device of q, cpu, got tpu:0",
@@ -159,8 +181,8 @@ def test_wrong_calls_are_the_errors_of_the_cpu(record):
             assert messages == [f"ValueError: {expected}"]
 
 
-def test_numbers_are_checked_on_request(record):
-    found = record.results["values"]
+def test_numbers_are_checked_on_request(calls_record):
+    found = calls_record.results["values"]
     (warning,) = set(found.pop("compiled"))
     assert "TORCH_RPA_VALIDATE has no effect in a graph of torch.compile" in warning
     assert set(found.values()) == {
@@ -168,14 +190,14 @@ def test_numbers_are_checked_on_request(record):
     }
 
 
-def test_torch_finds_no_fault(record):
-    for results in record.results["opcheck"].values():
+def test_torch_finds_no_fault(calls_record):
+    for results in calls_record.results["opcheck"].values():
         assert set(results.values()) == {"SUCCESS"}
 
 
-def test_the_plain_computation_gives_the_numbers_of_the_cpu(record):
+def test_the_plain_computation_gives_the_numbers_of_the_cpu(calls_record):
     """Its program has no kernel, so that XLA can run it on the CPU as it is."""
-    programs, calls = record.programs("reference"), cases.reference_calls()
+    programs, calls = calls_record.programs("reference"), cases.reference_calls()
     for program, (call, options) in zip(programs, calls, strict=True):
         assert not program.hlo.kernel_calls
         out, *new_cache = execute_on_cpu(program.stablehlo, call)
@@ -204,22 +226,24 @@ def execute_on_cpu(stablehlo: str, call) -> list[torch.Tensor]:
     ]
 
 
-def test_tuned_records_in_force_are_another_program_once(record):
-    first, second = record.kernel_programs("tuned")
+def test_tuned_records_in_force_are_another_program_once(programs_record):
+    first, second = programs_record.kernel_programs("tuned")
     assert first.hlo.text != second.hlo.text
-    assert [len(record.dump.executions(p)) for p in (first, second)] == [2, 2]
+    assert [len(programs_record.dump.executions(p)) for p in (first, second)] == [2, 2]
 
 
-def test_defaults_that_are_given_are_the_same_program(record):
-    (program,) = record.kernel_programs("defaults")
-    assert len(record.dump.executions(program)) == 6
+def test_defaults_that_are_given_are_the_same_program(programs_record):
+    (program,) = programs_record.kernel_programs("defaults")
+    assert len(programs_record.dump.executions(program)) == 6
 
 
-def test_the_short_way_passes_what_the_public_one_does(record):
-    short, public = record.results["ways"]
+def test_the_short_way_passes_what_the_public_one_does(programs_record):
+    short, public = programs_record.results["ways"]
     assert short == ["_direct.<locals>.launch"]
     assert public == ["through.<locals>.launch"]
-    for program, tensors in zip(record.kernel_programs("ways"), (8, 6), strict=True):
-        arguments = [e.arguments for e in record.dump.executions(program)]
+    for program, tensors in zip(
+        programs_record.kernel_programs("ways"), (8, 6), strict=True
+    ):
+        arguments = [e.arguments for e in programs_record.dump.executions(program)]
         assert len(arguments) == 3 and len(set(arguments)) == 1
         assert len(arguments[0]) == tensors
