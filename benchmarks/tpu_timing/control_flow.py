@@ -131,6 +131,10 @@ def find_branches(
     for bundle in bundles:
         for region in bundle.starts_regions:
             region_start.setdefault(region, bundle.address)
+    # The final listing says of the last bundle that it is the exit, and not which
+    # region that branches lead to starts there.
+    ends_in_exit = bool(bundles) and bundles[-1].marker == "PF"
+    exit_bundle = len(bundles) - 1 if ends_in_exit else len(bundles)
     found = {}
     for position, code in enumerate(scalar_code):
         branches = [i for i in code if i.opcode == _BRANCH]
@@ -139,7 +143,7 @@ def find_branches(
         for branch in branches:
             target = branch.branch_bundle
             if target is None:
-                target = region_start.get(branch.branch_region, len(bundles))
+                target = region_start.get(branch.branch_region, exit_bundle)
             found[position] = (target, branch.predicate is not None)
     return found
 

@@ -36,6 +36,14 @@ def test_a_block_ends_after_the_delay_slots_of_its_branch():
     }
 
 
+def test_a_branch_to_a_region_that_is_named_nowhere_leads_to_the_exit_bundle():
+    """As the final listing has it; the exit bundle is a fallthrough of a predicate."""
+    away = {1: "%1 = sbr.rel (%p1_p1) target = $region7"}
+    with_exit = form(away, 9, markers={8: "PF"})
+    assert with_exit[0] == Block(0, 4, (4, 8))
+    assert form(away, 9)[0] == Block(0, 4, (4, EXIT))
+
+
 def test_what_no_branch_reaches_is_left_out():
     assert form({1: branch(7)}, 9) == {
         0: Block(0, 4, (7, 7)),
