@@ -72,9 +72,14 @@ def compile_program(
             )
         prune(Path(directory))
         program = load_kernel(directory, KERNEL_NAME, chips.COMPILED[chip])
+    warn_of_loops(program, shape)
+    return program
+
+
+def warn_of_loops(program: Program, shape: cases.StaticShape) -> None:
+    """Says on standard error which loops do not fit instruction memory."""
     for loop in code_size.find_oversize_loops(program):
         print(f"warning: {shape.model}, {shape.q_dtype}: {loop}", file=sys.stderr)
-    return program
 
 
 def dumping_environment(directory: str | Path) -> dict[str, str]:

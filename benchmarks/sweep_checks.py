@@ -26,6 +26,8 @@ WINDOW_COST = 1.25
 # Two schedules of the same work differ by about so much.
 FP8_TOLERANCE = 1.01
 EMPTY_PHASE_US = 0.3
+# All of instruction memory and the latency of several fetches take so long on v5e.
+CODE_US = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Point:
       sequences: How many.
       new_tokens: Of each sequence.
       context: Tokens of each sequence before the new ones.
-      microseconds: Predicted.
-      efficiency: Time at the peaks of the chip, by the predicted time.
+      microseconds: Predicted, without waits for instructions.
+      code_microseconds: The waits for instructions.
+      efficiency: Time at the peaks of the chip, by ``microseconds``.
       spills: DMAs of scalar registers.
     """
 
@@ -59,12 +62,14 @@ class Point:
     new_tokens: int
     context: int
     microseconds: float
+    code_microseconds: float
     efficiency: float
     spills: int
 
     def without(self, *fields: str) -> tuple:
         """Everything but the figures and the given fields: what a comparison fixes."""
-        skip = {"name", "microseconds", "efficiency", "spills", *fields}
+        figures = {"microseconds", "code_microseconds", "efficiency", "spills"}
+        skip = {"name", *figures, *fields}
         names = (field.name for field in dataclasses.fields(self))
         return tuple(getattr(self, name) for name in names if name not in skip)
 
@@ -75,7 +80,8 @@ def as_point(case: cases.Case, chip: Chip, record: dict) -> Point:
     Args:
       case: Of equal sequences.
       chip: For which it was predicted.
-      record: Its "microseconds", and "spills", the number of DMAs of registers.
+      record: Its "microseconds" and "code_microseconds", which older journals lack, and
+        "spills", the number of DMAs of registers.
     """
     sequences, shape = case.sequences, case.shape
     if len(set(sequences)) > 1:
@@ -99,6 +105,7 @@ def as_point(case: cases.Case, chip: Chip, record: dict) -> Point:
         new_tokens=first.q_len,
         context=first.kv_len - first.q_len,
         microseconds=record["microseconds"],
+        code_microseconds=record.get("code_microseconds", 0.0),
         efficiency=1e6 * least / record["microseconds"],
         spills=record["spills"],
     )
@@ -212,6 +219,16 @@ def empty_phase_costs(points: list[Point]) -> Iterator[str]:
                 )
 
 
+def code_waits(points: list[Point]) -> Iterator[str]:
+    """Steps that wait for instructions more than once for each overlay."""
+    for point in points:
+        if point.code_microseconds > CODE_US:
+            yield (
+                f"instructions: {point.name} waits {point.code_microseconds:.1f} us "
+                "for them"
+            )
+
+
 def spills(points: list[Point]) -> Iterator[str]:
     """Steps in which scalar registers go to HBM."""
     for point in points:
@@ -225,5 +242,6 @@ CHECKS: dict[str, Callable[[list[Point]], Iterator[str]]] = {
     "a window costs in proportion to the window": window_costs,
     "float8 is never slower": slower_with_fp8,
     f"an empty phase costs less than {EMPTY_PHASE_US} us": empty_phase_costs,
+    f"instructions are fetched in less than {CODE_US} us": code_waits,
     "no scalar register is spilled": spills,
 }

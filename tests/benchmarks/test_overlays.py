@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import cases, compiler, prediction
 from benchmarks.tpu_timing import code_size, core, load_kernel, overlays, simulate
 from benchmarks.tpu_timing.instruction_memory import JUMP_BRANCHES
 from benchmarks.tpu_timing.overlays import LogError, Overlay, OverlaySizes
+from benchmarks.tuning import trials
 from jax_kernels import chips
 from jax_kernels.chips import TPU7X, Chip, Rates
+from jax_kernels.ragged_paged_attention import BlockSizes
 from tests.benchmarks import synthetic_dump
 from tests.benchmarks.test_tpu_timing import TOY_DMA, count_operand
 
@@ -206,6 +209,32 @@ def test_a_loop_that_does_not_fit_is_said_at_once(tmp_path):
     assert (loop.loop.start, loop.loop.end, loop.loop.bundles) == (0xE, 0x1C, 14)
     (warning,) = run(program, 0).warnings
     assert "14 bundles" in warning and "takes 8 bundles" in warning
+
+
+def test_commands_warn_of_a_loop_that_does_not_fit(tmp_path, capsys):
+    shape = cases.BY_NAME["llama-decode-8x1k"].shape
+    compiler.warn_of_loops(toy(tmp_path, cut_in_the_loop(160)), shape)
+    assert capsys.readouterr().err == ""
+    compiler.warn_of_loops(toy(tmp_path, cut_in_the_loop(160, room=8)), shape)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: Model(num_q_heads=32")
+    assert "loop 0xe-0x1c of 14 bundles" in warning
+
+
+@pytest.mark.parametrize("room, counts_code", [(65056, False), (8, True)])
+def test_the_tuner_counts_only_fetches_inside_of_loops(
+    tmp_path, monkeypatch, room, counts_code
+):
+    program = toy(tmp_path, cut_in_the_loop(160, room=room * 20))
+    program = dataclasses.replace(program, overlay_sizes=OverlaySizes(5, room))
+    monkeypatch.setattr(compiler, "compile_program", lambda *_: program)
+    shape = cases.tuning_shape(cases.MQA)
+    found = trials.predict_blocks(shape, TPU7X, BlockSizes(256, 128, 512))
+    step = cases.TUNING_STEPS["decode"][0]
+    result = prediction.predict(cases.Case(step, shape, step), TPU7X, program).result
+    assert result.code_wait_cycles > 0
+    left_out = 0 if counts_code else result.code_wait_cycles
+    assert found["decode"][step] == result.cycles - left_out
 
 
 def test_a_hot_loop_in_a_jumbo_is_noted(tmp_path):

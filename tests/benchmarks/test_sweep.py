@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases, compiler, sweep, sweep_checks
+from benchmarks import cases, compiler, prediction, sweep, sweep_checks
 from benchmarks.tpu_timing import load_kernel
 from jax_kernels import chips
 from tests.benchmarks import synthetic_dump
@@ -122,6 +122,24 @@ def test_an_empty_phase_costs_little():
     )
     (found,) = sweep_checks.empty_phase_costs([point(us=9), point(us=9.4, **more)])
     assert "0.40 us more" in found
+
+
+def test_a_loop_that_fetches_its_instructions_is_found():
+    once, often = (dataclasses.replace(point(), code_microseconds=n) for n in (6, 60))
+    assert not list(sweep_checks.code_waits([once]))
+    (found,) = sweep_checks.code_waits([once, often])
+    assert "waits 60.0 us" in found
+
+
+def test_fetches_of_instructions_are_apart_from_the_time(toy_compiler):
+    (case,) = (case for case in cases.SWEEP if case.name == "llama:8*1/1024")
+    program = compiler.compile_program(case.shape, CHIP.name)
+    record = sweep.predict_case(case, CHIP, program)
+    result = prediction.predict(case, CHIP, program).result
+    assert record["code_microseconds"] > 1
+    assert sum(record[k] for k in ("microseconds", "code_microseconds")) == (
+        pytest.approx(result.microseconds)
+    )
 
 
 def test_spills_are_counted():
