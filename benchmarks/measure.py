@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -65,8 +66,17 @@ def row(
     return result
 
 
+def clock() -> str:
+    """The clock that libtpu was told to hold, one of ``chips.CLOCKS``."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    return "highest" if chips.HIGHEST_CLOCK_FLAG in flags else "default"
+
+
 def read_predictions(path: str | None) -> dict[tuple[str, str], float]:
-    """Microseconds by (case, chip), from the JSON of ``benchmarks.predict``."""
+    """Microseconds by (case, chip), from the JSON of ``benchmarks.predict``.
+
+    They are those of the clock that libtpu was told to hold, on a chip with several.
+    """
     if path is None:
         return {}
     content = json.loads(pathlib.Path(path).read_text())
@@ -74,7 +84,12 @@ def read_predictions(path: str | None) -> dict[tuple[str, str], float]:
         raise ValueError(
             f"predictions: expected the JSON of benchmarks.predict, got {path}"
         )
-    return {(c["case"], c["chip"]): c["microseconds"] for c in content["cases"]}
+    is_default = clock() == "default"
+    return {
+        (c["case"], c["chip"]): (is_default and c.get("default_clock_microseconds"))
+        or c["microseconds"]
+        for c in content["cases"]
+    }
 
 
 def print_rows(rows: list[dict]) -> None:
@@ -112,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         rows = _in_this_process(options)
     names = {line["chip"] for line in rows} or {"none"}
-    described = environment.describe(", ".join(sorted(names)))
+    described = environment.describe(", ".join(sorted(names))) | {"clock": clock()}
     if options.json != "-":
         environment.print_header("time of a step, MEASURED", described)
         print_rows(rows)

@@ -87,3 +87,27 @@ def test_both_libraries_run_a_case_on_the_cpu():
     for timed in (with_torch, with_jax):
         assert timed.median > 0
         assert timed.num_samples == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "clock", "microseconds"),
+    [
+        ("", "default", 12.0),
+        ("--xla_tpu_dvfs_p_state=3", "default", 12.0),
+        ("--other --xla_tpu_dvfs_p_state=7", "highest", 10.0),
+    ],
+)
+def test_a_measurement_is_compared_with_the_prediction_for_its_clock(
+    monkeypatch, tmp_path, flags, clock, microseconds
+):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+    assert measure.clock() == clock
+    case = {"case": "a", "chip": "tpu7x", "microseconds": 10.0}
+    one_clock = {**case, "chip": "v6e", "default_clock_microseconds": None}
+    two_clocks = {**case, "default_clock_microseconds": 12.0}
+    path = tmp_path / "predicted.json"
+    path.write_text(
+        json.dumps({"kind": "prediction", "cases": [one_clock, two_clocks]})
+    )
+    expected = {("a", "tpu7x"): microseconds, ("a", "v6e"): 10.0}
+    assert measure.read_predictions(str(path)) == expected

@@ -81,3 +81,18 @@ def test_chips_need_neither_jax_nor_torch():
     code = "import sys, jax_kernels.chips; print({'jax', 'torch'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_default_clock_is_slower_and_leaves_memory_alone():
+    chip = chips.TPU7X.at_clock("default")
+    assert chip.rates.clock_hz == chips.TPU7X.rates.default_clock_hz
+    assert chip.rates.hbm_bytes_per_s == chips.TPU7X.rates.hbm_bytes_per_s
+    assert chip.rates.seconds(1e9) > chips.TPU7X.rates.seconds(1e9)
+    assert chip.at_clock("default") == chip
+    assert chips.TPU7X.at_clock("highest") is chips.TPU7X
+
+
+def test_a_chip_with_one_clock_has_it_by_default():
+    assert chips.V6E.at_clock("default") is chips.V6E
+    with pytest.raises(ValueError, match="clock: expected one of"):
+        chips.V6E.at_clock("lowest")
