@@ -281,6 +281,30 @@ def _sweep() -> Iterator[Case]:
 
 SWEEP = tuple(_sweep())
 
+# The heads of most published times.
+GROUPED_256 = Model(32, 4, 256)
+
+# Steps that other kernels compute as well: see ``benchmarks.compare``.
+PEERS = (
+    *_decodes("grouped-256-decode", GROUPED_256, "2k", "16k"),
+    fitted("grouped-256-prefill-2k", GROUPED_256, "2048/2048"),
+    fitted("grouped-256-prefill-8k", GROUPED_256, "8192/8192"),
+    fitted("grouped-256-prefill-32k", GROUPED_256, "32768/32768"),
+    fitted("grouped-256-prefill-1k-at-16k", GROUPED_256, "1024/16384"),
+    *(
+        case
+        for case in MAIN
+        if case.name
+        in (
+            "llama-decode-128x1k",
+            "llama-decode-128x8k",
+            "llama-prefill-2k-at-8k",
+            "llama-prefill-8k-at-8k",
+            "wide-prefill-8k-causal",
+        )
+    ),
+)
+
 MODEL_NAMES = {"llama": LLAMA3_8B, **_OTHER_MODELS, "wide": WIDE}
 
 # Steps that block sizes are tuned for, of each phase. Long contexts want large blocks,
@@ -311,7 +335,7 @@ def tuning_shape(
     )
 
 
-TABLES = {"main": MAIN, "models": MODELS, "sweep": SWEEP}
+TABLES = {"main": MAIN, "models": MODELS, "peers": PEERS, "sweep": SWEEP}
 BY_NAME = {case.name: case for cases in TABLES.values() for case in cases}
 
 

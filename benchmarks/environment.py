@@ -24,6 +24,13 @@ def print_header(title: str, environment: dict[str, str]) -> None:
     print("# " + ", ".join(f"{key} {value}" for key, value in environment.items()))
 
 
+def versions_line(described: dict[str, str]) -> str:
+    """What is written above a table of a document: ``figures`` says of what kind."""
+    names = ("chip", "commit", "jax", "libtpu")
+    versions = ", ".join(f"{name} {described[name]}" for name in names)
+    return f"{versions}. All figures are {described['figures']}."
+
+
 def write_json(path: str, content: dict) -> None:
     """Writes a file, or prints to standard output if the path is "-"."""
     text = json.dumps(content, indent=1) + "\n"

@@ -88,3 +88,41 @@ def _scaling(axis, curve: list[Prediction], label: str, sizes: list[int]) -> Non
     axis.set_xlabel(label)
     axis.set_ylabel("us")
     axis.legend()
+
+
+def write_ratios(
+    path: str,
+    steps: list[str],
+    ratios: dict[str, list[float | None]],
+    title: str,
+) -> None:
+    """Writes a PNG with a group of bars for each step, one bar for each kernel.
+
+    Args:
+      path: Of the file.
+      steps: Names.
+      ratios: Of each kernel one for each step, None where there is none. 1 is drawn as
+        a line.
+      title: Of the picture.
+    """
+    import matplotlib  # pyright: ignore[reportMissingImports]
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+
+    figure, axis = pyplot.subplots(figsize=(9, 0.6 + 0.6 * len(steps)))
+    height = 0.8 / len(ratios)
+    for number, (kernel, values) in enumerate(ratios.items()):
+        known = [(row, value) for row, value in enumerate(values) if value is not None]
+        places = [row + (number + 0.5) * height - 0.4 for row, _ in known]
+        bars = axis.barh(places, [value for _, value in known], height, label=kernel)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_yticks(range(len(steps)), steps)
+    axis.invert_yaxis()
+    axis.set_xlabel("time by ours: above 1, ours is faster")
+    axis.set_title(title)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

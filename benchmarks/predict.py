@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -39,18 +40,55 @@ from jax_kernels.chips import Chip
 
 
 def table(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """Lines of a Markdown table, as soon as each is known."""
-    yield "| case | us | MBU % | MFU % | of cap % | DMA waits % | bound us |"
-    yield "|---|---|---|---|---|---|---|"
+    """Lines of a Markdown table, as soon as each is known.
+
+    The time at the default clock is a dash where it is not known, or the only one.
+    """
+    yield (
+        "| case | us | measured, expected us | at default clock us | MBU % | MFU % "
+        "| of cap % | DMA waits % | bound us |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
     for prediction in predictions:
         result, shares = prediction.result, prediction.shares
         waits = result.dma_wait_cycles / result.cycles
+        slower = prediction.default_clock_us
+        percentages = (
+            shares["mbu"],
+            shares["mfu"],
+            shares["mfu"] / prediction.cap,
+            waits,
+        )
         yield (
             f"| {prediction.case.name} | {result.microseconds:.1f} "
-            f"| {100 * shares['mbu']:.1f} | {100 * shares['mfu']:.1f} "
-            f"| {100 * shares['mfu'] / prediction.cap:.1f} "
-            f"| {100 * waits:.1f} | {shares['ideal_microseconds']:.1f} |"
+            f"| {_expected_us(prediction)} "
+            f"| {'-' if slower is None else f'{slower:.1f}'} | "
+            + " | ".join(f"{100 * share:.0f}" for share in percentages)
+            + f" | {shares['ideal_microseconds']:.1f} |"
         )
+
+
+def _expected_us(prediction: Prediction) -> str:
+    """The range of measured times, with three digits."""
+    expected, time = prediction.expected, prediction.result.microseconds
+    return f"{_rounded(expected.low * time)} to {_rounded(expected.high * time)}"
+
+
+def _rounded(microseconds: float) -> str:
+    """With three significant digits, and without an exponent."""
+    digits = max(0, 2 - math.floor(math.log10(microseconds)))
+    if digits:
+        return f"{microseconds:.{digits}f}"
+    return f"{float(f'{microseconds:.3g}'):.0f}"
+
+
+def _clock_in_words(prediction: Prediction) -> str:
+    if prediction.default_clock_us is None:
+        return ""
+    return (
+        f" At the default clock {prediction.default_clock_us:.1f} us; the highest one "
+        f"needs {chips.HIGHEST_CLOCK_FLAG} in LIBTPU_INIT_ARGS."
+    )
 
 
 def details(prediction: Prediction) -> str:
@@ -58,6 +96,7 @@ def details(prediction: Prediction) -> str:
     case, shares = prediction.case, prediction.shares
     model, shape = case.shape.model, case.shape
     choice = block_choice.explain(shape, prediction.chip.name)
+    expected = prediction.expected
     window = f", window {model.sliding_window}" if model.sliding_window else ""
     return "\n".join(
         [
@@ -69,6 +108,9 @@ def details(prediction: Prediction) -> str:
             f"MBU {shares['mbu']:.1%}, MFU {shares['mfu']:.1%} of at most "
             f"{prediction.cap:.0%}; "
             f"bound of the chip {shares['ideal_microseconds']:.1f} us",
+            f"  a measured time is expected between {_expected_us(prediction)} us: "
+            f"{expected.count} published times ({expected.of}) were {expected} times "
+            f"their predictions.{_clock_in_words(prediction)}",
             report.as_text(prediction.result),
         ]
     )
@@ -154,12 +196,13 @@ def main(arguments: list[str] | None = None) -> int:
     quiet = options.json == "-"
     if not quiet:
         environment.print_header("time of a step on one TensorCore", described)
-    predictions = _collect(predict_all(selected, chip, dma_model), options, quiet)
+    stream = predict_all(selected, chip, dma_model, both_clocks=True)
+    predictions = _collect(stream, options, quiet)
     curves = _follow_up(selected[0], chip, dma_model, options, quiet)
     if options.plot:
         plots.write(options.plot, chip, predictions, curves)
     if options.update:
-        lines = [_versions_line(described), "", *table(predictions)]
+        lines = [environment.versions_line(described), "", *table(predictions)]
         mark = f"<!-- predicted {options.table} {chip.name} -->"
         environment.update_markdown(options.update, mark, lines)
     if options.baseline:
@@ -174,12 +217,6 @@ def main(arguments: list[str] | None = None) -> int:
         }
         environment.write_json(options.json, content)
     return 1 if any(p.result.nonzero_flags for p in predictions) else 0
-
-
-def _versions_line(described: dict[str, str]) -> str:
-    names = ("chip", "commit", "jax", "libtpu")
-    versions = ", ".join(f"{name} {described[name]}" for name in names)
-    return f"{versions}. All figures are {PREDICTED}."
 
 
 def baseline(predictions: list[Prediction], described: dict[str, str]) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from benchmarks import block_choice, cases, compiler
+from benchmarks import accuracy, block_choice, cases, compiler
 from benchmarks.progress import Progress
 from benchmarks.tpu_timing import DmaModel, Program, Result, report, simulate, workloads
 from jax_kernels.chips import Chip
@@ -20,19 +20,33 @@ class Prediction:
     Attributes:
       case: The step.
       chip: Where it would run.
-      result: Cycles, waits, loops.
+      result: Cycles, waits, loops, at the highest clock.
       shares: MBU, MFU and the like, see ``workloads.utilization``.
+      default_clock_us: Time where libtpu is not told to hold the highest clock; None if
+        the chip has but one clock, or if it was not asked for.
     """
 
     case: cases.Case
     chip: Chip
     result: Result
     shares: dict[str, float]
+    default_clock_us: float | None = None
 
     @property
     def cap(self) -> float:
         """The MFU that the head dimension allows."""
         return workloads.attention_cap(self.case.shape.model.head_dim, self.chip)
+
+    @property
+    def kind(self) -> str:
+        """Of the step, see ``accuracy.kind_of``."""
+        head_dim = self.case.shape.model.head_dim
+        return accuracy.kind_of(self.result.microseconds, self.case.sequences, head_dim)
+
+    @property
+    def expected(self) -> accuracy.Range:
+        """Where a measured time is, as multiples of the predicted one."""
+        return accuracy.expected(self.kind)
 
     def as_dict(self) -> dict:
         case = self.case
@@ -46,6 +60,9 @@ class Prediction:
                 block_choice.explain(case.shape, self.chip.name)
             ),
             "microseconds": self.result.microseconds,
+            "step": self.kind,
+            "expected": dataclasses.asdict(self.expected),
+            "default_clock_microseconds": self.default_clock_us,
             **self.shares,
             "mfu_cap": self.cap,
             "result": report.as_dict(self.result),
@@ -59,23 +76,26 @@ def predict(
     dma_model: DmaModel | None = None,
     *,
     keep_timeline: bool = False,
+    both_clocks: bool = False,
 ) -> Prediction:
     """Executes the program of a case's shape for the case's lengths."""
-    result = simulate(
-        program,
-        chip,
-        case.scalars,
-        dma_model or DmaModel(),
-        keep_timeline=keep_timeline,
-    )
+    dma_model = dma_model or DmaModel()
+    scalars = case.scalars
+    result = simulate(program, chip, scalars, dma_model, keep_timeline=keep_timeline)
     shares = workloads.utilization(result.seconds, chip, case.ideal)
-    return Prediction(case, chip, result, shares)
+    default_clock_us = None
+    if both_clocks and chip.rates.default_clock_hz is not None:
+        slower = simulate(program, chip.at_clock("default"), scalars, dma_model)
+        default_clock_us = slower.microseconds
+    return Prediction(case, chip, result, shares, default_clock_us)
 
 
 def predict_all(
     selected: Iterable[cases.Case],
     chip: Chip,
     dma_model: DmaModel | None = None,
+    *,
+    both_clocks: bool = False,
 ) -> Iterator[Prediction]:
     """Predicts cases one after the other; those of one shape share a compilation.
 
@@ -88,7 +108,9 @@ def predict_all(
             program = compiler.compile_program(shape, chip.name)
         for case in members:
             with progress.executing(case.name):
-                prediction = predict(case, chip, program, dma_model)
+                prediction = predict(
+                    case, chip, program, dma_model, both_clocks=both_clocks
+                )
             yield prediction
 
 

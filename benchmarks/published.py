@@ -185,17 +185,29 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """``"short"``, ``"decode"``, or ``"prefill-D"`` with D the head dimension."""
-        if self.microseconds / len(self.steps) < SHORT_MICROSECONDS:
-            return "short"
-        if all(s.q_len <= DECODE_QUERIES for step in self.steps for s in step):
-            return "decode"
-        return f"prefill-{self.head_dim}"
+        """See ``kind_of``; the time is that of one call."""
+        sequences = [s for step in self.steps for s in step]
+        return kind_of(self.microseconds / len(self.steps), sequences, self.head_dim)
 
     @property
     def program_known(self) -> bool:
         """Whether the blocks are stated, or follow from the kernel."""
         return self.blocks_are in (STATED, OWN_CHOICE)
+
+
+def kind_of(microseconds: float, sequences: Iterable[Sequence], head_dim: int) -> str:
+    """``"short"``, ``"decode"``, or ``"prefill-D"`` with D the head dimension.
+
+    Args:
+      microseconds: Of a call.
+      sequences: Of the call.
+      head_dim: Of keys.
+    """
+    if microseconds < SHORT_MICROSECONDS:
+        return "short"
+    if all(s.q_len <= DECODE_QUERIES for s in sequences):
+        return "decode"
+    return f"prefill-{head_dim}"
 
 
 @functools.lru_cache(maxsize=1)

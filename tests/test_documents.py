@@ -16,7 +16,7 @@ DOCUMENTS = sorted(
 )
 # Each ends with the comment that it begins with; commands write what is between.
 GENERATED = re.compile(
-    r"<!-- ((?:predicted|measured) [^\n]*) -->\n.*?<!-- \1 -->", re.S
+    r"<!-- ((?:predicted|measured|compared) [^\n]*) -->\n.*?<!-- \1 -->", re.S
 )
 # Printed as one line, which a reader copies and .ci/run runs.
 COMMAND = re.compile(

@@ -17,6 +17,7 @@ from jax_kernels import chips
 from jax_kernels.contract.cache import ITEMSIZES
 
 SCRIPTS = Path(__file__).parent
+DEFAULT_PAGE_SIZE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class PeerCall:
     dtype: str = "bfloat16"
     causal: bool = True
     window: int | None = None
-    page_size: int = 128
+    page_size: int = DEFAULT_PAGE_SIZE
     blocks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     libtpu: str | None = None
     capacity: Capacity | None = None

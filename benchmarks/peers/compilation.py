@@ -46,7 +46,7 @@ class CompiledCall:
 def compile_call(
     call: PeerCall,
     directory: str | Path | None = None,
-    python: str | Path | None = None,
+    python: str | None = None,
 ) -> CompiledCall:
     """Compiles a call in its peer's environment; takes from seconds to many minutes.
 
@@ -57,7 +57,7 @@ def compile_call(
       call: What to compile.
       directory: Where dumps are kept, and in it the environment, which is made if it is
         not there; ``environments.default_directory()`` if None.
-      python: A Python that has the peer, in place of the environment.
+      python: The Python that makes the environment, see ``environments.make``.
 
     Raises:
       ValueError: There is no Python that the peer needs.
@@ -76,10 +76,11 @@ def compile_call(
     program = home / "programs" / f"{call.peer}-{_digest([program_request, pins])}"
     dump, folder = program / "dump", program / _digest(request["sequences"])
     if not (folder / "call.json").exists():
-        if python is None:
-            python = environments.make(call.peer, call.libtpu, home / "environments")
+        with_peer = environments.make(
+            call.peer, call.libtpu, home / "environments", python
+        )
         is_new = not any(program.glob("*/call.json"))
-        _run_script(call, {**request, "compile": is_new}, dump, folder, python)
+        _run_script(call, {**request, "compile": is_new}, dump, folder, with_peer)
     written = json.loads((folder / "call.json").read_text())
     kernels = tuple(written["kernels"])
     with np.load(folder / "operands.npz") as arrays:
@@ -95,7 +96,7 @@ def compile_call(
 
 
 def _run_script(
-    call: PeerCall, request: dict, dump: Path, folder: Path, python: str | Path
+    call: PeerCall, request: dict, dump: Path, folder: Path, python: Path
 ) -> None:
     peer = PEERS[call.peer]
     folder.mkdir(parents=True, exist_ok=True)

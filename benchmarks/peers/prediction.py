@@ -109,9 +109,11 @@ class PeerPrediction:
 def predict_call(
     call: PeerCall,
     directory: str | Path | None = None,
-    python: str | Path | None = None,
+    python: str | None = None,
     dma_model: DmaModel | None = None,
     programs: dict[tuple[Path, str], Program] | None = None,
+    *,
+    clock: str = "highest",
 ) -> PeerPrediction:
     """Predicts the time of a call, which is compiled if it was not yet.
 
@@ -122,6 +124,7 @@ def predict_call(
       dma_model: Of the memory; the instrument's own if None.
       programs: Programs that were read before, which it adds to, for calls that share
         some.
+      clock: One of ``chips.CLOCKS``.
 
     Raises:
       SimulationError: The instrument cannot follow a kernel.
@@ -140,7 +143,7 @@ def predict_call(
         results.append(
             simulate(
                 program,
-                chip,
+                chip.at_clock(clock),
                 operands,
                 dma_model or DmaModel(),
                 vector_results=PEERS[call.peer].vector_results,

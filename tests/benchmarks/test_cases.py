@@ -5,8 +5,10 @@ import pytest
 from benchmarks import cases
 
 
-def test_names_are_unique():
-    assert len(cases.BY_NAME) == sum(map(len, cases.TABLES.values()))
+def test_a_name_means_one_case_in_all_tables():
+    for table in cases.TABLES.values():
+        assert len({case.name for case in table}) == len(table)
+        assert all(cases.BY_NAME[case.name] == case for case in table)
 
 
 def test_select_names_what_there_is():

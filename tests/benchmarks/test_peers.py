@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -255,6 +256,7 @@ def test_blocks_of_rpa_v3(rpa_v3):
 def toy_script(monkeypatch, tmp_path):
     """A script in place of RPA v3's, whose kernel is the toy; how often it ran."""
     script = tmp_path / "compile_toy.py"
+    monkeypatch.setattr(environments, "make", lambda *_: Path(sys.executable))
     script.write_text(
         f"""
 import json, os, re, sys
@@ -292,20 +294,20 @@ def test_a_call_is_compiled_once_and_a_program_too(toy_script, tmp_path):
     calls_ = calls.sharing_programs([call_of("2/3"), call_of("2/5")])
     programs = {}
     predictions = [
-        prediction.predict_call(call, tmp_path, sys.executable, programs=programs)
+        prediction.predict_call(call, tmp_path, programs=programs)
         for call in (*calls_, *calls_)
     ]
     assert toy_script == [True, False]
     assert len(programs) == 1
     fetched = [p.results[0].bytes_moved["hbm_to_vmem"] for p in predictions]
     assert fetched == [3 * 32768, 5 * 32768] * 2
-    compiled = compilation.compile_call(calls_[0], tmp_path, sys.executable)
+    compiled = compilation.compile_call(calls_[0], tmp_path)
     assert {path.name.split("-")[1] for path in compiled.dump.iterdir()} == {"toy.1"}
     assert compiled.versions == {"jax": "0"}
 
 
 def test_a_prediction_adds_up_its_kernels(toy_script, tmp_path):
-    one = prediction.predict_call(call_of("2/3"), tmp_path, sys.executable)
+    one = prediction.predict_call(call_of("2/3"), tmp_path)
     two = prediction.PeerPrediction(one.call, one.results * 2, one.versions)
     for name in ("cycles", "microseconds", "dma_wait_cycles", "mxu_stall_cycles"):
         assert getattr(two, name) == 2 * getattr(one, name)
@@ -321,7 +323,7 @@ def test_a_failed_script_shows_its_last_words(toy_script, tmp_path):
     with pytest.raises(
         RuntimeError, match=r"compiling rpa_v3 for tpu7x failed.*1:\nno windows"
     ):
-        compilation.compile_call(call_of("2/3", window=1), tmp_path, sys.executable)
+        compilation.compile_call(call_of("2/3", window=1), tmp_path)
 
 
 def test_a_script_that_does_not_end_is_given_up(toy_script, tmp_path, monkeypatch):
@@ -336,7 +338,7 @@ def test_a_script_that_does_not_end_is_given_up(toy_script, tmp_path, monkeypatc
         types.SimpleNamespace(run=too_long, TimeoutExpired=subprocess.TimeoutExpired),
     )
     with pytest.raises(RuntimeError, match="rpa_v3 for tpu7x took more than 3600"):
-        compilation.compile_call(call_of("2/3"), tmp_path, sys.executable)
+        compilation.compile_call(call_of("2/3"), tmp_path)
 
 
 def test_synthetic_dump_is_complete(tmp_path):

@@ -1,0 +1,163 @@
+"""Compares predictions with published times of other kernels, measured on TPUs.
+
+    python -m benchmarks.calibrate                      # all that is not on record
+    python -m benchmarks.calibrate --kernel rpa_v3 --again
+    python -m benchmarks.calibrate --table --update benchmarks/README.md
+
+Each kernel is compiled from its published package, in an environment of its own, with
+the compiler of the measurement where that is stated, and executed by the instrument.
+The comparisons go to ``calibration.json``, one after the other, so that a run that is
+ended goes on where it was. ``--table`` compiles nothing and shows what is on record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from benchmarks import accuracy, calibration, command_line, environment
+from benchmarks.accuracy import Comparison
+from benchmarks.peers.calls import PEERS
+from benchmarks.progress import Progress
+from benchmarks.published import Cell
+from benchmarks.tpu_timing.scalar_memory import SimulationError
+
+MARK = "<!-- calibration -->"
+
+
+def tables(comparisons: list[Comparison]) -> Iterator[str]:
+    """Markdown: errors by kernel and kind, ranges, and each comparison."""
+    yield "| comparisons | count | median error % | nine in ten within % | bias |"
+    yield "|---|---|---|---|---|"
+    for name, members in _groups(comparisons):
+        summary = accuracy.summarize(members)
+        yield (
+            f"| {name} | {summary.count} | {100 * summary.median_error:.1f} "
+            f"| {100 * summary.ninth_decile:.1f} | {summary.bias:.2f} |"
+        )
+    yield ""
+    yield "| kind of step | measured / predicted | comparisons |"
+    yield "|---|---|---|"
+    for kind in sorted({c.kind for c in comparisons}):
+        expected = accuracy.expected(kind, comparisons)
+        of = "" if expected.of == kind else " of all kinds"
+        yield f"| {kind} | {expected} | {expected.count}{of} |"
+    yield ""
+    yield "### All comparisons"
+    yield ""
+    yield "| cell | clock | libtpu | predicted us | published us | ratio | held back |"
+    yield "|---|---|---|---|---|---|---|"
+    for c in sorted(comparisons, key=lambda c: c.cell):
+        yield (
+            f"| {c.cell} | {c.clock} | {c.libtpu} | {c.predicted_us:.1f} "
+            f"| {c.published_us:.1f} | {c.ratio:.2f} "
+            f"| {'yes' if c.held_back else ''} |"
+        )
+
+
+def _groups(comparisons: list[Comparison]) -> Iterator[tuple[str, list[Comparison]]]:
+    """Names and members, the empty ones left out."""
+    groups = {
+        "all": comparisons,
+        "held back": [c for c in comparisons if c.held_back],
+        "not held back": [c for c in comparisons if not c.held_back],
+        **{
+            kernel: [c for c in comparisons if c.kernel == kernel]
+            for kernel in sorted({c.kernel for c in comparisons})
+        },
+        **{
+            kind: [c for c in comparisons if c.kind == kind]
+            for kind in sorted({c.kind for c in comparisons})
+        },
+    }
+    return ((name, members) for name, members in groups.items() if members)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.calibrate",
+        description=__doc__,
+        formatter_class=command_line.HelpFormatter,
+    )
+    parser.add_argument(
+        "--kernel", nargs="+", choices=sorted(PEERS), help="by default all"
+    )
+    parser.add_argument(
+        "--cell", nargs="+", metavar="TEXT", help="cells whose name has one of these"
+    )
+    parser.add_argument("--list", action="store_true", help="names of cells, no more")
+    parser.add_argument("--table", action="store_true", help="what is on record")
+    parser.add_argument("--again", action="store_true", help="also what is on record")
+    parser.add_argument(
+        "--libtpu",
+        metavar="RELEASE",
+        help="of the compiler, by default that of each measurement where it is stated; "
+        "some older ones take an hour for a kernel",
+    )
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="for environments and dumps, by default one in the user's cache",
+    )
+    parser.add_argument("--python", help="3.12 or newer, that makes environments")
+    parser.add_argument(
+        "--update",
+        metavar="FILE.md",
+        help=f"replace the tables between the file's two lines {MARK}",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    cells = _selected(calibration.comparable_cells(), options)
+    if options.list:
+        print(*(cell.name for cell in cells), sep="\n")
+        return 0
+    known = {c.cell: c for c in accuracy.read()} if accuracy.FILE.exists() else {}
+    failed = 0
+    if not options.table:
+        failed = _predict(cells, known, options)
+    lines = [*tables(list(known.values()))]
+    print(*lines, sep="\n")
+    if options.update:
+        environment.update_markdown(options.update, MARK, lines)
+    return 1 if failed else 0
+
+
+def _selected(cells: Iterable[Cell], options: argparse.Namespace) -> list[Cell]:
+    return [
+        cell
+        for cell in cells
+        if (not options.kernel or cell.kernel in options.kernel)
+        and (not options.cell or any(text in cell.name for text in options.cell))
+    ]
+
+
+def _predict(
+    cells: list[Cell], known: dict[str, Comparison], options: argparse.Namespace
+) -> int:
+    """Adds to what is known, and to the record; returns how many cells failed."""
+    wanted = [cell for cell in cells if options.again or cell.name not in known]
+    failed = 0
+    progress = Progress(len(wanted))
+    calls = calibration.peer_calls(cells, options.libtpu)
+    for cell in wanted:
+        try:
+            with progress.compiling(cell.name):
+                known[cell.name] = calibration.compare(
+                    cell, calls[cell.name], options.directory, options.python
+                )
+        except (RuntimeError, ValueError, SimulationError) as error:
+            failed += 1
+            print(f"{cell.name}: {error}", file=sys.stderr)
+            continue
+        accuracy.write(known.values())
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Compares this kernel with those of others: same steps, same instrument, one run.
+
+    python -m benchmarks.compare --peers rpa_v3 flywheel splash
+    python -m benchmarks.compare --peers rpa_v3 --case llama-prefill-2k-at-8k
+    python -m benchmarks.compare --update benchmarks/README.md --plot compared.png
+
+Every figure is a prediction, of this kernel and of theirs: libtpu compiles all of them,
+one release for all, and one model of time executes them. Peers are compiled from their
+published packages, with the blocks that they choose themselves and with those that are
+published for the most similar step; the faster of the two counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from benchmarks import (
+    case_options,
+    command_line,
+    compiler,
+    environment,
+    plots,
+    published,
+)
+from benchmarks.calibration import peer_blocks
+from benchmarks.cases import Case
+from benchmarks.peers.calls import PEERS, PeerCall
+from benchmarks.peers.prediction import PeerPrediction, predict_call
+from benchmarks.prediction import PREDICTED, Prediction, predict
+from benchmarks.progress import Progress
+from benchmarks.tpu_timing.scalar_memory import SimulationError
+from jax_kernels import chips
+from jax_kernels.chips import Chip
+
+MARK = "<!-- compared {table} {chip} -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One step.
+
+    Attributes:
+      ours: Prediction of this kernel.
+      peers: Of each peer its prediction, or why there is none.
+    """
+
+    ours: Prediction
+    peers: dict[str, PeerPrediction | str]
+
+    def ratio(self, peer: str) -> float | None:
+        """Time of a peer by ours: above 1, ours is faster. None if it has no time."""
+        theirs = self.peers[peer]
+        if isinstance(theirs, str):
+            return None
+        return theirs.microseconds / self.ours.result.microseconds
+
+
+def peer_call(peer: str, case: Case, chip: str, libtpu: str) -> PeerCall:
+    """The call of a peer that computes what a case does, with blocks of its own.
+
+    A peer may still refuse it when it is compiled.
+
+    Raises:
+      NotImplementedError: No call of a peer is made of such a case.
+    """
+    shape, model = case.shape, case.shape.model
+    for name, value in (
+        ("soft_cap", model.soft_cap),
+        ("sinks", model.with_sinks or None),
+        ("chunk_prefill_size", shape.chunk_prefill_size),
+    ):
+        if value is not None:
+            raise NotImplementedError(f"{name} is not compared")
+    if shape.cache_dtype != shape.q_dtype:
+        raise NotImplementedError(f"a cache of {shape.cache_dtype} is not compared")
+    return PeerCall(
+        peer=peer,
+        chip=chip,
+        num_q_heads=model.num_q_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        sequences=tuple(case.sequences),
+        dtype=shape.q_dtype,
+        causal=shape.causal,
+        window=model.sliding_window,
+        page_size=shape.page_size,
+        libtpu=libtpu,
+    )
+
+
+def candidates(call: PeerCall) -> list[PeerCall]:
+    """The call with the peer's own blocks and with those of the nearest published cell.
+
+    The nearest is the one whose head dimension, key heads and context differ least, in
+    this order.
+    """
+    longest = max(s.kv_len for s in call.sequences)
+    is_decode = all(s.q_len == 1 for s in call.sequences)
+
+    def distance(cell: published.Cell) -> tuple[float, ...]:
+        context = max(s.kv_len for step in cell.steps for s in step)
+        return (
+            abs(cell.head_dim - call.head_dim),
+            abs(cell.num_kv_heads - call.num_kv_heads),
+            abs(math.log(context / longest)),
+        )
+
+    known = [
+        cell
+        for cell in published.usable_cells()
+        if cell.kernel == call.peer
+        and cell.blocks is not None
+        and (cell.kind == "decode") == is_decode
+    ]
+    if not known:
+        return [call]
+    nearest = min(known, key=distance)
+    return [call, dataclasses.replace(call, blocks=peer_blocks(nearest))]
+
+
+def compare(
+    selected: Iterable[Case],
+    peers: list[str],
+    chip: Chip,
+    libtpu: str,
+    directory: Path | None = None,
+    python: str | None = None,
+) -> Iterator[Row]:
+    """Predicts cases and peers, one case after the other.
+
+    Args:
+      selected: The steps.
+      peers: Names of ``PEERS``.
+      chip: At its highest clock.
+      libtpu: Release that compiles the peers.
+      directory: As in ``predict_call``.
+      python: The Python that makes environments.
+    """
+    selected = list(selected)
+    progress = Progress(len(selected) * (1 + len(peers)))
+    for case in selected:
+        with progress.compiling(case.name):
+            program = compiler.compile_program(case.shape, chip.name)
+            ours = predict(case, chip, program)
+        theirs = {}
+        for peer in peers:
+            with progress.compiling(f"{peer} for {case.name}"):
+                theirs[peer] = _fastest(
+                    peer, case, chip.name, libtpu, directory, python
+                )
+        yield Row(ours, theirs)
+
+
+def _fastest(
+    peer: str,
+    case: Case,
+    chip: str,
+    libtpu: str,
+    directory: Path | None,
+    python: str | None,
+) -> PeerPrediction | str:
+    """Of the candidates; or why there is none."""
+    try:
+        tried = candidates(peer_call(peer, case, chip, libtpu))
+    except NotImplementedError as error:
+        return str(error)
+    found, errors = [], []
+    for call in tried:
+        try:
+            found.append(predict_call(call, directory, python))
+        except (RuntimeError, ValueError, SimulationError) as error:
+            errors.append(str(error))
+    if not found:
+        return errors[0].splitlines()[-1]
+    return min(found, key=lambda prediction: prediction.microseconds)
+
+
+def table(rows: Iterable[Row], peers: list[str]) -> Iterator[str]:
+    """Lines of a Markdown table as they are known; a dash is explained below it."""
+    yield (
+        "| step | ours us | " + " | ".join(f"{p} us (times ours)" for p in peers) + " |"
+    )
+    yield "|---|---|" + "---|" * len(peers)
+    reasons: dict[str, None] = {}
+    for row in rows:
+        cells = [_cell(row, peer) for peer in peers]
+        yield (
+            f"| {row.ours.case.name} | {row.ours.result.microseconds:.1f} | "
+            + " | ".join(cells)
+            + " |"
+        )
+        for peer, theirs in row.peers.items():
+            if isinstance(theirs, str):
+                reasons[f"{peer}, {row.ours.case.name}: {theirs}"] = None
+    if reasons:
+        yield ""
+        yield from (f"- {reason}" for reason in reasons)
+
+
+def _cell(row: Row, peer: str) -> str:
+    theirs, ratio = row.peers[peer], row.ratio(peer)
+    if isinstance(theirs, str) or ratio is None:
+        return "-"
+    return f"{theirs.microseconds:.1f} ({ratio:.2f})"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=command_line.HelpFormatter,
+    )
+    case_options.add_case_arguments(parser)
+    parser.add_argument(
+        "--peers", nargs="+", choices=sorted(PEERS), default=sorted(PEERS)
+    )
+    parser.add_argument("--chip", choices=chips.COMPILED, default="tpu7x", help="chip")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="for environments and dumps, by default one in the user's cache",
+    )
+    parser.add_argument("--python", help="3.12 or newer, that makes environments")
+    parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
+    parser.add_argument(
+        "--update",
+        metavar="FILE.md",
+        help="replace the table between the file's two lines "
+        + MARK.format(table="TABLE", chip="CHIP"),
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="ratios as bars; needs matplotlib"
+    )
+    options = parser.parse_args(arguments)
+    given = [bool(options.case), bool(options.table), bool(options.seqs)]
+    if sum(given) > 1:
+        parser.error("give at most one of --case, --table, --seqs")
+    if sum(given) == 0:
+        options.table = "peers"
+    if options.update and not options.table:
+        parser.error("--update: expected --table")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if options.plot:
+        plots.require_matplotlib()
+    try:
+        selected = case_options.selected_cases(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    chip = chips.COMPILED[options.chip]
+    described = environment.describe(chip.name) | {"figures": PREDICTED}
+    quiet = options.json == "-"
+    if not quiet:
+        environment.print_header("kernels side by side on one TensorCore", described)
+    rows: list[Row] = []
+
+    def kept() -> Iterator[Row]:
+        for row in compare(
+            selected,
+            options.peers,
+            chip,
+            described["libtpu"],
+            options.directory,
+            options.python,
+        ):
+            rows.append(row)
+            yield row
+
+    lines = []
+    for line in table(kept(), options.peers):
+        lines.append(line)
+        if not quiet:
+            print(line, flush=True)
+    if options.update:
+        mark = MARK.format(table=options.table, chip=chip.name)
+        lines = [environment.versions_line(described), "", *lines]
+        environment.update_markdown(options.update, mark, lines)
+    if options.plot:
+        plots.write_ratios(
+            options.plot,
+            [row.ours.case.name for row in rows],
+            {peer: [row.ratio(peer) for row in rows] for peer in options.peers},
+            f"Predicted time of other kernels by ours, {chip.name}",
+        )
+    if options.json:
+        content = {
+            "kind": "prediction",
+            "environment": described,
+            "rows": [
+                {
+                    "ours": row.ours.as_dict(),
+                    **{
+                        peer: theirs if isinstance(theirs, str) else theirs.as_dict()
+                        for peer, theirs in row.peers.items()
+                    },
+                }
+                for row in rows
+            ],
+        }
+        environment.write_json(options.json, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Side by side with other kernels; no kernel is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+
+from benchmarks import cases, compare
+from benchmarks.compare import Row, candidates, peer_call
+
+PREFILL = cases.BY_NAME["wide-prefill-8k-causal"]
+DECODE = cases.BY_NAME["llama-decode-128x8k"]
+
+
+def test_a_case_becomes_the_call_that_computes_the_same():
+    call = peer_call("rpa_v3", PREFILL, "tpu7x", "0.0.52")
+    model = PREFILL.shape.model
+    assert (call.num_q_heads, call.num_kv_heads) == (32, 8)
+    assert call.head_dim == model.head_dim
+    assert call.sequences == tuple(PREFILL.sequences)
+    assert call.libtpu == "0.0.52"
+    assert call.ideal.flops == PREFILL.ideal.flops
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("gpt-oss-decode-128x1k", "sinks"),
+        ("llama-decode-fp8-128x1k", "cache of float8_e4m3fn"),
+        ("llama-chunks:8*1/1024", "chunk_prefill_size"),
+    ],
+)
+def test_what_is_not_compared_is_said(case, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        peer_call("rpa_v3", cases.BY_NAME[case], "tpu7x", "0.0.52")
+
+
+def test_a_peer_gets_its_own_blocks_and_those_of_the_nearest_published_cell():
+    own, published = candidates(peer_call("rpa_v3", PREFILL, "tpu7x", "0.0.52"))
+    assert own.blocks == {}
+    # Of 4 and 32 key heads, 4 are nearer to 8; the context is the same.
+    assert published.blocks == {
+        "bq_sz": 256,
+        "bkv_sz": 2048,
+        "bq_csz": 128,
+        "bkv_csz": 512,
+    }
+    assert dataclasses.replace(published, blocks={}) == own
+
+
+def test_without_published_blocks_a_peer_has_its_own_only():
+    assert len(candidates(peer_call("rpa_v3", DECODE, "tpu7x", "0.0.52"))) == 1
+
+
+def _ours(microseconds: float):
+    result = types.SimpleNamespace(microseconds=microseconds)
+    return types.SimpleNamespace(case=PREFILL, result=result)
+
+
+def _theirs(microseconds: float):
+    return types.SimpleNamespace(microseconds=microseconds)
+
+
+def test_the_table_has_times_ratios_and_reasons():
+    row = Row(
+        _ours(100.0),  # pyright: ignore[reportArgumentType]
+        {"rpa_v3": _theirs(150.0), "splash": "no cache"},  # pyright: ignore[reportArgumentType]
+    )
+    lines = [*compare.table([row], ["rpa_v3", "splash"])]
+    assert lines[2] == f"| {PREFILL.name} | 100.0 | 150.0 (1.50) | - |"
+    assert lines[-1] == f"- splash, {PREFILL.name}: no cache"
+    assert row.ratio("splash") is None
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """Ours takes 100 us, a peer 300 us by its own blocks and 200 us by others."""
+
+    def predict_call(call, directory, python):
+        if call.peer == "flywheel":
+            raise RuntimeError("Traceback\nNotImplementedError: not that")
+        return _theirs(200.0 if call.blocks else 300.0)
+
+    monkeypatch.setattr(compare, "predict_call", predict_call)
+    monkeypatch.setattr(compare, "predict", lambda case, chip, program: _ours(100.0))
+    monkeypatch.setattr(compare.compiler, "compile_program", lambda shape, chip: None)
+
+
+def test_the_faster_blocks_of_a_peer_count_and_a_refusal_is_told(predicted, capsys):
+    arguments = ["--case", PREFILL.name, "--peers", "rpa_v3", "flywheel"]
+    assert compare.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "| 200.0 (2.00) | - |" in printed
+    assert f"- flywheel, {PREFILL.name}: NotImplementedError: not that" in printed
+
+
+def test_a_wrong_case_is_named(predicted, capsys):
+    assert compare.main(["--case", "nothing"]) == 2
+    assert "'nothing'" in capsys.readouterr().err
+
+
+def test_the_plot_has_a_bar_for_each_ratio(predicted, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "ratios.png"
+    arguments = ["--case", PREFILL.name, "--peers", "rpa_v3", "--plot", str(path)]
+    assert compare.main(arguments) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
