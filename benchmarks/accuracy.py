@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,14 +82,43 @@ class Range:
 
 
 def read(file: Path = FILE) -> list[Comparison]:
-    """The comparisons on record."""
-    return [Comparison(**row) for row in json.loads(file.read_text())["comparisons"]]
+    """The comparisons on record; none if there is no record.
+
+    Raises:
+      ValueError: The file is not as ``write`` leaves it.
+    """
+    if not file.exists():
+        return []
+    try:
+        rows = json.loads(file.read_text())["comparisons"]
+        return [Comparison(**row) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file.name}: expected comparisons as benchmarks.calibrate writes them, "
+            f"got a file that cannot be read ({error}); take it from the repository "
+            "again, or remove it"
+        ) from error
 
 
 def write(comparisons: Iterable[Comparison], file: Path = FILE) -> None:
-    """Writes the record; the order of the comparisons does not matter."""
+    """Writes the record; the order of the comparisons does not matter.
+
+    A write that is cut off leaves the former record.
+    """
     rows = sorted(map(dataclasses.asdict, comparisons), key=lambda row: row["cell"])
-    file.write_text(json.dumps({"comparisons": rows}, indent=1) + "\n")
+    text = json.dumps({"comparisons": rows}, indent=1) + "\n"
+    written = file.with_name(f"{file.name}.{os.getpid()}")
+    written.write_text(text)
+    written.replace(file)
+
+
+def add(comparison: Comparison, file: Path = FILE) -> None:
+    """Adds to the record, in the place of an older one of the same cell.
+
+    The record is read again, since another run may have added to it meanwhile.
+    """
+    others = [known for known in read(file) if known.cell != comparison.cell]
+    write([*others, comparison], file)
 
 
 def expected(kind: str, comparisons: Iterable[Comparison] | None = None) -> Range:
@@ -167,7 +197,7 @@ def summarize(comparisons: Iterable[Comparison]) -> Summary:
 
 @functools.lru_cache(maxsize=1)
 def _recorded() -> tuple[Comparison, ...]:
-    return tuple(read()) if FILE.exists() else ()
+    return tuple(read(FILE))
 
 
 def _quantile(ordered: list[float], position: float) -> float:

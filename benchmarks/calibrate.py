@@ -108,20 +108,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE.md",
         help=f"replace the tables between the file's two lines {MARK}",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    command_line.check_update(parser, options.update, MARK)
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     cells = _selected(calibration.comparable_cells(), options)
+    if not cells:
+        print("error: no cell has such a name; see --list", file=sys.stderr)
+        return 2
     if options.list:
         print(*(cell.name for cell in cells), sep="\n")
         return 0
-    known = {c.cell: c for c in accuracy.read()} if accuracy.FILE.exists() else {}
-    failed = 0
-    if not options.table:
-        failed = _predict(cells, known, options)
-    lines = [*tables(list(known.values()))]
+    try:
+        accuracy.read()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    failed = 0 if options.table else _predict(cells, options)
+    known = accuracy.read()
+    if not known:
+        print("error: there are no comparisons on record", file=sys.stderr)
+        return 1
+    lines = [*tables(known)]
     print(*lines, sep="\n")
     if options.update:
         environment.update_markdown(options.update, MARK, lines)
@@ -137,25 +148,25 @@ def _selected(cells: Iterable[Cell], options: argparse.Namespace) -> list[Cell]:
     ]
 
 
-def _predict(
-    cells: list[Cell], known: dict[str, Comparison], options: argparse.Namespace
-) -> int:
-    """Adds to what is known, and to the record; returns how many cells failed."""
+def _predict(cells: list[Cell], options: argparse.Namespace) -> int:
+    """Adds to the record; returns how many cells failed."""
+    known = {comparison.cell for comparison in accuracy.read()}
     wanted = [cell for cell in cells if options.again or cell.name not in known]
     failed = 0
     progress = Progress(len(wanted))
-    calls = calibration.peer_calls(cells, options.libtpu)
+    # Of all cells, so that the program of one does not depend on which are chosen.
+    calls = calibration.peer_calls(calibration.comparable_cells(), options.libtpu)
     for cell in wanted:
         try:
             with progress.compiling(cell.name):
-                known[cell.name] = calibration.compare(
+                comparison = calibration.compare(
                     cell, calls[cell.name], options.directory, options.python
                 )
-        except (RuntimeError, ValueError, SimulationError) as error:
+        except (RuntimeError, ValueError, OSError, SimulationError) as error:
             failed += 1
             print(f"{cell.name}: {error}", file=sys.stderr)
             continue
-        accuracy.write(known.values())
+        accuracy.add(comparison)
     return failed
 
 

@@ -11,7 +11,12 @@ from jax_kernels.contract.cache import CACHE_DTYPES
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that choose cases; ``selected_cases`` reads them."""
     choice = parser.add_argument_group("which steps")
-    choice.add_argument("--case", nargs="+", metavar="NAME", help="see --list")
+    choice.add_argument(
+        "--case",
+        nargs="+",
+        metavar="NAME",
+        help="steps by name; benchmarks.predict --list has the names",
+    )
     choice.add_argument(
         "--table",
         nargs="?",

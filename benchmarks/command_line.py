@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from benchmarks import environment
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the description as it is written, and shows the default of each option.
@@ -21,3 +23,19 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         ):
             return action.help
         return f"{action.help} (default: %(default)s)".lstrip()
+
+
+def check_update(parser: argparse.ArgumentParser, file: str | None, mark: str) -> None:
+    """Ends the program if ``--update`` could not write a table, before it is made.
+
+    Args:
+      parser: Whose option it is.
+      file: Its value, or None.
+      mark: As in ``environment.update_markdown``.
+    """
+    if file is None:
+        return
+    try:
+        environment.check_markdown(file, mark)
+    except ValueError as error:
+        parser.error(f"--update: {error}")

@@ -7,7 +7,8 @@
 Every figure is a prediction, of this kernel and of theirs: libtpu compiles all of them,
 one release for all, and one model of time executes them. Peers are compiled from their
 published packages, with the blocks that they choose themselves and with those that are
-published for the most similar step; the faster of the two counts.
+published for the most similar step; the faster of the two counts. Without --case,
+--table and --seqs, the steps are those of the table `peers`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from benchmarks.tpu_timing.scalar_memory import SimulationError
 from jax_kernels import chips
 from jax_kernels.chips import Chip
 
+# Peers as they are today: the others are older releases of the same kernels.
+PRESENT = [name for name, peer in PEERS.items() if peer.kernel is None]
 MARK = "<!-- compared {table} {chip} -->"
 
 
@@ -173,7 +176,7 @@ def _fastest(
     for call in tried:
         try:
             found.append(predict_call(call, directory, python))
-        except (RuntimeError, ValueError, SimulationError) as error:
+        except (RuntimeError, ValueError, OSError, SimulationError) as error:
             errors.append(str(error))
     if not found:
         return errors[0].splitlines()[-1]
@@ -217,9 +220,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     case_options.add_case_arguments(parser)
     parser.add_argument(
-        "--peers", nargs="+", choices=sorted(PEERS), default=sorted(PEERS)
+        "--peers",
+        nargs="+",
+        choices=sorted(PEERS),
+        default=PRESENT,
+        help=f"which kernels, by default {', '.join(PRESENT)}",
     )
-    parser.add_argument("--chip", choices=chips.COMPILED, default="tpu7x", help="chip")
+    parser.add_argument(
+        "--chip", choices=chips.COMPILED, default="tpu7x", help="where they would run"
+    )
     parser.add_argument(
         "--directory",
         type=Path,
@@ -245,7 +254,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         options.table = "peers"
     if options.update and not options.table:
         parser.error("--update: expected --table")
+    command_line.check_update(parser, options.update, _mark(options))
     return options
+
+
+def _mark(options: argparse.Namespace) -> str:
+    return MARK.format(table=options.table, chip=options.chip)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -282,9 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not quiet:
             print(line, flush=True)
     if options.update:
-        mark = MARK.format(table=options.table, chip=chip.name)
         lines = [environment.versions_line(described), "", *lines]
-        environment.update_markdown(options.update, mark, lines)
+        environment.update_markdown(options.update, _mark(options), lines)
     if options.plot:
         plots.write_ratios(
             options.plot,

@@ -46,11 +46,27 @@ def update_markdown(path: str, mark: str, lines: list[str]) -> None:
     Raises:
       ValueError: The file has not two.
     """
+    parts = _split_markdown(path, mark)
+    parts[1] = "\n\n" + "\n".join(lines) + "\n\n"
+    Path(path).write_text(mark.join(parts))
+
+
+def check_markdown(path: str, mark: str) -> None:
+    """Checks that ``update_markdown`` will find its place, before what takes long.
+
+    Raises:
+      ValueError: There is no such file, or it has not two lines that are the mark.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: expected a file with 2 lines {mark}, got none")
+    _split_markdown(path, mark)
+
+
+def _split_markdown(path: str, mark: str) -> list[str]:
     parts = Path(path).read_text().split(mark)
     if len(parts) != 3:
         raise ValueError(f"{path}: expected 2 lines {mark}, got {len(parts) - 1}")
-    parts[1] = "\n\n" + "\n".join(lines) + "\n\n"
-    Path(path).write_text(mark.join(parts))
+    return parts
 
 
 def _version(name: str) -> str:

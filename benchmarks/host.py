@@ -34,7 +34,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-from benchmarks import environment, timing
+from benchmarks import command_line, environment, timing
 from benchmarks.host_worker import WAYS
 
 MARK = "<!-- measured host -->"
@@ -199,6 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.layers < 1 or options.rounds < 1:
         parser.error("--steps, --layers and --rounds: expected at least 1")
+    command_line.check_update(parser, options.update, MARK)
     try:
         return _run(options)
     except Failed as failed:

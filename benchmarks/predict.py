@@ -170,7 +170,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("give exactly one of --case, --table, --seqs (or --list)")
     if options.update and not options.table:
         parser.error("--update: expected --table")
+    command_line.check_update(parser, options.update, _mark(options))
     return options
+
+
+def _mark(options: argparse.Namespace) -> str:
+    return f"<!-- predicted {options.table} {options.chip} -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -203,8 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         plots.write(options.plot, chip, predictions, curves)
     if options.update:
         lines = [environment.versions_line(described), "", *table(predictions)]
-        mark = f"<!-- predicted {options.table} {chip.name} -->"
-        environment.update_markdown(options.update, mark, lines)
+        environment.update_markdown(options.update, _mark(options), lines)
     if options.baseline:
         environment.write_json(options.baseline, baseline(predictions, described))
     if options.json:

@@ -63,6 +63,7 @@ def compile_call(
       ValueError: There is no Python that the peer needs.
       RuntimeError: Installation or compilation failed, or the latter took more than
         ``MAX_SECONDS``.
+      OSError: The directory cannot be written to.
     """
     home = Path(directory or environments.default_directory())
     request = call.request()
@@ -79,8 +80,9 @@ def compile_call(
         with_peer = environments.make(
             call.peer, call.libtpu, home / "environments", python
         )
-        is_new = not any(program.glob("*/call.json"))
-        _run_script(call, {**request, "compile": is_new}, dump, folder, with_peer)
+        with environments.held(program):
+            is_new = not any(program.glob("*/call.json"))
+            _run_script(call, {**request, "compile": is_new}, dump, folder, with_peer)
     written = json.loads((folder / "call.json").read_text())
     kernels = tuple(written["kernels"])
     with np.load(folder / "operands.npz") as arrays:

@@ -6,13 +6,15 @@ imported here. All that decides what is compiled is pinned.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PYTHON = (3, 12)  # the oldest that the pinned releases take
@@ -100,6 +102,7 @@ def make(
     Raises:
       ValueError: No such environment, or no such Python.
       RuntimeError: An installation failed; the last words of pip are in the message.
+      OSError: The directory cannot be written to.
     """
     if name not in ENVIRONMENTS:
         raise ValueError(f"name: expected one of {sorted(ENVIRONMENTS)}, got {name!r}")
@@ -107,19 +110,34 @@ def make(
     pins = environment.pins(libtpu)
     place = Path(directory or default_directory()) / "-".join([name, pins[-1]])
     made = place / "bin" / "python"
-    if _read_pins(place) == pins and made.exists():
+    if _is_whole(place, pins):
         return made
     base = find_python(python)
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _run([base, "-m", "venv", str(place)])
-    alone = set(environment.alone)
-    _install(made, [pin for pin in pins if pin not in alone])
-    if alone:
-        _install(made, ["--no-deps", *environment.alone])
-    # Last, so that an installation that was cut off is not taken for a whole one.
-    (place / _PINS).write_text(json.dumps(pins))
+    with held(place):
+        if _is_whole(place, pins):  # made by another process meanwhile
+            return made
+        shutil.rmtree(place, ignore_errors=True)
+        _run([base, "-m", "venv", str(place)])
+        alone = set(environment.alone)
+        _install(made, [pin for pin in pins if pin not in alone])
+        if alone:
+            _install(made, ["--no-deps", *environment.alone])
+        # Last, so that an installation that was cut off is not taken for a whole one.
+        (place / _PINS).write_text(json.dumps(pins))
     return made
+
+
+@contextlib.contextmanager
+def held(place: Path) -> Iterator[None]:
+    """Within it no other process holds the same place, which need not be there yet.
+
+    Raises:
+      OSError: The directory of the place cannot be written to.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f"{place.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def find_python(named: str | None = None) -> str:
@@ -168,11 +186,12 @@ def _shown(version: tuple[int, int] | None) -> str:
     return ".".join(map(str, version)) if version else "does not run"
 
 
-def _read_pins(place: Path) -> list[str] | None:
+def _is_whole(place: Path, pins: list[str]) -> bool:
     try:
-        return json.loads((place / _PINS).read_text())
+        installed = json.loads((place / _PINS).read_text())
     except (OSError, ValueError):
-        return None
+        return False
+    return installed == pins and (place / "bin" / "python").exists()
 
 
 def _install(python: Path, requirements: Iterable[str]) -> None:
@@ -180,9 +199,14 @@ def _install(python: Path, requirements: Iterable[str]) -> None:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_INSTALL_SECONDS
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_INSTALL_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            f"{' '.join(command)} took more than {_INSTALL_SECONDS} seconds"
+        ) from error
     if done.returncode:
         raise RuntimeError(
             f"{' '.join(command)} failed with exit status {done.returncode}:\n"

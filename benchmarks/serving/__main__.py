@@ -25,7 +25,7 @@ import os
 import sys
 from typing import Any
 
-from benchmarks import environment
+from benchmarks import command_line, environment
 from benchmarks.serving import comparison, jobs
 from benchmarks.serving.jobs import LONGEST_TEXT, SCENARIOS, SHORTEST
 
@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not low <= value <= high:
             option = name.replace("_", "-")
             parser.error(f"--{option}: expected {low} to {high}, got {value}")
+    command_line.check_update(parser, options.update, MARK)
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import torch

@@ -81,6 +81,30 @@ def test_the_record_is_read_as_it_was_written(tmp_path):
     assert accuracy.read(file) == known
 
 
+def test_a_comparison_takes_the_place_of_an_older_one_of_its_cell(tmp_path):
+    file = tmp_path / "calibration.json"
+    first, second = comparisons("decode", 1.1, 0.9)
+    accuracy.add(first, file)
+    accuracy.add(second, file)
+    accuracy.add(dataclasses.replace(first, published_us=120.0), file)
+    assert [c.ratio for c in accuracy.read(file)] == pytest.approx([1.2, 0.9])
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_record_that_is_not_there_is_empty(tmp_path):
+    assert accuracy.read(tmp_path / "calibration.json") == []
+
+
+@pytest.mark.parametrize(
+    "text", ['{"comparisons": [{"cell', "{}", '{"comparisons": 1}']
+)
+def test_a_record_that_is_cut_off_is_named(tmp_path, text):
+    file = tmp_path / "calibration.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"calibration\.json: expected comparisons"):
+        accuracy.read(file)
+
+
 @pytest.mark.parametrize(
     ("microseconds", "sequences", "head_dim", "kind"),
     [

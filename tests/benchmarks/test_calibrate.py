@@ -87,7 +87,7 @@ def record(monkeypatch, tmp_path):
     file = tmp_path / "calibration.json"
     monkeypatch.setattr(accuracy, "FILE", file)
     monkeypatch.setattr(accuracy.read, "__defaults__", (file,))
-    monkeypatch.setattr(accuracy.write, "__defaults__", (file,))
+    monkeypatch.setattr(accuracy.add, "__defaults__", (file,))
     return file
 
 
@@ -116,6 +116,72 @@ def test_a_cell_that_fails_is_named_and_the_others_are_compared(
     assert calibrate.main(["--kernel", "rpa_v3", "--cell", *names]) == 1
     assert f"{PREFILL.name}: no compiler" in capsys.readouterr().err
     assert len(accuracy.read(record)) == 1
+
+
+def test_what_another_run_adds_meanwhile_stays(record, predicted, monkeypatch):
+    working = calibration.predict_call
+
+    def predict_call(*arguments, **options):
+        accuracy.add(_compare_with(working, DECODE))
+        return working(*arguments, **options)
+
+    monkeypatch.setattr(calibration, "predict_call", predict_call)
+    names = ["--kernel", "rpa_v3", "--cell", "32/4x256 8192/8192"]
+    assert calibrate.main(names) == 0
+    assert {c.cell for c in accuracy.read(record)} == {PREFILL.name, DECODE.name}
+
+
+def _compare_with(predict_call, cell: published.Cell) -> Comparison:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "predict_call", predict_call)
+        return _compare(cell)
+
+
+def test_a_program_does_not_depend_on_which_cells_are_chosen(record, monkeypatch):
+    capacities = []
+
+    def compare(cell, calls, directory, python):
+        capacities.append(calls[0].capacity)
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(calibration, "compare", compare)
+    assert calibrate.main(["--cell", DECODE.name]) == 1
+    everything = calibration.peer_calls(CELLS.values())
+    assert capacities == [everything[DECODE.name][0].capacity]
+    assert capacities != [calibration.peer_calls([DECODE])[DECODE.name][0].capacity]
+
+
+@pytest.mark.parametrize("option", [[], ["--list"], ["--table"]])
+def test_a_name_of_no_cell_is_an_error(record, option, capsys):
+    assert calibrate.main(["--cell", "nothing", *option]) == 2
+    assert "no cell has such a name" in capsys.readouterr().err
+
+
+def test_a_record_that_is_cut_off_is_told_before_anything_is_compiled(
+    record, predicted, capsys
+):
+    record.write_text('{"comp')
+    assert calibrate.main(["--cell", DECODE.name]) == 2
+    assert "calibration.json: expected comparisons" in capsys.readouterr().err
+    assert not predicted
+
+
+def test_a_table_of_nothing_is_an_error(record, capsys):
+    assert calibrate.main(["--table"]) == 1
+    assert "no comparisons on record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "no marks"])
+def test_where_the_tables_go_is_checked_first(
+    record, predicted, capsys, tmp_path, text
+):
+    page = tmp_path / "page.md"
+    if text:
+        page.write_text(text)
+    with pytest.raises(SystemExit):
+        calibrate.main(["--cell", DECODE.name, "--update", str(page)])
+    assert f"--update: {page}: expected" in capsys.readouterr().err
+    assert not predicted
 
 
 def test_the_tables_have_groups_ranges_and_every_comparison(predicted):

@@ -101,6 +101,27 @@ def test_a_wrong_case_is_named(predicted, capsys):
     assert "'nothing'" in capsys.readouterr().err
 
 
+def test_where_the_table_goes_is_checked_first(predicted, capsys, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- compared main tpu7x -->")
+    with pytest.raises(SystemExit):
+        compare.main(["--update", str(page)])
+    assert "2 lines <!-- compared peers tpu7x -->, got 0" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_is_told(predicted, monkeypatch, capsys):
+    def predict_call(call, directory, python):
+        raise PermissionError(13, "Permission denied", "/cache")
+
+    monkeypatch.setattr(compare, "predict_call", predict_call)
+    assert compare.main(["--case", PREFILL.name, "--peers", "rpa_v3"]) == 0
+    assert "Permission denied: '/cache'" in capsys.readouterr().out
+
+
+def test_older_releases_are_compared_only_when_asked_for():
+    assert compare.parse_arguments([]).peers == ["rpa_v3", "flywheel", "splash"]
+
+
 def test_the_plot_has_a_bar_for_each_ratio(predicted, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "ratios.png"

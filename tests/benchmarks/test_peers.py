@@ -3,6 +3,7 @@
 One extended test installs a peer and predicts a call of it.
 """
 
+import fcntl
 import importlib
 import json
 import sys
@@ -88,6 +89,24 @@ def test_an_environment_with_other_pins_or_cut_off_is_made_anew(
     assert sum("venv" in command for command in installations) == 3
 
 
+def test_an_environment_is_made_by_one_process_at_a_time(
+    installations, tmp_path, monkeypatch
+):
+    run = environments._run
+
+    def nested(command):
+        monkeypatch.setattr(environments, "_run", run)
+        lock = next(tmp_path.glob("*.lock"))
+        with lock.open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        run(command)
+
+    monkeypatch.setattr(environments, "_run", nested)
+    environments.make("splash", directory=tmp_path, python="py")
+    with next(tmp_path.glob("*.lock")).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_an_unknown_environment_is_refused():
     with pytest.raises(
         ValueError, match=r"name: expected one of .*'rpa_v3'.*, got 'x'"
@@ -117,6 +136,13 @@ def test_a_python_is_looked_for(monkeypatch):
 def test_a_failed_installation_shows_the_last_words():
     command = [sys.executable, "-c", "import sys; sys.exit('no such release')"]
     with pytest.raises(RuntimeError, match=r"exit status 1:\nno such release"):
+        environments._run(command)
+
+
+def test_an_installation_that_does_not_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(environments, "_INSTALL_SECONDS", 0.1)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(RuntimeError, match=r"took more than 0\.1 seconds"):
         environments._run(command)
 
 

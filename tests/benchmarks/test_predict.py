@@ -200,6 +200,12 @@ def test_update_of_a_file_without_marks_is_an_error(tmp_path):
     assert path.read_text() == "nothing"
 
 
+def test_update_is_checked_before_anything_is_compiled(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["--table", "--update", str(tmp_path / "page.md")])
+    assert "page.md: expected a file with 2 lines" in capsys.readouterr().err
+
+
 def test_update_needs_a_table(capsys):
     with pytest.raises(SystemExit):
         predict.main(["--case", DECODE, "--update", "unused.md"])
