@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from benchmarks import published
 from benchmarks.accuracy import Comparison
@@ -57,27 +56,10 @@ def _peer_call(
         causal=cell.causal,
         window=cell.window,
         sequences=sequences,
-        blocks=peer_blocks(cell),
+        blocks=cell.blocks or {},
         libtpu=libtpu or cell.source.versions.get("libtpu"),
         page_size=cell.page_size or DEFAULT_PAGE_SIZE,
     )
-
-
-def peer_blocks(cell: Cell) -> dict[str, Any]:
-    """The blocks of a cell by the names that the peer has for them."""
-    blocks = dict(cell.blocks or {})
-    if cell.kernel != "splash" or not blocks:
-        return blocks
-    layouts = str(blocks.pop("layouts"))
-    uses_scheduler, diagonal_grid = blocks.pop("scheduler"), blocks.pop("diagonal_grid")
-    for name, letter in zip("qkv", layouts, strict=True):
-        blocks[f"{name}_layout"] = {"h": "HEAD_DIM_MINOR", "s": "SEQ_MINOR"}[letter]
-    if uses_scheduler:
-        blocks["use_experimental_scheduler"] = True
-    if diagonal_grid:
-        blocks["qk_diag_grid"] = diagonal_grid
-        blocks |= {"qk_diag_skip": True, "sv_diag_skip": True}
-    return blocks
 
 
 def compare(

@@ -28,7 +28,6 @@ from benchmarks import (
     plots,
     published,
 )
-from benchmarks.calibration import peer_blocks
 from benchmarks.cases import Case
 from benchmarks.peers.calls import PEERS, PeerCall
 from benchmarks.peers.prediction import PeerPrediction, predict_call
@@ -123,7 +122,7 @@ def candidates(call: PeerCall) -> list[PeerCall]:
     if not known:
         return [call]
     nearest = min(known, key=distance)
-    return [call, dataclasses.replace(call, blocks=peer_blocks(nearest))]
+    return [call, dataclasses.replace(call, blocks=nearest.blocks or {})]
 
 
 def compare(

@@ -213,25 +213,9 @@ def test_predictions_hold():
         assert 0.93 <= of_kernel.bias <= 1.07, kernel
 
 
-def test_blocks_of_splash_become_fields_of_its_configuration():
-    cell = CELLS["splash tpu7x 32/4x256 8192/8192 (flywheel_v7x)"]
-    assert calibration.peer_blocks(cell) == {
-        "block_q": 1024,
-        "block_kv": 1024,
-        "block_kv_compute": 256,
-        "num_stacked_q_heads": 4,
-        "q_layout": "HEAD_DIM_MINOR",
-        "k_layout": "SEQ_MINOR",
-        "v_layout": "HEAD_DIM_MINOR",
-        "use_experimental_scheduler": True,
-    }
-    short = calibration.peer_blocks(
-        CELLS["splash tpu7x 32/4x256 2048/2048 (flywheel_v7x)"]
-    )
-    assert "use_experimental_scheduler" not in short
-    assert short["qk_diag_grid"] == 4
-    assert short["qk_diag_skip"]
-    assert short["sv_diag_skip"]
+def test_calls_have_the_blocks_of_their_cells():
+    for name, calls in calibration.peer_calls(CELLS.values()).items():
+        assert all(call.blocks == (CELLS[name].blocks or {}) for call in calls)
 
 
 def test_another_compiler_can_be_asked_for():

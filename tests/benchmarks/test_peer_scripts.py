@@ -13,6 +13,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks import published
 from benchmarks.peers import calls, environments, prediction
 from benchmarks.peers.calls import PeerCall
 from benchmarks.tpu_timing.workloads import parse_sequences
@@ -234,6 +235,12 @@ def test_the_configuration_of_splash(splash):
     assert (config.qk_diag_skip, config.sv_diag_skip) == (True, True)
     assert config.qk_diag_grid == 4
     assert [a.shape for a in arguments] == [(8, 512, 256), (2, 512, 256), (2, 512, 128)]
+
+
+def test_published_blocks_are_those_that_splash_takes(splash):
+    for cell in published.usable_cells():
+        if cell.kernel == "splash" and cell.blocks is not None:
+            assert tuple(cell.blocks) == splash.BLOCKS
 
 
 def test_splash_skips_nothing_of_the_diagonal_unasked(splash):
