@@ -22,8 +22,9 @@ FILE = Path(__file__).with_name("calibration.json")
 
 # Of the comparisons of a kind, how many lie within the range that is printed.
 COVERED = 0.9
-# Fewer comparisons than that say nothing of a kind: those of all kinds are taken.
-FEWEST = 4
+# Fewer comparisons than that say little of a kind: those of all kinds are taken. Even
+# with ten, one further time in five is outside of all of them.
+FEWEST = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,8 @@ def expected(kind: str, comparisons: Iterable[Comparison] | None = None) -> Rang
 def kind_of(microseconds: float, sequences: Iterable[Sequence], head_dim: int) -> str:
     """The kind of a step, by the rule of ``published.Cell.kind``.
 
-    A head dimension of which nothing is published counts as the nearest one below.
+    A head dimension of which nothing is published counts as the nearest one below, or
+    as the smallest.
 
     Args:
       microseconds: Predicted time.

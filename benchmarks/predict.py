@@ -108,7 +108,7 @@ def details(prediction: Prediction) -> str:
             f"MBU {shares['mbu']:.1%}, MFU {shares['mfu']:.1%} of at most "
             f"{prediction.cap:.0%}; "
             f"bound of the chip {shares['ideal_microseconds']:.1f} us",
-            f"  a measured time is expected between {_expected_us(prediction)} us: "
+            f"  a measured time is expected from {_expected_us(prediction)} us: "
             f"{expected.count} published times ({expected.of}) were {expected} times "
             f"their predictions.{_clock_in_words(prediction)}",
             report.as_text(prediction.result),

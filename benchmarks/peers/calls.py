@@ -28,8 +28,8 @@ class Peer:
       name: Of its environment.
       kernel: Of its script ``compile_KERNEL.py``, which may serve several releases;
         ``name`` if None.
-      is_paged: Whether keys and values are in pages. Such a kernel also writes new ones
-        to them.
+      is_paged: Whether keys and values are always in pages. Such a kernel also writes
+        new ones to them.
       has_traced_lengths: Whether one program serves all lengths that fit its capacity.
       vector_results: What values that its kernels read back from the vector unit are
         assumed to be, see ``tpu_timing.Machine``; None if they read none.
@@ -144,7 +144,9 @@ class PeerCall:
             list(self.sequences),
             self.causal,
             self.window,
-            writes_cache=PEERS[self.peer].is_paged,
+            # Cached tokens of a peer without pages are in pages as well.
+            writes_cache=PEERS[self.peer].is_paged
+            or any(s.q_len < s.kv_len for s in self.sequences),
         )
 
     def request(self) -> dict:
@@ -215,8 +217,21 @@ def _check(call: PeerCall) -> None:
     ):
         if value not in known:
             raise ValueError(f"{name}: expected one of {sorted(known)}, got {value!r}")
+    for name, size in (
+        ("num_q_heads", call.num_q_heads),
+        ("num_kv_heads", call.num_kv_heads),
+        ("head_dim", call.head_dim),
+        ("v_head_dim", call.v_head_dim),
+        ("window", call.window),
+        ("page_size", call.page_size),
+    ):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
     if not call.sequences:
         raise ValueError("sequences: expected one or more, got none")
+    for sequence in call.sequences:
+        if not 0 < sequence.q_len <= sequence.kv_len:
+            raise ValueError(f"sequences: expected 0 < q_len <= kv_len, got {sequence}")
     is_decode = [s.q_len == 1 for s in call.sequences]
     if is_decode != sorted(is_decode, reverse=True):
         raise ValueError(

@@ -172,6 +172,11 @@ def test_a_request_is_what_json_has():
             {"sequences": (Sequence(2, 2), Sequence(1, 9))},
             r"sequences: expected those with one new token first, got \[2, 1\]",
         ),
+        ({"sequences": (Sequence(0, 2),)}, "sequences: expected 0 < q_len <= kv_len"),
+        ({"sequences": (Sequence(3, 2),)}, r"q_len <= kv_len, got .*q_len=3"),
+        ({"num_kv_heads": 0}, "num_kv_heads: expected at least 1, got 0"),
+        ({"window": 0}, "window: expected at least 1, got 0"),
+        ({"page_size": 0}, "page_size: expected at least 1, got 0"),
         ({"num_kv_heads": 5}, "num_q_heads: expected a multiple of num_kv_heads=5"),
         (
             {"capacity": Capacity(64, 1, 1)},
@@ -225,6 +230,12 @@ def test_values_may_be_narrower_than_keys():
 def test_paged_calls_write_new_keys_and_values():
     call = call_of("8/8")
     assert call.ideal.write_bytes == 8 * (32 + 2 * 4) * 256 * 2
+
+
+def test_without_a_cache_only_outputs_are_written():
+    assert call_of("8/8", peer="flywheel").ideal.write_bytes == 8 * 32 * 256 * 2
+    cached = call_of("8/64", peer="flywheel")
+    assert cached.ideal == call_of("8/64").ideal
 
 
 # --- the script of RPA v3 ----------------------------------------------------
