@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.tpu_timing import workloads
 from benchmarks.tpu_timing.workloads import Sequence
-from jax_kernels.contract.cache import ITEMSIZES
+from jax_kernels.contract.cache import ITEMSIZES, check_page_size
 
 # After four scalars, queries, keys, values and the cache.
 SINKS_OPERAND = 8
@@ -124,6 +124,13 @@ class Case:
 
     def __post_init__(self):
         sequences, shape = self.sequences, self.shape
+        check_page_size(shape.page_size)
+        is_decode = [s.q_len == 1 for s in sequences]
+        if is_decode != sorted(is_decode, reverse=True):
+            raise ValueError(
+                "sequences: expected those with one new token first, got "
+                f"{self.lengths!r}"
+            )
         tokens = sum(s.q_len for s in sequences)
         longest = max(s.kv_len for s in sequences)
         for name, need, has in (
@@ -166,6 +173,7 @@ def fitted(name: str, model: Model, lengths: str, **static: Any) -> Case:
     """A case whose program is no larger than its lengths need, unless told."""
     sequences = workloads.parse_sequences(lengths)
     page_size = static.get("page_size", 128)
+    check_page_size(page_size)
     longest = max(s.kv_len for s in sequences)
     sizes = {
         "num_tokens": sum(s.q_len for s in sequences),

@@ -188,22 +188,26 @@ def main(arguments: list[str] | None = None) -> int:
         plots.require_matplotlib()
     try:
         selected = case_options.selected_cases(options)
+        dma_model = DmaModel(
+            latency_s=options.latency_us * 1e-6,
+            descriptor_s=options.descriptor_ns * 1e-9,
+            efficiency=options.efficiency,
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     chip = chips.COMPILED[options.chip]
-    dma_model = DmaModel(
-        latency_s=options.latency_us * 1e-6,
-        descriptor_s=options.descriptor_ns * 1e-9,
-        efficiency=options.efficiency,
-    )
     described = environment.describe(chip.name) | {"figures": PREDICTED}
     quiet = options.json == "-"
     if not quiet:
         environment.print_header("time of a step on one TensorCore", described)
     stream = predict_all(selected, chip, dma_model, both_clocks=True)
-    predictions = _collect(stream, options, quiet)
-    curves = _follow_up(selected[0], chip, dma_model, options, quiet)
+    try:
+        predictions = _collect(stream, options, quiet)
+        curves = _follow_up(selected[0], chip, dma_model, options, quiet)
+    except RuntimeError as error:  # of the compiler, or of what the kernel refuses
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if options.plot:
         plots.write(options.plot, chip, predictions, curves)
     if options.update:

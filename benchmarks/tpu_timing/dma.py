@@ -14,6 +14,7 @@ Fetches of instructions are transfers like the others.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -33,6 +34,17 @@ class DmaModel:
     min_bytes: int = 512
     min_piece_bytes: int = 512
     free_spills: bool = False  # what if scalar spills to HBM took no time
+
+    def __post_init__(self) -> None:
+        if not 0 < self.efficiency <= 1:
+            raise ValueError(
+                f"efficiency: expected more than 0 and at most 1, got {self.efficiency}"
+            )
+        for name in ("latency_s", "descriptor_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}: expected at least 0, got {getattr(self, name)}"
+                )
 
 
 @dataclass

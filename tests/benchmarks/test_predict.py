@@ -111,12 +111,31 @@ def test_trace_is_a_chrome_trace(toy_compiler, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--case", "nothing"], ["--seqs", "1"], ["--seqs", "9/3"]]
+    "arguments",
+    [
+        ["--case", "nothing"],
+        ["--seqs", "1"],
+        ["--seqs", "9/3"],
+        ["--seqs", "16/128,1/128"],
+        ["--seqs", "1/128", "--page-size", "0"],
+        ["--seqs", "1/128", "--page-size", "12"],
+        ["--seqs", "1/128", "--efficiency", "0"],
+        ["--seqs", "1/128", "--latency-us", "-1"],
+    ],
 )
 def test_bad_cases_are_named_on_one_line(toy_compiler, arguments, capsys):
     assert predict.main(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert toy_compiler == []
+
+
+def test_what_the_compiler_refuses_is_told_without_a_traceback(monkeypatch, capsys):
+    def compile_program(shape, chip):
+        raise RuntimeError("compiling failed:\nValueError: q: expected other heads")
+
+    monkeypatch.setattr(predict.compiler, "compile_program", compile_program)
+    assert predict.main(["--case", DECODE]) == 2
+    assert "error: compiling failed:\nValueError: q" in capsys.readouterr().err
 
 
 def test_exactly_one_choice_of_cases(capsys):
