@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.host",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=command_line.HelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=200, help="of each way")
     parser.add_argument("--rounds", type=int, default=10, help="that share the steps")

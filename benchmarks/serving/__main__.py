@@ -95,20 +95,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=command_line.HelpFormatter,
     )
     described = "; ".join(f"{name}: {text}" for name, text in SCENARIOS.items())
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, help=described)
-    parser.add_argument("--device", nargs="+", choices=DEVICES, help="default: both")
+    parser.add_argument("--device", nargs="+", choices=DEVICES, help="by default both")
     parser.add_argument("--requests", type=int, default=32, help="on CPU tensors")
-    parser.add_argument("--max-new-tokens", type=int, default=LONGEST_TEXT)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=LONGEST_TEXT, help="of a request there"
+    )
     parser.add_argument(
         "--xla-requests",
         type=int,
         default=6,
         help="on the XLA device, where model.generate compiles every step",
     )
-    parser.add_argument("--xla-max-new-tokens", type=int, default=16)
+    parser.add_argument(
+        "--xla-max-new-tokens", type=int, default=16, help="of a request there"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed, after one more")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")

@@ -5,8 +5,9 @@ import io
 
 import pytest
 
-from benchmarks import measure, predict, sweep, tune
+from benchmarks import compare, host, measure, predict, sweep, tune
 from benchmarks.progress import CLEAR_LINE, Progress
+from benchmarks.serving import __main__ as serving
 
 
 class Clock:
@@ -91,7 +92,10 @@ def test_the_line_is_gone_after_an_error_too():
     ("main", "defaults"),
     [
         (predict.main, ("tpu7x", "32", "8", "128", "bfloat16", "1.0", "0.0", "0.92")),
+        (compare.main, ("tpu7x", "32", "8", "128", "bfloat16")),
         (sweep.main, ("tpu7x",)),
+        (host.main, ("200", "10", "8")),
+        (serving.main, ("32", "96", "6", "16", "3", "1")),
         (tune.main, ("1", "tune.jsonl", "32", "8", "128", "bfloat16")),
         (measure.main, ("3", "20", "8", "32", "128", "bfloat16")),
     ],
