@@ -89,12 +89,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="names of cells, no more")
     parser.add_argument("--table", action="store_true", help="what is on record")
-    parser.add_argument("--again", action="store_true", help="also what is on record")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="also what is on record, with the release of libtpu that is on record",
+    )
     parser.add_argument(
         "--libtpu",
         metavar="RELEASE",
-        help="of the compiler, by default that of each measurement where it is stated; "
-        "some older ones take an hour for a kernel",
+        help="of the compiler, by default that on record, or that of the measurement "
+        "where it is stated; some older ones take an hour for a kernel",
     )
     parser.add_argument(
         "--directory",
@@ -150,12 +154,15 @@ def _selected(cells: Iterable[Cell], options: argparse.Namespace) -> list[Cell]:
 
 def _predict(cells: list[Cell], options: argparse.Namespace) -> int:
     """Adds to the record; returns how many cells failed."""
-    known = {comparison.cell for comparison in accuracy.read()}
-    wanted = [cell for cell in cells if options.again or cell.name not in known]
+    releases = {known.cell: known.libtpu for known in accuracy.read()}
+    wanted = [cell for cell in cells if options.again or cell.name not in releases]
     failed = 0
     progress = Progress(len(wanted))
     # Of all cells, so that the program of one does not depend on which are chosen.
-    calls = calibration.peer_calls(calibration.comparable_cells(), options.libtpu)
+    everything = calibration.comparable_cells()
+    if options.libtpu:
+        releases = {cell.name: options.libtpu for cell in everything}
+    calls = calibration.peer_calls(everything, releases)
     for cell in wanted:
         try:
             with progress.compiling(cell.name):

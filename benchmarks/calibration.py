@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchmarks import published
@@ -19,7 +19,7 @@ CLOCKS = {"locked": "highest", "default": "default", "not stated": "default"}
 
 
 def peer_calls(
-    cells: Iterable[Cell], libtpu: str | None = None
+    cells: Iterable[Cell], releases: Mapping[str, str] | None = None
 ) -> dict[str, list[PeerCall]]:
     """By the name of a cell, the calls whose times it adds up.
 
@@ -28,13 +28,14 @@ def peer_calls(
 
     Args:
       cells: Whose program is known.
-      libtpu: Release of the compiler; that of the measurement, as far as stated, if
-        None.
+      releases: Of the compiler, by the name of a cell; for others it is that of the
+        measurement, as far as stated.
     """
     cells = list(cells)
+    releases = releases or {}
     shared = iter(
         sharing_programs(
-            _peer_call(cell, sequences, libtpu)
+            _peer_call(cell, sequences, releases.get(cell.name))
             for cell in cells
             for sequences in cell.steps
         )

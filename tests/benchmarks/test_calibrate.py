@@ -220,8 +220,20 @@ def test_calls_have_the_blocks_of_their_cells():
 
 
 def test_another_compiler_can_be_asked_for():
-    (call,) = calibration.peer_calls([PREFILL], "0.0.52")[PREFILL.name]
-    assert call.libtpu == "0.0.52"
+    calls = calibration.peer_calls([PREFILL, DECODE], {PREFILL.name: "0.0.52"})
+    assert calls[PREFILL.name][0].libtpu == "0.0.52"
+    assert calls[DECODE.name][0].libtpu == "0.0.44"
+
+
+def test_a_cell_is_compiled_again_with_the_release_on_record(record, predicted):
+    cell = ["--cell", DECODE.name]
+    assert calibrate.main([*cell, "--libtpu", "0.0.52"]) == 0
+    assert calibrate.main([*cell, "--again"]) == 0
+    (comparison,) = accuracy.read(record)
+    assert comparison.libtpu == "0.0.52"
+    assert len(predicted) == 2
+    assert calibrate.main([*cell, "--again", "--libtpu", "0.0.44"]) == 0
+    assert accuracy.read(record)[0].libtpu == "0.0.44"
 
 
 def test_the_first_page_says_what_the_record_says():
