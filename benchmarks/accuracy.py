@@ -197,6 +197,27 @@ def summarize(comparisons: Iterable[Comparison]) -> Summary:
     )
 
 
+def count_within_others(
+    kernel: str, comparisons: Iterable[Comparison]
+) -> tuple[int, int] | None:
+    """How well ranges hold for a kernel that had no part in them, as ours has none.
+
+    Args:
+      kernel: One of those compared.
+      comparisons: Of it and of others.
+
+    Returns:
+      How many of its times are in the ranges that the other kernels alone give, and how
+      many it has; None if there are no other kernels.
+    """
+    known = list(comparisons)
+    others = [c for c in known if c.kernel != kernel]
+    if not others:
+        return None
+    own = [(c.ratio, expected(c.kind, others)) for c in known if c.kernel == kernel]
+    return sum(r.low <= ratio <= r.high for ratio, r in own), len(own)
+
+
 @functools.lru_cache(maxsize=1)
 def _recorded() -> tuple[Comparison, ...]:
     return tuple(read(FILE))

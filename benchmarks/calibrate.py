@@ -28,7 +28,7 @@ MARK = "<!-- calibration -->"
 
 
 def tables(comparisons: list[Comparison]) -> Iterator[str]:
-    """Markdown: errors by kernel and kind, ranges, and each comparison."""
+    """Markdown: errors by kernel and kind, ranges and their test, each comparison."""
     yield "| comparisons | count | median error % | nine in ten within % | bias |"
     yield "|---|---|---|---|---|"
     for name, members in _groups(comparisons):
@@ -44,6 +44,12 @@ def tables(comparisons: list[Comparison]) -> Iterator[str]:
         expected = accuracy.expected(kind, comparisons)
         of = "" if expected.of == kind else " of all kinds"
         yield f"| {kind} | {expected} | {expected.count}{of} |"
+    yield ""
+    yield "| kernel | of its times, within the ranges of the other kernels |"
+    yield "|---|---|"
+    for kernel in sorted({c.kernel for c in comparisons}):
+        counts = accuracy.count_within_others(kernel, comparisons)
+        yield f"| {kernel} | {f'{counts[0]} of {counts[1]}' if counts else '-'} |"
     yield ""
     yield "### All comparisons"
     yield ""

@@ -74,6 +74,16 @@ def test_a_summary_has_the_sizes_of_errors_and_which_way_they_lean():
     assert summary.bias == 1.0
 
 
+def test_a_range_is_tested_by_a_kernel_that_had_no_part_in_it():
+    others = comparisons("decode", *[1.0] * 5, *[1.1] * 5)
+    own = [
+        dataclasses.replace(c, cell=f"own {c.cell}", kernel="splash")
+        for c in comparisons("decode", 0.9, 1.05, 1.09, 1.2)
+    ]
+    assert accuracy.count_within_others("splash", [*others, *own]) == (2, 4)
+    assert accuracy.count_within_others("splash", own) is None
+
+
 def test_the_record_is_read_as_it_was_written(tmp_path):
     file = tmp_path / "calibration.json"
     known = comparisons("decode", 1.1, 0.9)

@@ -190,6 +190,7 @@ def test_the_tables_have_groups_ranges_and_every_comparison(predicted):
     text = "\n".join(calibrate.tables(known))
     assert "| all | 3 |" in text
     assert "| decode | 1 |" in text
+    assert "| rpa_v3 | - |" in text
     assert text.count("(flywheel_v7x") == 3
 
 
