@@ -98,8 +98,8 @@ def peer_call(peer: str, case: Case, chip: str, libtpu: str) -> PeerCall:
 def candidates(call: PeerCall) -> list[PeerCall]:
     """The call with the peer's own blocks and with those of the nearest published cell.
 
-    The nearest is the one whose head dimension, key heads and context differ least, in
-    this order.
+    The nearest is one of the same chip and mask, if there is one, whose head dimension,
+    key heads and context differ least, in this order.
     """
     longest = max(s.kv_len for s in call.sequences)
     is_decode = all(s.q_len == 1 for s in call.sequences)
@@ -107,6 +107,8 @@ def candidates(call: PeerCall) -> list[PeerCall]:
     def distance(cell: published.Cell) -> tuple[float, ...]:
         context = max(s.kv_len for step in cell.steps for s in step)
         return (
+            cell.chip != call.chip,
+            cell.causal != call.causal,
             abs(cell.head_dim - call.head_dim),
             abs(cell.num_kv_heads - call.num_kv_heads),
             abs(math.log(context / longest)),

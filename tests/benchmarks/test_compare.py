@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from benchmarks import cases, compare
+from benchmarks import cases, compare, published
 from benchmarks.compare import Row, candidates, peer_call
 
 PREFILL = cases.BY_NAME["wide-prefill-8k-causal"]
@@ -48,6 +48,20 @@ def test_a_peer_gets_its_own_blocks_and_those_of_the_nearest_published_cell():
         "bkv_csz": 512,
     }
     assert dataclasses.replace(published, blocks={}) == own
+
+
+@pytest.mark.parametrize("chip", ["tpu7x", "v6e"])
+@pytest.mark.parametrize("name", ["wide-prefill-8k-causal", "wide-prefill-8k-full"])
+def test_published_blocks_are_of_the_same_chip_and_mask(monkeypatch, chip, name):
+    cells = [
+        cell
+        for cell in published.usable_cells()
+        if (cell.chip, cell.causal) == (chip, cases.BY_NAME[name].shape.causal)
+    ]
+    call = peer_call("splash", cases.BY_NAME[name], chip, "0.0.52")
+    found = candidates(call)
+    monkeypatch.setattr(published, "usable_cells", lambda: cells)
+    assert found == candidates(call)
 
 
 def test_without_published_blocks_a_peer_has_its_own_only():
