@@ -58,6 +58,8 @@ class Source:
       inferred: What is not stated and was concluded.
       includes_transposes: Whether the times hold, beside the kernel, operations that
         transpose q, k, v and the output.
+      keeps_values_in_vmem: Whether the transposed values go to vector memory, where the
+        kernel finds them.
       unusable: As in ``Cell``, of all cells.
     """
 
@@ -70,6 +72,7 @@ class Source:
     versions: dict[str, str]
     inferred: tuple[str, ...]
     includes_transposes: bool = False
+    keeps_values_in_vmem: bool = False
     unusable: str | None = None
 
 
@@ -160,12 +163,19 @@ class Cell:
 
     @property
     def transposed_bytes(self) -> float:
-        """What the operations around the kernel read and write; 0 if there are none."""
+        """What the operations around the kernel read from HBM and write to it.
+
+        0 if there are none.
+        """
         if not self.source.includes_transposes:
             return 0
         queries = sum(s.q_len for step in self.steps for s in step)
         outputs = queries * self.num_q_heads * (self.head_dim + self.v_head_dim)
-        return 2 * (outputs * ITEM_BYTES[self.dtype] + self.cache_bytes)
+        moved = 2 * (outputs * ITEM_BYTES[self.dtype] + self.cache_bytes)
+        if self.source.keeps_values_in_vmem:
+            width = self.head_dim + self.v_head_dim
+            moved -= self.cache_bytes * self.v_head_dim / width
+        return moved
 
     @property
     def microseconds(self) -> float:

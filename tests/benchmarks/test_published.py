@@ -125,6 +125,12 @@ def test_bytes_of_the_transposes():
     assert named("splash tpu7x 32/8x128 4096/4096 ").transposed_bytes == 0
 
 
+def test_values_that_stay_in_vmem_are_read_but_not_written():
+    tokens = 16 * 1024
+    cell = named("splash v6e 16/16x128 16*1024/1024 ")
+    assert cell.transposed_bytes == 7 * tokens * 128 * 2 * 16
+
+
 @pytest.mark.parametrize(
     ("text", "interval"),
     [("448", (447.5, 448.5)), ("0.58", (0.575, 0.585)), ("1.6580", (1.65795, 1.65805))],
