@@ -294,22 +294,14 @@ GROUPED_256 = Model(32, 4, 256)
 
 # Steps that other kernels compute as well: see ``benchmarks.compare``.
 PEERS = (
-    *_decodes("grouped-256-decode", GROUPED_256, "2k", "16k"),
     fitted("grouped-256-prefill-2k", GROUPED_256, "2048/2048"),
     fitted("grouped-256-prefill-8k", GROUPED_256, "8192/8192"),
-    fitted("grouped-256-prefill-32k", GROUPED_256, "32768/32768"),
-    fitted("grouped-256-prefill-1k-at-16k", GROUPED_256, "1024/16384"),
+    *_decodes("grouped-256-decode", GROUPED_256, "16k"),
     *(
         case
         for case in MAIN
         if case.name
-        in (
-            "llama-decode-128x1k",
-            "llama-decode-128x8k",
-            "llama-prefill-2k-at-8k",
-            "llama-prefill-8k-at-8k",
-            "wide-prefill-8k-causal",
-        )
+        in ("llama-decode-128x8k", "llama-prefill-2k-at-8k", "llama-prefill-8k-at-8k")
     ),
 )
 
