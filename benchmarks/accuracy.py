@@ -70,7 +70,7 @@ class Range:
     Attributes:
       low, high: Between them are ``COVERED`` of the comparisons, rounded outwards.
       count: Of comparisons.
-      of: The kind that they are of; ``"all"`` if the kind itself has too few.
+      of: What they are of: the kind on the chip, all kinds on it, or all on all chips.
     """
 
     low: float
@@ -122,11 +122,17 @@ def add(comparison: Comparison, file: Path = FILE) -> None:
     write([*others, comparison], file)
 
 
-def expected(kind: str, comparisons: Iterable[Comparison] | None = None) -> Range:
+def expected(
+    kind: str, chip: str, comparisons: Iterable[Comparison] | None = None
+) -> Range:
     """Where the measured time of a step is expected.
+
+    The comparisons are those of its kind on its chip, if there are ``FEWEST``; or else
+    those of all kinds on it, or all there are.
 
     Args:
       kind: As ``kind_of`` gives it.
+      chip: Its name.
       comparisons: Those on record if None.
 
     Raises:
@@ -135,10 +141,16 @@ def expected(kind: str, comparisons: Iterable[Comparison] | None = None) -> Rang
     known = _recorded() if comparisons is None else tuple(comparisons)
     if not known:
         raise ValueError("comparisons: expected at least one, got none")
-    ratios = sorted(c.ratio for c in known if c.kind == kind)
-    of = kind
-    if len(ratios) < FEWEST:
-        ratios, of = sorted(c.ratio for c in known), "all"
+    on_chip = [c for c in known if c.chip == chip]
+    choices = {
+        f"{kind} on {chip}": [c for c in on_chip if c.kind == kind],
+        f"all on {chip}": on_chip,
+    }
+    of, chosen = next(
+        ((of, chosen) for of, chosen in choices.items() if len(chosen) >= FEWEST),
+        ("all", known),
+    )
+    ratios = sorted(c.ratio for c in chosen)
     outside = (1 - COVERED) / 2 * (len(ratios) - 1)
     low = _quantile(ratios, outside)
     high = _quantile(ratios, len(ratios) - 1 - outside)
@@ -214,7 +226,9 @@ def count_within_others(
     others = [c for c in known if c.kernel != kernel]
     if not others:
         return None
-    own = [(c.ratio, expected(c.kind, others)) for c in known if c.kernel == kernel]
+    own = [
+        (c.ratio, expected(c.kind, c.chip, others)) for c in known if c.kernel == kernel
+    ]
     return sum(r.low <= ratio <= r.high for ratio, r in own), len(own)
 
 

@@ -38,12 +38,11 @@ def tables(comparisons: list[Comparison]) -> Iterator[str]:
             f"| {100 * summary.ninth_decile:.1f} | {summary.bias:.2f} |"
         )
     yield ""
-    yield "| kind of step | measured / predicted | comparisons |"
-    yield "|---|---|---|"
-    for kind in sorted({c.kind for c in comparisons}):
-        expected = accuracy.expected(kind, comparisons)
-        of = "" if expected.of == kind else " of all kinds"
-        yield f"| {kind} | {expected} | {expected.count}{of} |"
+    yield "| chip | kind of step | measured / predicted | comparisons |"
+    yield "|---|---|---|---|"
+    for chip, kind in sorted({(c.chip, c.kind) for c in comparisons}):
+        expected = accuracy.expected(kind, chip, comparisons)
+        yield f"| {chip} | {kind} | {expected} | {expected.count}: {expected.of} |"
     yield ""
     yield "| kernel | of its times, within the ranges of the other kernels |"
     yield "|---|---|"
@@ -72,6 +71,10 @@ def _groups(comparisons: list[Comparison]) -> Iterator[tuple[str, list[Compariso
         **{
             kernel: [c for c in comparisons if c.kernel == kernel]
             for kernel in sorted({c.kernel for c in comparisons})
+        },
+        **{
+            f"all on {chip}": [c for c in comparisons if c.chip == chip]
+            for chip in sorted({c.chip for c in comparisons})
         },
         **{
             kind: [c for c in comparisons if c.kind == kind]

@@ -46,7 +46,7 @@ class Prediction:
     @property
     def expected(self) -> accuracy.Range:
         """Where a measured time is, as multiples of the predicted one."""
-        return accuracy.expected(self.kind)
+        return accuracy.expected(self.kind, self.chip.name)
 
     def as_dict(self) -> dict:
         case = self.case

@@ -40,30 +40,37 @@ def test_the_ratio_says_how_much_longer_it_took_and_the_error_is_of_what_was_mea
 
 def test_a_range_covers_nine_in_ten_and_is_rounded_outwards():
     known = comparisons("decode", *(1 + i / 1000 for i in range(21)))
-    expected = accuracy.expected("decode", known)
+    expected = accuracy.expected("decode", "tpu7x", known)
     assert (expected.low, expected.high) == (1.0, 1.02)
-    assert (expected.count, expected.of) == (21, "decode")
+    assert (expected.count, expected.of) == (21, "decode on tpu7x")
     inside = [c for c in known if expected.low <= c.ratio <= expected.high]
     assert len(inside) >= 0.9 * len(known)
 
 
 def test_a_range_below_one_is_rounded_outwards_too():
-    expected = accuracy.expected("short", comparisons("short", *[0.954] * 10))
+    expected = accuracy.expected("short", "tpu7x", comparisons("short", *[0.954] * 10))
     assert (expected.low, expected.high) == (0.95, 0.96)
     assert str(expected) == "0.95 to 0.96"
 
 
-def test_a_kind_with_too_few_comparisons_takes_those_of_all_kinds():
+def test_a_kind_with_too_few_comparisons_takes_those_of_all_kinds_on_its_chip():
     known = [*comparisons("decode", *[1.0] * 10), *comparisons("short", *[1.2] * 9)]
-    expected = accuracy.expected("short", known)
-    assert (expected.count, expected.of) == (19, "all")
+    others = [dataclasses.replace(c, chip="v6e") for c in comparisons("short", 9.0)]
+    expected = accuracy.expected("short", "tpu7x", [*known, *others])
+    assert (expected.count, expected.of) == (19, "all on tpu7x")
     assert (expected.low, expected.high) == (1.0, 1.2)
-    assert accuracy.expected("decode", known).of == "decode"
+    of_kind = accuracy.expected("decode", "tpu7x", [*known, *others])
+    assert of_kind.of == "decode on tpu7x"
+
+
+def test_a_chip_with_too_few_comparisons_takes_all_there_are():
+    known = comparisons("decode", *[1.0] * 10)
+    assert accuracy.expected("decode", "v5e", known).of == "all"
 
 
 def test_no_range_without_comparisons():
     with pytest.raises(ValueError, match="comparisons: expected at least one"):
-        accuracy.expected("decode", [])
+        accuracy.expected("decode", "tpu7x", [])
 
 
 def test_a_summary_has_the_sizes_of_errors_and_which_way_they_lean():
