@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable
@@ -155,6 +156,20 @@ def expected(
     low = _quantile(ratios, outside)
     high = _quantile(ratios, len(ratios) - 1 - outside)
     return Range(_down(low), -_down(-high), len(ratios), of)
+
+
+def in_words(chip: str) -> str:
+    """How far predictions for a chip were from measured times, of any kind."""
+    known = [c for c in _recorded() if c.chip == chip] or list(_recorded())
+    if not known:
+        return "nothing is known of measured times"
+    summary = summarize(known)
+    where = chip if known[0].chip == chip else "other chips"
+    return (
+        f"{summary.count} published times on {where} were {summary.bias:.2f} times "
+        f"their predictions in the median, nine in ten within "
+        f"{math.ceil(100 * summary.ninth_decile)} %"
+    )
 
 
 def kind_of(microseconds: float, sequences: Iterable[Sequence], head_dim: int) -> str:

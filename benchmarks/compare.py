@@ -31,7 +31,7 @@ from benchmarks import (
 from benchmarks.cases import Case
 from benchmarks.peers.calls import PEERS, PeerCall
 from benchmarks.peers.prediction import PeerPrediction, predict_call
-from benchmarks.prediction import PREDICTED, Prediction, predict
+from benchmarks.prediction import Prediction, describe, predict
 from benchmarks.progress import Progress
 from benchmarks.tpu_timing.scalar_memory import SimulationError
 from jax_kernels import chips
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     chip = chips.COMPILED[options.chip]
-    described = environment.describe(chip.name) | {"figures": PREDICTED}
+    described = describe(chip.name)
     quiet = options.json == "-"
     if not quiet:
         environment.print_header("kernels side by side on one TensorCore", described)

@@ -27,8 +27,8 @@ from benchmarks import (
     plots,
 )
 from benchmarks.prediction import (
-    PREDICTED,
     Prediction,
+    describe,
     predict,
     predict_all,
     scaled_cases,
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     chip = chips.COMPILED[options.chip]
-    described = environment.describe(chip.name) | {"figures": PREDICTED}
+    described = describe(chip.name)
     quiet = options.json == "-"
     if not quiet:
         environment.print_header("time of a step on one TensorCore", described)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from benchmarks import accuracy, block_choice, cases, compiler
+from benchmarks import accuracy, block_choice, cases, compiler, environment
 from benchmarks.progress import Progress
 from benchmarks.tpu_timing import DmaModel, Program, Result, report, simulate, workloads
 from jax_kernels.chips import Chip
 
 PREDICTED = "PREDICTED from the compiled schedule, not measured"
+
+
+def describe(chip: str) -> dict[str, str]:
+    """What predicted figures depend on, and how far such figures can be trusted."""
+    return environment.describe(chip) | {
+        "figures": PREDICTED,
+        "accuracy": accuracy.in_words(chip),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write JSON")
     options = parser.parse_args(arguments)
     chip = chips.COMPILED[options.chip]
-    described = environment.describe(chip.name) | {"figures": prediction.PREDICTED}
+    described = prediction.describe(chip.name)
     environment.print_header("cliffs, windows, float8, empty phases", described)
     patterns = options.only or ["*"]
     selected = [

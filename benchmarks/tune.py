@@ -30,6 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import (
+    accuracy,
     case_options,
     cases,
     command_line,
@@ -131,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
             return measurement.NO_TPU
         names = [_chip_there_is()]
     described = environment.describe(", ".join(names)) | {"figures": kind}
+    if not options.measure:
+        described["accuracy"] = "; ".join(map(accuracy.in_words, names))
     environment.print_header("block sizes", described)
     try:
         known = journal.Journal(options.journal, journal.fingerprint())

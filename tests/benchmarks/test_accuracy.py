@@ -141,3 +141,15 @@ def test_the_kind_of_a_step(monkeypatch, microseconds, sequences, head_dim, kind
     ]
     monkeypatch.setattr(accuracy, "_recorded", lambda: known)
     assert accuracy.kind_of(microseconds, sequences, head_dim) == kind
+
+
+def test_how_far_predictions_were_in_words(monkeypatch):
+    known = comparisons("decode", 1.0, 1.0, 1.1)
+    monkeypatch.setattr(accuracy, "_recorded", lambda: known)
+    assert accuracy.in_words("tpu7x") == (
+        "3 published times on tpu7x were 1.00 times their predictions in the median, "
+        "nine in ten within 10 %"
+    )
+    assert accuracy.in_words("v5e").startswith("3 published times on other chips")
+    monkeypatch.setattr(accuracy, "_recorded", tuple)
+    assert accuracy.in_words("v5e") == "nothing is known of measured times"
