@@ -180,7 +180,7 @@ def _fastest(
         except (RuntimeError, ValueError, OSError, SimulationError) as error:
             errors.append(str(error))
     if not found:
-        return errors[0].splitlines()[-1]
+        return errors[0].splitlines()[-1].removeprefix("NotImplementedError: ")
     return min(found, key=lambda prediction: prediction.microseconds)
 
 

@@ -107,7 +107,7 @@ def test_the_faster_blocks_of_a_peer_count_and_a_refusal_is_told(predicted, caps
     assert compare.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| 200.0 (2.00) | - |" in printed
-    assert f"- flywheel, {PREFILL.name}: NotImplementedError: not that" in printed
+    assert f"- flywheel, {PREFILL.name}: not that" in printed
 
 
 def test_a_wrong_case_is_named(predicted, capsys):
