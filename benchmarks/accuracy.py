@@ -129,7 +129,7 @@ def expected(
     """Where the measured time of a step is expected.
 
     The comparisons are those of its kind on its chip, if there are ``FEWEST``; or else
-    those of all kinds on it, or all there are.
+    those of all kinds on it, if its own is among them; or else all there are.
 
     Args:
       kind: As ``kind_of`` gives it.
@@ -143,9 +143,11 @@ def expected(
     if not known:
         raise ValueError("comparisons: expected at least one, got none")
     on_chip = [c for c in known if c.chip == chip]
+    of_kind = [c for c in on_chip if c.kind == kind]
     choices = {
-        f"{kind} on {chip}": [c for c in on_chip if c.kind == kind],
-        f"all on {chip}": on_chip,
+        f"{kind} on {chip}": of_kind,
+        # Prefill alone says nothing of decode.
+        f"all on {chip}": on_chip if of_kind else [],
     }
     of, chosen = next(
         ((of, chosen) for of, chosen in choices.items() if len(chosen) >= FEWEST),

@@ -63,6 +63,11 @@ def test_a_kind_with_too_few_comparisons_takes_those_of_all_kinds_on_its_chip():
     assert of_kind.of == "decode on tpu7x"
 
 
+def test_a_kind_that_was_never_compared_on_its_chip_takes_all_there_are():
+    known = comparisons("decode", *[1.0] * 10)
+    assert accuracy.expected("short", "tpu7x", known).of == "all"
+
+
 def test_a_chip_with_too_few_comparisons_takes_all_there_are():
     known = comparisons("decode", *[1.0] * 10)
     assert accuracy.expected("decode", "v5e", known).of == "all"
