@@ -3,6 +3,7 @@
     python -m benchmarks.calibrate                      # all that is not on record
     python -m benchmarks.calibrate --kernel rpa_v3 --again
     python -m benchmarks.calibrate --table --update benchmarks/README.md
+    python -m benchmarks.calibrate --trial --clock highest --kernel rpa_v3
 
 Each kernel is compiled from its published package, in an environment of its own, with
 the compiler of the measurement where that is stated, and executed by the instrument.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from benchmarks import accuracy, calibration, command_line, environment
 from benchmarks.accuracy import Comparison
@@ -23,6 +23,7 @@ from benchmarks.peers.calls import PEERS
 from benchmarks.progress import Progress
 from benchmarks.published import Cell
 from benchmarks.tpu_timing.scalar_memory import SimulationError
+from jax_kernels import chips
 
 MARK = "<!-- calibration -->"
 
@@ -110,18 +111,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "where it is stated; some older ones take an hour for a kernel",
     )
     parser.add_argument(
-        "--directory",
-        type=Path,
-        metavar="DIR",
-        help="for environments and dumps, by default one in the user's cache",
+        "--clock",
+        choices=chips.CLOCKS,
+        help="of TPU7x, by default that of each measurement; only with --trial",
     )
-    parser.add_argument("--python", help="3.12 or newer, that makes environments")
+    parser.add_argument(
+        "--trial",
+        action="store_true",
+        help="predict all cells that are chosen, print them and leave the record alone",
+    )
+    command_line.add_peer_arguments(parser)
     parser.add_argument(
         "--update",
         metavar="FILE.md",
         help=f"replace the tables between the file's two lines {MARK}",
     )
     options = parser.parse_args(arguments)
+    if options.clock and not options.trial:
+        parser.error("--clock: expected --trial beside it")
+    if options.trial and (options.update or options.table):
+        parser.error("--trial: expected neither --update nor --table")
     command_line.check_update(parser, options.update, MARK)
     return options
 
@@ -140,10 +149,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    failed = 0 if options.table else _predict(cells, options)
-    known = accuracy.read()
+    made, failed = ([], 0) if options.table else _predict(cells, options)
+    known = made if options.trial else accuracy.read()
     if not known:
-        print("error: there are no comparisons on record", file=sys.stderr)
+        print("error: there are no comparisons", file=sys.stderr)
         return 1
     lines = [*tables(known)]
     print(*lines, sep="\n")
@@ -161,10 +170,14 @@ def _selected(cells: Iterable[Cell], options: argparse.Namespace) -> list[Cell]:
     ]
 
 
-def _predict(cells: list[Cell], options: argparse.Namespace) -> int:
-    """Adds to the record; returns how many cells failed."""
+def _predict(
+    cells: list[Cell], options: argparse.Namespace
+) -> tuple[list[Comparison], int]:
+    """The new comparisons, which go on record but in a trial; how many cells failed."""
     releases = {known.cell: known.libtpu for known in accuracy.read()}
-    wanted = [cell for cell in cells if options.again or cell.name not in releases]
+    everyone = options.again or options.trial
+    wanted = [cell for cell in cells if everyone or cell.name not in releases]
+    made: list[Comparison] = []
     failed = 0
     progress = Progress(len(wanted))
     # Of all cells, so that the program of one does not depend on which are chosen.
@@ -176,14 +189,20 @@ def _predict(cells: list[Cell], options: argparse.Namespace) -> int:
         try:
             with progress.compiling(cell.name):
                 comparison = calibration.compare(
-                    cell, calls[cell.name], options.directory, options.python
+                    cell,
+                    calls[cell.name],
+                    options.directory,
+                    options.python,
+                    clock=options.clock,
                 )
         except (RuntimeError, ValueError, OSError, SimulationError) as error:
             failed += 1
             print(f"{cell.name}: {error}", file=sys.stderr)
             continue
-        accuracy.add(comparison)
-    return failed
+        made.append(comparison)
+        if not options.trial:
+            accuracy.add(comparison)
+    return made, failed
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ def compare(
     calls: list[PeerCall],
     directory: Path | None = None,
     python: str | None = None,
+    *,
+    clock: str | None = None,
 ) -> Comparison:
     """Predicts a cell; the operations around the kernel move bytes at full speed.
 
@@ -76,11 +78,12 @@ def compare(
       calls: Those of ``peer_calls``.
       directory: Where environments and dumps are, see ``predict_call``.
       python: The Python that makes environments.
+      clock: One of ``chips.CLOCKS``; that of the measurement if None.
 
     Raises:
       RuntimeError, ValueError, SimulationError: As ``predict_call``.
     """
-    clock = CLOCKS[cell.source.clock]
+    clock = clock or CLOCKS[cell.source.clock]
     programs: dict = {}
     predictions = [
         predict_call(call, directory, python, programs=programs, clock=clock)

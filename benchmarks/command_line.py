@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from benchmarks import environment
 
@@ -23,6 +24,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         ):
             return action.help
         return f"{action.help} (default: %(default)s)".lstrip()
+
+
+def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds where peers are installed and compiled, and by which Python."""
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="for environments and dumps, by default one in the user's cache",
+    )
+    parser.add_argument("--python", help="3.12 or newer, that makes environments")
 
 
 def check_update(parser: argparse.ArgumentParser, file: str | None, mark: str) -> None:

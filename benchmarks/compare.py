@@ -61,6 +61,14 @@ class Row:
             return None
         return theirs.microseconds / self.ours.result.microseconds
 
+    def as_dict(self) -> dict:
+        """What JSON has of it."""
+        theirs = {
+            peer: found if isinstance(found, str) else found.as_dict()
+            for peer, found in self.peers.items()
+        }
+        return {"ours": self.ours.as_dict(), **theirs}
+
 
 def peer_call(peer: str, case: Case, chip: str, libtpu: str) -> PeerCall:
     """The call of a peer that computes what a case does, with blocks of its own.
@@ -230,13 +238,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--chip", choices=chips.COMPILED, default="tpu7x", help="where they would run"
     )
-    parser.add_argument(
-        "--directory",
-        type=Path,
-        metavar="DIR",
-        help="for environments and dumps, by default one in the user's cache",
-    )
-    parser.add_argument("--python", help="3.12 or newer, that makes environments")
+    command_line.add_peer_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
     parser.add_argument(
         "--update",
@@ -310,16 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
         content = {
             "kind": "prediction",
             "environment": described,
-            "rows": [
-                {
-                    "ours": row.ours.as_dict(),
-                    **{
-                        peer: theirs if isinstance(theirs, str) else theirs.as_dict()
-                        for peer, theirs in row.peers.items()
-                    },
-                }
-                for row in rows
-            ],
+            "rows": [row.as_dict() for row in rows],
         }
         environment.write_json(options.json, content)
     return 0

@@ -141,7 +141,7 @@ def _compare_with(predict_call, cell: published.Cell) -> Comparison:
 def test_a_program_does_not_depend_on_which_cells_are_chosen(record, monkeypatch):
     capacities = []
 
-    def compare(cell, calls, directory, python):
+    def compare(cell, calls, directory, python, *, clock):
         capacities.append(calls[0].capacity)
         raise RuntimeError("no compiler")
 
@@ -169,7 +169,7 @@ def test_a_record_that_is_cut_off_is_told_before_anything_is_compiled(
 
 def test_a_table_of_nothing_is_an_error(record, capsys):
     assert calibrate.main(["--table"]) == 1
-    assert "no comparisons on record" in capsys.readouterr().err
+    assert "there are no comparisons" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [None, "no marks"])
@@ -254,3 +254,26 @@ def test_the_first_page_says_what_the_record_says():
     ):
         (row,) = re.findall(rf"\| ({step}[^|]*\|[^|]*\|[^|]*)\|", text)
         assert row.rstrip().endswith(str(accuracy.expected(kind, "tpu7x")))
+
+
+def test_a_trial_leaves_the_record_alone(record, predicted, capsys):
+    cell = ["--cell", PREFILL.name]
+    assert calibrate.main(cell) == 0
+    before = record.read_text()
+    assert calibrate.main([*cell, "--trial", "--clock", "highest"]) == 0
+    assert record.read_text() == before
+    assert predicted == ["default", "highest"]
+    assert f"| {PREFILL.name} | highest |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--clock", "highest"], "--clock: expected --trial"),
+        (["--trial", "--table"], "--trial: expected neither"),
+    ],
+)
+def test_a_trial_is_asked_for_by_its_name(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        calibrate.main(arguments)
+    assert message in capsys.readouterr().err
