@@ -31,13 +31,7 @@ def problem_of(shape: cases.StaticShape) -> tuple[Problem, AttentionSpec]:
             shape.cache_dtype,
         ),
     )
-    spec = AttentionSpec(
-        sm_scale=model.head_dim**-0.5,
-        causal=shape.causal,
-        sliding_window=model.sliding_window,
-        soft_cap=model.soft_cap,
-        has_sinks=model.with_sinks,
-    )
+    spec = AttentionSpec(**shape.options, has_sinks=model.with_sinks)
     return problem, spec.for_context(problem.max_kv_len)
 
 

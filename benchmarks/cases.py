@@ -64,6 +64,9 @@ class StaticShape:
       cache_dtype: Of the cache.
       causal: Whether queries see only keys up to their own position.
       chunk_prefill_size: New tokens of each sequence that is not a decode, if fixed.
+      q_scale: Quantises queries to the dtype of the cache, if given.
+      k_scale: Of the keys in the cache.
+      v_scale: Of the values in the cache.
     """
 
     model: Model
@@ -75,6 +78,9 @@ class StaticShape:
     cache_dtype: str = "bfloat16"
     causal: bool = True
     chunk_prefill_size: int | None = None
+    q_scale: float | None = None
+    k_scale: float | None = None
+    v_scale: float | None = None
 
     @property
     def num_pages(self) -> int:
@@ -90,6 +96,9 @@ class StaticShape:
             "sliding_window": self.model.sliding_window,
             "soft_cap": self.model.soft_cap,
             "chunk_prefill_size": self.chunk_prefill_size,
+            "q_scale": self.q_scale,
+            "k_scale": self.k_scale,
+            "v_scale": self.v_scale,
         }
 
     @property
@@ -234,6 +243,86 @@ MODELS = tuple(
     )
 )
 
+# What the cores of servers see: the heads of a model divided among chips, lengths that
+# differ, drafts of several tokens, windows, short texts.
+LLAMA3_70B_SHARD = MQA  # a core of eight
+QWEN3_235B_SHARD = Model(16, 1, 128)  # of four
+GPT_OSS_SHARD = dataclasses.replace(GPT_OSS, num_q_heads=8, num_kv_heads=1)
+GPT_OSS_SHARD_FULL = dataclasses.replace(GPT_OSS_SHARD, sliding_window=None)
+# The heads of most published times.
+GROUPED_256 = Model(32, 4, 256)
+
+
+def _lengths(sequences: Iterable[tuple[int, int]]) -> str:
+    """As ``workloads.parse_sequences`` reads them."""
+    return ",".join(f"{q_len}/{kv_len}" for q_len, kv_len in sequences)
+
+
+def _drawn() -> dict[str, str]:
+    """Lengths of mixed batches, by name; always the same."""
+    rng = np.random.default_rng(0)
+
+    def decodes(count: int) -> list[tuple[int, int]]:
+        contexts = np.exp(rng.uniform(np.log(200), np.log(32768), count))
+        return [(1, int(context)) for context in contexts]
+
+    # In this order: each is drawn where the one before it ended.
+    return {
+        "dec256": _lengths(decodes(256)),
+        "64dec": _lengths(decodes(64)),
+        "fresh16": _lengths((int(n), int(n)) for n in rng.integers(300, 1501, 16)),
+        "spec64x4": _lengths((4, int(n)) for n in rng.integers(2048, 8193, 64)),
+    }
+
+
+DRAWN = _drawn()
+_SHARD_SERVER = {"num_tokens": 256, "num_sequences": 256, "pages_per_sequence": 256}
+_WINDOW_SERVER = {"num_tokens": 128, "num_sequences": 128, "pages_per_sequence": 64}
+_QUANTISED: dict[str, Any] = {**_FP8, "q_scale": 0.5, "k_scale": 0.5, "v_scale": 0.5}
+_16K_BY_1K = ",".join(f"1024/{1024 * n}" for n in range(1, 17))
+
+
+def _batches(prefix: str, model: Model, *steps: str, **static: Any) -> Iterator[Case]:
+    """Steps of one program that are drawn, or "256x300": decodes at a context."""
+    for step in steps:
+        lengths = DRAWN.get(step) or step.replace("x", "*1/")
+        dtype = "-fp8" if "cache_dtype" in static else ""
+        yield fitted(f"deploy-{prefix}-{step}{dtype}", model, lengths, **static)
+
+
+def _deployments() -> Iterator[Case]:
+    """Steps of servers that shard models, mix lengths and check drafts."""
+    shard, batch = LLAMA3_70B_SHARD, _SHARD_SERVER
+    yield from _batches("8x1", shard, "dec256", "64dec", "256x300", **batch)
+    yield from _batches("8x1", shard, "dec256", "64dec", **batch, **_FP8)
+    yield from _batches("8x1", shard, "spec64x4")
+    yield from _batches("8x1", shard, "fresh16")
+    yield from _batches("16x1", QWEN3_235B_SHARD, "dec256", **batch)
+    yield from _batches("32x8", LLAMA3_8B, "spec64x4")
+    yield fitted("deploy-32x8-16-at-8k", LLAMA3_8B, "16/8192", **_MIXED)
+    full, name = GPT_OSS_SHARD_FULL, "gpt-oss-8x1"
+    contexts = [f"256x{context}" for context in (129, 300, 1000, 1024, 8100)]
+    yield from _batches(name, full, "dec256", "64dec", *contexts, **batch)
+    yield from _batches(name, full, "dec256", "64dec", **batch, **_FP8)
+    name = f"{name}-w128"
+    yield from _batches(name, GPT_OSS_SHARD, "dec256", "64dec", *contexts, **batch)
+    contexts = [f"128x{context}" for context in (129, 1000, 1024, 8100, 8192)]
+    yield from _batches("gpt-oss-64x8-w128", GPT_OSS, *contexts, **_WINDOW_SERVER)
+    for name, lengths in (
+        ("1k", "1024/1024"),
+        ("8k", "8192/8192"),
+        ("32k", "32768/32768"),
+        ("16k-by-1k", _16K_BY_1K),
+    ):
+        yield fitted(f"deploy-32x4-d256-prefill-{name}", GROUPED_256, lengths)
+    for heads, model in (("32x8", LLAMA3_8B), ("32x4-d256", GROUPED_256)):
+        for dtype, static in (("", {}), ("-fp8", _QUANTISED)):
+            name = f"deploy-{heads}-prefill-2k-at-8k{dtype}"
+            yield fitted(name, model, "2048/8192", **_PREFILL, **static)
+
+
+DEPLOYMENTS = tuple(_deployments())
+
 
 def _series(prefix: str, model: Model, steps: list[str], **static: Any) -> list[Case]:
     """Steps of one program, named by their lengths."""
@@ -289,9 +378,6 @@ def _sweep() -> Iterator[Case]:
 
 SWEEP = tuple(_sweep())
 
-# The heads of most published times.
-GROUPED_256 = Model(32, 4, 256)
-
 # Steps that other kernels compute as well: see ``benchmarks.compare``.
 PEERS = (
     fitted("grouped-256-prefill-2k", GROUPED_256, "2048/2048"),
@@ -335,7 +421,13 @@ def tuning_shape(
     )
 
 
-TABLES = {"main": MAIN, "models": MODELS, "peers": PEERS, "sweep": SWEEP}
+TABLES = {
+    "main": MAIN,
+    "models": MODELS,
+    "deployments": DEPLOYMENTS,
+    "peers": PEERS,
+    "sweep": SWEEP,
+}
 BY_NAME = {case.name: case for cases in TABLES.values() for case in cases}
 
 
@@ -349,6 +441,16 @@ def names_in_short(members: Iterable[Case]) -> list[str]:
         f"{program}:LENGTHS, {len(steps)} such as {steps[0]}" if any(steps) else program
         for program, steps in lengths.items()
     ]
+
+
+def shortened(lengths: str, parts: int = 8) -> str:
+    """Lengths of a case for a line of text."""
+    first, *others = lengths.split(",")
+    if len(others) < parts:
+        return lengths
+    return (
+        ",".join([first, *others[: parts - 1]]) + f" and {len(others) + 1 - parts} more"
+    )
 
 
 def by_shape(selected: Iterable[Case]) -> dict[StaticShape, list[Case]]:

@@ -102,7 +102,7 @@ def details(prediction: Prediction) -> str:
         [
             f"{case.name}: {model.num_q_heads}/{model.num_kv_heads} heads of "
             f"{model.head_dim}, {shape.cache_dtype} cache, page {shape.page_size}"
-            f"{window}, sequences {case.lengths}",
+            f"{window}, sequences {cases.shortened(case.lengths)}",
             f"  {block_choice.as_text(choice)}",
             f"  PREDICTED time {prediction.result.microseconds:.1f} us, "
             f"MBU {shares['mbu']:.1%}, MFU {shares['mfu']:.1%} of at most "

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import cases
+from benchmarks.tpu_timing import workloads
 
 
 def test_a_name_means_one_case_in_all_tables():
@@ -46,3 +47,34 @@ def test_names_in_short_keep_a_program_on_one_line():
     names = cases.names_in_short(cases.select(["llama:8*1/512", "llama:8*1/1024"]))
     assert names == ["llama:LENGTHS, 2 such as 8*1/512"]
     assert cases.names_in_short(cases.MAIN) == [case.name for case in cases.MAIN]
+
+
+def test_drawn_lengths_are_always_the_same():
+    sequences = {
+        name: workloads.parse_sequences(lengths)
+        for name, lengths in cases.DRAWN.items()
+    }
+    totals = {name: sum(s.kv_len for s in drawn) for name, drawn in sequences.items()}
+    assert totals == {
+        "dec256": 1_965_144,
+        "64dec": 488_957,
+        "fresh16": 14_272,
+        "spec64x4": 316_885,
+    }
+    assert [len(drawn) for drawn in sequences.values()] == [256, 64, 16, 64]
+    assert {s.q_len for s in sequences["spec64x4"]} == {4}
+    assert all(s.q_len == s.kv_len for s in sequences["fresh16"])
+
+
+def test_deployments_share_programs():
+    """Each program is a compilation: as few as there are shapes of servers."""
+    shapes = cases.by_shape(cases.DEPLOYMENTS)
+    assert len(shapes) < len(cases.DEPLOYMENTS) / 2
+    names = {case.name for case in shapes[cases.BY_NAME["deploy-8x1-dec256"].shape]}
+    assert names == {"deploy-8x1-dec256", "deploy-8x1-64dec", "deploy-8x1-256x300"}
+
+
+def test_many_lengths_are_shortened_in_text():
+    assert cases.shortened("64*1/2048,2048/8192") == "64*1/2048,2048/8192"
+    assert cases.shortened("1/1,1/2,1/3", parts=3) == "1/1,1/2,1/3"
+    assert cases.shortened("1/1,1/2,1/3,1/4", parts=2) == "1/1,1/2 and 2 more"
