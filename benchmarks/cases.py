@@ -64,6 +64,7 @@ class StaticShape:
       cache_dtype: Of the cache.
       causal: Whether queries see only keys up to their own position.
       chunk_prefill_size: New tokens of each sequence that is not a decode, if fixed.
+      decode_q_len: Most new tokens of a sequence that counts as a decode.
       q_scale: Quantises queries to the dtype of the cache, if given.
       k_scale: Of the keys in the cache.
       v_scale: Of the values in the cache.
@@ -78,6 +79,7 @@ class StaticShape:
     cache_dtype: str = "bfloat16"
     causal: bool = True
     chunk_prefill_size: int | None = None
+    decode_q_len: int = 1
     q_scale: float | None = None
     k_scale: float | None = None
     v_scale: float | None = None
@@ -96,6 +98,7 @@ class StaticShape:
             "sliding_window": self.model.sliding_window,
             "soft_cap": self.model.soft_cap,
             "chunk_prefill_size": self.chunk_prefill_size,
+            "decode_q_len": self.decode_q_len,
             "q_scale": self.q_scale,
             "k_scale": self.k_scale,
             "v_scale": self.v_scale,
@@ -134,11 +137,11 @@ class Case:
     def __post_init__(self):
         sequences, shape = self.sequences, self.shape
         check_page_size(shape.page_size)
-        is_decode = [s.q_len == 1 for s in sequences]
+        is_decode = [s.q_len <= shape.decode_q_len for s in sequences]
         if is_decode != sorted(is_decode, reverse=True):
             raise ValueError(
-                "sequences: expected those with one new token first, got "
-                f"{self.lengths!r}"
+                f"sequences: expected those with up to {shape.decode_q_len} new tokens "
+                f"first, got {self.lengths!r}"
             )
         tokens = sum(s.q_len for s in sequences)
         longest = max(s.kv_len for s in sequences)
@@ -172,6 +175,7 @@ class Case:
             self.shape.rpa_shape,
             self.sequences,
             chunked=self.shape.chunk_prefill_size is not None,
+            decode_q_len=self.shape.decode_q_len,
         )
         if self.shape.model.with_sinks:
             operands[SINKS_OPERAND] = np.zeros(self.shape.model.num_q_heads, np.int32)

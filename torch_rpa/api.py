@@ -35,6 +35,7 @@ def ragged_paged_attention(
     v_scale: float | None = None,
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
+    decode_q_len: int = 1,
     out_dtype: torch.dtype | None = None,
     block_sizes: Sequence[int] | None = None,
     impl: str | None = None,
@@ -68,10 +69,10 @@ def ragged_paged_attention(
             ``page_indices[s * P + t // page_size]``. Entries past the last live page of
             a sequence are ignored.
         cu_q_lens: ``[S + 1]`` int32, running sums of the numbers of new tokens.
-        distribution: ``[3]`` int32 ``(i, j, k)``: sequences ``[0, i)`` have one new
-            token, ``[i, j)`` have ``chunk_prefill_size``, ``[j, k)`` any number.
-            A sequence without a new token is skipped wherever it stands. Entries of the
-            other arguments at or past ``k`` are ignored.
+        distribution: ``[3]`` int32 ``(i, j, k)``: sequences ``[0, i)`` have at most
+            ``decode_q_len`` new tokens, ``[i, j)`` have ``chunk_prefill_size``,
+            ``[j, k)`` any number. A sequence without a new token is skipped wherever it
+            stands. Entries of the other arguments at or past ``k`` are ignored.
         sinks: ``[Hq]`` float32 logits of one extra key per head with a zero value. +inf
             takes all the weight, so that the head gives zeros; -inf takes none.
         sm_scale: Factor on the scores, usually ``D ** -0.5``: 0, or from 2**-120 to
@@ -91,6 +92,11 @@ def ragged_paged_attention(
             is multiplied by ``v_scale``.
         update_kv_cache: False writes nothing and reads all keys from the cache.
         chunk_prefill_size: Tokens of each of the sequences ``[i, j)``.
+        decode_q_len: Most new tokens of a sequence of ``[0, i)``, from 1 to 16. More
+            than one is for sequences of few new tokens at long contexts, which
+            ``[j, k)`` serves several times slower: drafts to verify, last chunks of a
+            prefill, short suffixes. All sequences of ``[0, i)`` have the work of so
+            many tokens, so take the least that serves.
         out_dtype: bfloat16 or float32; None is the dtype of ``q``.
         block_sizes: Tile sizes of the kernel, ``(decode_block_kv, block_q, block_kv)``,
             powers of two: tokens of the cache that decode fetches at once, query tokens
@@ -127,6 +133,7 @@ def ragged_paged_attention(
         "v_scale": v_scale,
         "update_kv_cache": update_kv_cache,
         "chunk_prefill_size": chunk_prefill_size,
+        "decode_q_len": decode_q_len,
         "out_dtype": out_dtype,
         "block_sizes": check_block_sizes(block_sizes),
     }

@@ -86,7 +86,12 @@ def page_table(shape: RpaShape, sequences: list[Sequence], seed: int = 0) -> np.
 
 
 def scalar_operands(
-    shape: RpaShape, sequences: list[Sequence], *, chunked: bool = False, seed: int = 0
+    shape: RpaShape,
+    sequences: list[Sequence],
+    *,
+    chunked: bool = False,
+    decode_q_len: int = 1,
+    seed: int = 0,
 ) -> dict[int, np.ndarray]:
     """The first four operands of the kernel, by index.
 
@@ -94,17 +99,18 @@ def scalar_operands(
 
     Args:
       shape: Static sizes.
-      sequences: Those with one new token first: they are the decodes.
+      sequences: Those with up to ``decode_q_len`` new tokens first: the decodes.
       chunked: The others all have the kernel's chunk size of new tokens.
+      decode_q_len: Most new tokens of a decode.
       seed: Of the page table.
     """
     if len(sequences) > shape.max_seqs:
         raise ValueError(
             f"{len(sequences)} sequences, the kernel takes {shape.max_seqs}"
         )
-    is_decode = [s.q_len == 1 for s in sequences]
+    is_decode = [s.q_len <= decode_q_len for s in sequences]
     if is_decode != sorted(is_decode, reverse=True):
-        raise ValueError("sequences with q_len 1 must come first")
+        raise ValueError(f"sequences with q_len up to {decode_q_len} must come first")
     kv_lens = np.zeros(shape.max_seqs, np.int32)
     kv_lens[: len(sequences)] = [s.kv_len for s in sequences]
     starts = np.zeros(shape.max_seqs + 1, np.int32)

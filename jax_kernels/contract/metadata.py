@@ -64,7 +64,7 @@ def check_metadata(
         sequence writes and another reads or writes.
     """
     batch = _check_ranges(metadata, sizes)
-    _check_distribution(batch, options.chunk_prefill_size)
+    _check_distribution(batch, options)
     uses = _shared_page_uses(batch, sizes)
     _check_pages_within_sequences(uses, sizes.cache.page_size)
     if options.update_kv_cache:
@@ -154,19 +154,24 @@ def _check_page_ids(batch: _Batch, sizes: CallSizes) -> None:
         )
 
 
-def _check_distribution(batch: _Batch, chunk_prefill_size: int | None) -> None:
-    parts = [("decode", 0, batch.decode_end, 1)]
-    if chunk_prefill_size is not None:
-        parts.append(
-            ("prefill", batch.decode_end, batch.prefill_end, chunk_prefill_size)
+def _check_distribution(batch: _Batch, options: AttentionOptions) -> None:
+    """Raises if a sequence has more or fewer new tokens than its range promises."""
+    decode_q_len, chunk = options.decode_q_len, options.chunk_prefill_size
+    for s in np.flatnonzero(batch.q_lens[: batch.decode_end] > decode_q_len)[:1]:
+        raise ValueError(
+            f"distribution puts sequence {s} among the decode ones: it must have at "
+            f"most decode_q_len = {decode_q_len} new tokens by cu_q_lens, got "
+            f"{batch.q_lens[s]}"
         )
-    for name, begin, end, expected in parts:
-        q_lens = batch.q_lens[begin:end]
-        for s in begin + np.flatnonzero((q_lens != expected) & (q_lens != 0))[:1]:
-            raise ValueError(
-                f"distribution puts sequence {s} among the {name} ones: it must have "
-                f"{expected} new tokens by cu_q_lens, got {batch.q_lens[s]}"
-            )
+    if chunk is None:
+        return
+    begin, end = batch.decode_end, batch.prefill_end
+    q_lens = batch.q_lens[begin:end]
+    for s in begin + np.flatnonzero((q_lens != chunk) & (q_lens != 0))[:1]:
+        raise ValueError(
+            f"distribution puts sequence {s} among the prefill ones: it must have "
+            f"{chunk} new tokens by cu_q_lens, got {batch.q_lens[s]}"
+        )
 
 
 def _shared_page_uses(batch: _Batch, sizes: CallSizes) -> _PageUses:

@@ -20,6 +20,10 @@ _FACTOR_RANGE = "from 2**-120 to 2**120 (about 7.5e-37 to 1.3e36)"
 # The schema of a PyTorch operator holds integers of 64 bits.
 LARGEST_INT = 2**63 - 1
 
+# So many new tokens of a sequence of the decode range lie in few packed rows, and all
+# their queries, with all heads of a group, fit a softmax tile of the kernel.
+LARGEST_DECODE_Q_LEN = 16
+
 _Options = TypeVar("_Options", bound="AttentionOptions")
 
 
@@ -50,6 +54,8 @@ class AttentionOptions:
         cache and leaves it alone.
       chunk_prefill_size: Query tokens of each of the sequences ``[i, j)`` of the
         distribution. None treats them like the mixed ones.
+      decode_q_len: Most new tokens of each of the sequences ``[0, i)`` of the
+        distribution, from 1 to 16. It changes the speed, never the meaning.
       out_dtype: Name of the dtype of the output, bfloat16 or float32. None is that of
         the queries.
 
@@ -67,6 +73,7 @@ class AttentionOptions:
     v_scale: float | None = None
     update_kv_cache: bool = True
     chunk_prefill_size: int | None = None
+    decode_q_len: int = 1
     out_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +82,7 @@ class AttentionOptions:
             check_bool(name, getattr(self, name))
         for name in ("sliding_window", "chunk_prefill_size"):
             _check_count(name, getattr(self, name))
+        _check_decode_q_len(self.decode_q_len)
         for name in ("soft_cap", "q_scale", "k_scale", "v_scale"):
             object.__setattr__(self, name, _factor(name, getattr(self, name)))
         self._check_factor_of_scores()
@@ -176,6 +184,15 @@ def _factor(name: str, value: Any) -> float | None:
             f"and its inverse are normal in float32, or None, got {value!r}"
         )
     return float(value)
+
+
+def _check_decode_q_len(value: Any) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not 1 <= value <= LARGEST_DECODE_Q_LEN:
+        raise ValueError(
+            f"decode_q_len must be a Python int from 1 to {LARGEST_DECODE_Q_LEN}, got "
+            f"{value!r}; longer sequences belong to the other ranges of distribution"
+        )
 
 
 def _check_count(name: str, value: Any) -> None:

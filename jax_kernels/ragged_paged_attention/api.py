@@ -43,6 +43,7 @@ def ragged_paged_attention(
     v_scale: float | None = None,
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
+    decode_q_len: int = 1,
     out_dtype: DTypeLike | None = None,
     validate: bool = False,
     block_sizes: BlockSizes | None = None,
@@ -78,10 +79,10 @@ def ragged_paged_attention(
       kv_lens: i32[S], tokens per sequence, the new ones included.
       page_indices: i32[S * P], row-major; entries past the live pages are never used.
       cu_q_lens: i32[S + 1], increasing from 0.
-      distribution: i32[3] (i, j, k): sequences [0, i) have one query, [i, j) have
-        ``chunk_prefill_size``, [j, k) any number; the rest is padding, whose metadata
-        is ignored. Without a chunk size, [i, j) is served like [j, k). A sequence
-        without a query is skipped wherever it stands.
+      distribution: i32[3] (i, j, k): sequences [0, i) have at most ``decode_q_len``
+        queries, [i, j) have ``chunk_prefill_size``, [j, k) any number; the rest is
+        padding, whose metadata is ignored. Without a chunk size, [i, j) is served like
+        [j, k). A sequence without a query is skipped wherever it stands.
       sinks: f32[Hq], a logit per head that joins the denominator, or None. +inf takes
         all the weight, so that the head gives zeros; -inf takes none.
       sm_scale: Factor of the scores, usually D ** -0.5: 0, or from 2**-120 to 2**120
@@ -102,6 +103,10 @@ def ragged_paged_attention(
       update_kv_cache: Whether new keys and values are written. If not, everything is
         read from the cache, which is returned as it is and not aliased.
       chunk_prefill_size: Query tokens of each sequence in [i, j).
+      decode_q_len: Most query tokens of a sequence in [0, i), from 1 to 16. More than
+        one is for sequences of few new tokens at long contexts: drafts to verify, last
+        chunks of a prefill, short suffixes. All have the rows of as many tokens, so
+        take the least that serves.
       out_dtype: bf16 or f32; that of ``q`` by default.
       validate: Also check the numbers in lengths, page table and distribution, such as
         a slot that one sequence writes and another reads. It waits for the arrays, so

@@ -102,14 +102,15 @@ def ragged_paged_attention_reference(
     v_scale: float | None = None,
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
+    decode_q_len: int = 1,
     out_dtype: DTypeLike | None = None,
     validate: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Appends new keys and values to a paged cache and attends to it, without Pallas.
 
     The arguments mean what they mean for ``api.ragged_paged_attention``, where each is
-    described; ``chunk_prefill_size`` and the first two numbers of ``distribution`` do
-    not affect the result.
+    described; ``chunk_prefill_size``, ``decode_q_len`` and the first two numbers of
+    ``distribution`` do not affect the result.
 
     Args:
       q: [T, Hq, D]. Rows at or past ``cu_q_lens[k]`` are padding.
@@ -134,6 +135,7 @@ def ragged_paged_attention_reference(
       v_scale: Values are stored as ``v * float32(1 / v_scale)`` likewise.
       update_kv_cache: Whether keys and values are written to the cache first.
       chunk_prefill_size: Ignored.
+      decode_q_len: Ignored.
       out_dtype: Dtype of the output, that of ``q`` by default.
       validate: Also check the numbers in the metadata; not under ``jax.jit``.
 

@@ -119,7 +119,12 @@ def test_numbers_out_of_range_are_named(change, message):
 @pytest.mark.parametrize(
     ("change", "chunk", "message"),
     [
-        ({"distribution": [2, 2, 4]}, 8, "sequence 1 among the decode .* 1 new.*got 8"),
+        (
+            {"distribution": [2, 2, 4]},
+            8,
+            r"distribution .*sequence 1 among the decode .*decode_q_len = 1 new tokens "
+            "by cu_q_lens, got 8",
+        ),
         ({}, 9, "sequence 1 among the prefill ones: .* 9 new .* got 8"),
         ({"distribution": [1, 3, 4]}, 8, "sequence 2 among the prefill ones: .* got 5"),
     ],
@@ -128,6 +133,13 @@ def test_a_sequence_in_the_wrong_part_is_named(change, chunk, message):
     with pytest.raises(ValueError, match=message):
         check(make_metadata(**change), chunk_prefill_size=chunk)
     check_ranges(make_metadata(**change), SIZES)
+
+
+def test_decodes_may_have_up_to_decode_q_len_new_tokens():
+    metadata = make_metadata(cu_q_lens=[0, 3, 4, 8, 8, 0], distribution=[4, 4, 4])
+    check(metadata, decode_q_len=4)
+    with pytest.raises(ValueError, match="sequence 2 .*decode_q_len = 3 .* got 4"):
+        check(metadata, decode_q_len=3)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,10 @@ def test_scores_may_have_any_finite_factor(sm_scale):
         ({"sliding_window": 2**63}, "sliding_window must be a Python int"),
         ({"chunk_prefill_size": -1}, "chunk_prefill_size must be a Python int"),
         ({"chunk_prefill_size": True}, "chunk_prefill_size must be a Python int"),
+        ({"decode_q_len": 0}, "decode_q_len must be a Python int from 1 to 16, got 0"),
+        ({"decode_q_len": 17}, "decode_q_len must be .*17; .*ranges of distribution"),
+        ({"decode_q_len": None}, "decode_q_len must be a Python int .*got None"),
+        ({"decode_q_len": True}, "decode_q_len must be a Python int .*got True"),
         (
             {"sm_scale": 1e30, "k_scale": 1e30},
             r"sm_scale \* q_scale \* k_scale.*1e",

@@ -31,6 +31,7 @@ def check(batch, **options):
     """Runs the reference and compares output and cache; returns both."""
     out, kv_cache = jitted(**options)(*batch.jax_arguments)
     options.pop("chunk_prefill_size", None)
+    options.pop("decode_q_len", None)
     options.pop("out_dtype", None)
     numerics.assert_matches_oracle(out, kv_cache, batch.arguments, **options)
     return np.asarray(out), np.asarray(kv_cache)

@@ -15,6 +15,11 @@ SCENARIOS = {
         {"distribution": (1, 3, 4)},
         {"chunk_prefill_size": 4},
     ),
+    "few tokens each": (
+        [(4, 20), (1, 17), (0, 9), (3, 3), (2, 30), (6, 40)],
+        {"distribution": (5, 5, 6)},
+        {"decode_q_len": 4},
+    ),
     "nothing live": ([], {}, {}),
     "empty sequences": ([(1, 5), (0, 9), (0, 0), (4, 9)], {}, {}),
     "shared prefix": ([(1, 37), (5, 40)], {"shared_prefix_pages": 2}, {}),
@@ -44,5 +49,9 @@ def make_scenario(name):
     sequences, arguments, options = SCENARIOS[name]
     batch = make_ragged_batch(sequences, **arguments)
     options = {"sm_scale": batch.queries.shape[2] ** -0.5} | options
-    oracle_options = {k: v for k, v in options.items() if k != "chunk_prefill_size"}
+    oracle_options = {
+        name: value
+        for name, value in options.items()
+        if name not in ("chunk_prefill_size", "decode_q_len")
+    }
     return batch, options, oracle_options

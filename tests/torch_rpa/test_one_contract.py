@@ -146,13 +146,15 @@ def test_the_kernel_stores_the_same_bytes_on_every_chip(name, chip):
         {"sm_scale": 0.1, "sliding_window": 2**40},
         {"sm_scale": 0.1, "sliding_window": 2**63 - 1, "causal": False},
         {"sm_scale": 0.1, "chunk_prefill_size": 2**40},
+        {"sm_scale": 0.1, "decode_q_len": 16},
     ],
     ids=str,
 )
 def test_unusual_options_mean_the_same(path, options):
     call = make_wide_call("float32")
     arrays = [None if t is None else array_of(t) for t in call[:8]]
-    for_oracle = {k: v for k, v in options.items() if k != "chunk_prefill_size"}
+    only_speed = ("chunk_prefill_size", "decode_q_len")
+    for_oracle = {k: v for k, v in options.items() if k not in only_speed}
     expected = oracle.ragged_paged_attention(*arrays, **for_oracle)
     out = PATHS[path](call, options)
     np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-3, rtol=1e-4)

@@ -22,6 +22,8 @@ MISTAKES = [
     ("sliding_window", 2.0),
     ("sliding_window", 2**63),
     ("chunk_prefill_size", np.int64(2)),
+    ("decode_q_len", 17),
+    ("decode_q_len", None),
     ("causal", 1),
     ("update_kv_cache", 0),
     ("out_dtype", "nonsense"),
