@@ -240,7 +240,8 @@ def make_config(
         chip=chip,
         interpret=interpret,
     )
-    phases = [_phase(Phase.DECODE, problem, blocks, 1)]
+    decode_block_q = _power_of_two_above(spec.decode_q_len)
+    phases = [_phase(Phase.DECODE, problem, blocks, decode_block_q)]
     if chunk_prefill_size is not None:
         block_q = min(blocks.block_q, _power_of_two_above(chunk_prefill_size))
         block_q = max(block_q, MIN_BLOCK_Q)
@@ -256,7 +257,9 @@ def _phase(
         slots, lookahead = DECODE_RING
         cell_bytes = blocks.decode_block_kv * problem.cache.token_bytes
         cells = min(max(STEP_BYTES // cell_bytes, 1), MAX_CELLS_PER_STEP)
-        return PhaseConfig(phase, 1, blocks.decode_block_kv, slots, lookahead, cells)
+        return PhaseConfig(
+            phase, block_q, blocks.decode_block_kv, slots, lookahead, cells
+        )
     slots, lookahead = PREFILL_RING
     return PhaseConfig(phase, block_q, blocks.block_kv, slots, lookahead)
 

@@ -74,7 +74,8 @@ class PhaseConfig:
 
     Attributes:
       phase: The part of ``distribution``.
-      block_q: Query tokens per tile: 1 in decode.
+      block_q: Query tokens per tile, a power of two. In decode the queries of a
+        sequence are one tile: ``decode_q_len``, rounded up.
       block_kv: Tokens of keys and values per cell.
       num_slots: Buffers in the ring of steps.
       lookahead: Steps whose DMAs run ahead of the one being computed. The
@@ -189,11 +190,12 @@ class KernelConfig:
     def heads_per_softmax_tile(self, phase: PhaseConfig) -> int:
         """Key heads that share one softmax tile.
 
-        In decode a key head has G query rows only, and a register has room for more.
+        In decode a key head has few query rows, and a register has room for more.
         """
-        if not phase.is_decode or SUBLANES % self.group:
+        rows = self.group * phase.block_q
+        if not phase.is_decode or SUBLANES % rows:
             return 1
-        return math.gcd(self.num_kv_heads, SUBLANES // self.group)
+        return math.gcd(self.num_kv_heads, SUBLANES // rows)
 
     def query_rows(self, phase: PhaseConfig) -> int:
         """Query rows of the key heads that share a softmax tile, whole registers.

@@ -255,7 +255,8 @@ class Schedule:
     def _tile(self, index: Int, new: Range, q_len: Int) -> Tile:
         """Cuts the new tokens at packed rows, so that no row belongs to two tiles."""
         if self.phase.is_decode:
-            return Tile(index, 1, new.begin, ints.minimum(q_len, 1), new.end)
+            num_queries = ints.minimum(q_len, self.config.spec.decode_q_len)
+            return Tile(index, 1, new.begin, num_queries, new.end)
         block_q = self.phase.block_q
         origin = floor_to(new.begin, self.packing)
         num_tiles = ints.maximum(ints.ceil_div(new.end - origin, block_q), 1)
@@ -291,7 +292,7 @@ class Schedule:
         if not self.config.spec.update_kv_cache:
             return ceil_to(visible.end, self.packing)
         if self.phase.is_decode:
-            # One row at the most holds new or dead positions: read it with the rest.
+            # The few rows that hold new or dead positions are read with the rest.
             return ceil_to(new.end, self.packing)
         # Only the first tile reads the seam. It keeps it for the others.
         return ints.where(

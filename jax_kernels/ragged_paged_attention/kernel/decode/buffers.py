@@ -10,7 +10,10 @@ from jax_kernels.ragged_paged_attention.config import (
     PhaseConfig,
 )
 from jax_kernels.ragged_paged_attention.kernel import refs, tile_io
-from jax_kernels.ragged_paged_attention.kernel.decode.steps import step_structure
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
+    step_structure,
+    tokens_per_step,
+)
 from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
@@ -34,15 +37,18 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     io_packing = dtype_packing(config.io_dtype)
     out_packing = dtype_packing(config.out_dtype)
     cache, slots, cells = config.cache, phase.num_slots, phase.cells_per_step
-    query_rows = config.query_rows(phase)
+    query_rows, tokens = config.query_rows(phase), tokens_per_step(phase)
     new_heads = tile_io.io_word_rows(config.num_kv_heads, io_packing)
+    # Whole chunks are loaded from any of the new tokens.
+    num_new = tokens + 2 * new_tokens_margin(config, phase)
     new_tokens = Shaped(
-        (slots, cells, new_heads, io_packing, config.io_lanes), config.io_dtype
+        (slots, num_new, new_heads, io_packing, config.io_lanes), config.io_dtype
     )
     updates = config.spec.update_kv_cache
     heads = tile_io.io_word_rows(config.num_q_heads, io_packing)
-    # Whole registers are loaded from the first word row of any key head.
-    heads += query_rows + SUBLANES
+    if phase.block_q == 1:
+        # Whole registers are loaded from the first word row of any key head.
+        heads += query_rows + SUBLANES
     out_heads = tile_io.io_word_rows(config.num_q_heads, out_packing)
     block_rows = phase.block_kv // cache.packing
     num_softmax_tiles = config.num_kv_heads // config.heads_per_softmax_tile(phase)
@@ -50,7 +56,7 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     return Buffers(
         rings=refs.Rings(
             queries=Shaped(
-                (slots, cells, heads, io_packing, config.io_lanes), config.io_dtype
+                (slots, tokens, heads, io_packing, config.io_lanes), config.io_dtype
             ),
             keys=new_tokens if updates else None,
             values=new_tokens if updates else None,
@@ -65,7 +71,13 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
                 cache.dtype,
             ),
             out=Shaped(
-                (slots, cells + 1, out_heads, out_packing, config.io_lanes),
+                (
+                    slots,
+                    tokens + phase.block_q,
+                    out_heads,
+                    out_packing,
+                    config.io_lanes,
+                ),
                 config.out_dtype,
             ),
         ),
@@ -76,11 +88,20 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     )
 
 
+def new_tokens_margin(config: KernelConfig, phase: PhaseConfig) -> int:
+    """Tokens before the first one of the rings of new tokens, and after the last.
+
+    One new token is laid into its chunk by itself. Several are loaded as a chunk, in
+    which other tokens may be before them and after them.
+    """
+    return 0 if phase.block_q == 1 else config.tokens_per_chunk
+
+
 def allocate(
     config: KernelConfig, phase: PhaseConfig
 ) -> tuple[Buffers, refs.Bookkeeping, refs.Semaphores]:
     """Scratch types of the phase."""
-    numbers_per_step = step_structure(phase.cells_per_step).num_leaves
+    numbers_per_step = step_structure(phase).num_leaves
     return (
         refs.allocate_buffers(shapes(config, phase)),
         refs.allocate_bookkeeping(phase, phase.num_slots * numbers_per_step),

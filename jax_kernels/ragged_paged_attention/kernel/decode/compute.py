@@ -1,4 +1,4 @@
-"""One step of decode: cells of one query token and one block of keys and values each.
+"""One step of decode: cells of few query tokens and one block of keys and values each.
 
 Everything from queries to outputs is one stretch of code without branches, and the
 planning of a later step is part of it: scalar work, the merge of new tokens, the
@@ -7,8 +7,9 @@ does not apply to a cell is computed all the same and discarded by a select.
 
 The stretch exists in several sizes, so that short contexts do not pay for long blocks.
 
-Softmax tiles: the query rows of a register are the query heads of several key heads,
-when the G heads of one do not fill it. Scores and values are computed for all rows with
+Softmax tiles: the query rows of a key head are those of its first query head for all
+tokens, then those of the next head. Where they do not fill a register, several key
+heads share one. Scores and values are computed for all rows with
 each of the key heads, and every row takes its own. Many softmax tiles take turns, in
 *rounds* of the same code.
 """
@@ -57,11 +58,13 @@ def lay_out_sinks(context: DecodeContext) -> None:
     if sinks is None:
         return
     sinks[...] = jnp.zeros(sinks.shape, jnp.float32)
-    rows_per_tile = config.group * config.heads_per_softmax_tile(context.phase)
+    heads_per_tile = config.group * config.heads_per_softmax_tile(context.phase)
+    num_rows = context.phase.block_q
     for query_head in range(config.num_q_heads):
-        softmax_tile, row = divmod(query_head, rows_per_tile)
+        softmax_tile, member = divmod(query_head, heads_per_tile)
         logit = online_softmax.sink_logit(context.inputs.sinks[query_head])
-        sinks[softmax_tile, pl.ds(row, 1), :] = jnp.full((1, sinks.shape[-1]), logit)
+        rows = pl.ds(member * num_rows, num_rows)
+        sinks[softmax_tile, rows, :] = jnp.full((num_rows, sinks.shape[-1]), logit)
 
 
 def attend(
@@ -178,7 +181,7 @@ class _CellWork:
       slot: Slot of the step.
       index: Number of the cell within the step.
       size: Tokens of the block to compute.
-      mask: bool[1, size], the tokens that the query sees.
+      mask: bool[1 or query rows, size], the tokens that a query sees.
       words_mask: u32[size // packing, 1], see ``value_words_mask``.
     """
 
@@ -207,7 +210,7 @@ class _CellWork:
             slot,
             index,
             size,
-            mask=masking.decode_mask(*visible, config.spec),
+            mask=_mask(context, cell, size),
             words_mask=value_words_mask(*visible, config),
         )
 
@@ -296,10 +299,11 @@ class _CellWork:
         overwritten or, where there is no query, in a place that is never sent.
         """
         config, rings = self.config, self.context.rings
+        num_tokens = self.context.phase.block_q
         packing = dtype_packing(config.out_dtype)
-        rows = tile_io.WordRows(
-            rings.out.at[self.slot, self.cell.out], config.interpret
-        )
+        word_rows = rings.out.shape[2]
+        rows = tile_io.WordRows(rings.out.at[self.slot], config.interpret)
+        start = self.cell.out * word_rows
         outs = [
             tile_io.value_lanes_first(
                 online_softmax.normalise(state, config.numerics.output_scale),
@@ -307,19 +311,24 @@ class _CellWork:
             )[:, : config.io_lanes]
             for state in states
         ]
-        rows_per_tile = self.heads_per_tile * config.group
-        if rows_per_tile % packing == 0:
-            words_per_tile = rows_per_tile // packing
+        query_heads = self.heads_per_tile * config.group
+        if num_tokens == 1 and query_heads % packing == 0:
+            words_per_tile = query_heads // packing
             for softmax_tile, out in zip(softmax_tiles, outs, strict=True):
                 words = tile_io.pack_rows(out, packing)[:words_per_tile]
-                rows.store(words, softmax_tile * words_per_tile)
+                rows.store(words, start + softmax_tile * words_per_tile)
             return
-        # A word row holds heads of two softmax tiles.
-        members = [out[g : g + 1] for out in outs for g in range(rows_per_tile)]
-        first = (softmax_tiles[0] * rows_per_tile) >> log2(packing)
+        # The heads of a word row are in different registers.
+        members = [
+            out[head * num_tokens : (head + 1) * num_tokens]
+            for out in outs
+            for head in range(query_heads)
+        ]
+        first = start + ((softmax_tiles[0] * query_heads) >> log2(packing))
         for index in range(len(members) // packing):
             pair = members[index * packing : (index + 1) * packing]
-            rows.store(tile_io.pack_heads(pair, config.interpret), first + index)
+            words = tile_io.pack_heads(pair, config.interpret)
+            rows.store(words, first + index, word_rows)
 
     def _head_offsets(self, offset: int) -> range:
         """The key heads of a softmax tile, counted from the first one of the round."""
@@ -331,7 +340,8 @@ class _CellWork:
         own = by_head[0]
         row = lax.broadcasted_iota(jnp.int32, (own.shape[0], 1), 0)
         for index, array in enumerate(by_head[1:], start=1):
-            own = jnp.where(row >= index * self.config.group, array, own)
+            first = index * self.config.group * self.context.phase.block_q
+            own = jnp.where(row >= first, array, own)
         return own
 
     def _start_state(self, softmax_tile: Int, state: SoftmaxState) -> SoftmaxState:
@@ -362,6 +372,8 @@ class _CellWork:
         config = self.config
         packing = dtype_packing(config.io_dtype)
         num_rows = config.query_rows(self.context.phase)
+        if self.context.phase.block_q > 1:
+            return self._load_queries(softmax_tile, parity)
         source = self.context.rings.queries.at[self.slot, self.cell.query]
         rows = tile_io.WordRows(source, config.interpret)
         first = (softmax_tile * self.heads_per_tile * config.group) >> log2(packing)
@@ -372,3 +384,40 @@ class _CellWork:
             x = pltpu.bitcast(words, jnp.bfloat16).astype(jnp.float32)
             x = x[parity : parity + num_rows]
         return tile_io.prepare_queries(tile_io.widen(x, config.lanes), config)
+
+    def _load_queries(self, softmax_tile: Int, parity: int) -> jax.Array:
+        """``_load_query`` for several tokens: head by head, the rows of all tokens."""
+        config, phase = self.config, self.context.phase
+        packing = dtype_packing(config.io_dtype)
+        source = self.context.rings.queries
+        rows = tile_io.WordRows(source.at[self.slot], config.interpret)
+        word_rows = source.shape[2]
+        query_heads = self.heads_per_tile * config.group
+        first = self.cell.query * word_rows
+        first += (softmax_tile * query_heads) >> log2(packing)
+        heads = []
+        for index in range(pl.cdiv(parity + query_heads, packing)):
+            words = rows.load(first + index, phase.block_q, word_rows)
+            heads += tile_io.unpack_heads(words, packing)
+        heads = heads[parity : parity + query_heads]
+        num_padding = config.query_rows(phase) - query_heads * phase.block_q
+        if num_padding:
+            heads.append(jnp.zeros((num_padding, config.io_lanes), jnp.float32))
+        x = jnp.concatenate(heads)
+        return tile_io.prepare_queries(tile_io.widen(x, config.lanes), config)
+
+
+def _mask(context: DecodeContext, cell: DecodeCell, size: int) -> jax.Array:
+    """bool[1 or query rows, size]: the tokens of a block that a query sees."""
+    spec, num_tokens = context.config.spec, context.phase.block_q
+    if num_tokens == 1:
+        return masking.decode_mask(cell.visible_begin, cell.visible_end, size, spec)
+    num_rows = context.config.query_rows(context.phase)
+    row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
+    first_query = cell.visible_end - cell.num_queries
+    return masking.attention_mask(
+        first_query + (row & (num_tokens - 1)),
+        lax.broadcasted_iota(jnp.int32, (1, size), 1),
+        cell.visible_end,
+        spec,
+    )

@@ -12,10 +12,15 @@ from jax_kernels.ragged_paged_attention.kernel.copies import (
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
     Buffers,
     DecodeContext,
+    new_tokens_margin,
 )
-from jax_kernels.ragged_paged_attention.kernel.decode.steps import Step
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import Step, new_end
 from jax_kernels.ragged_paged_attention.kernel.pages import wait_for
-from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
+from jax_kernels.ragged_paged_attention.kernel.schedule import (
+    Int,
+    ceil_to,
+    log2,
+)
 
 
 class StepCopies(PhaseCopies[Buffers]):
@@ -30,10 +35,10 @@ class StepCopies(PhaseCopies[Buffers]):
 
         @pl.when(step.num_tokens > 0)
         def _():
-            for source, ring, semaphores in _token_rings(self.context):
+            for source, ring, first, semaphores in _token_rings(self.context):
                 pltpu.make_async_copy(
                     source.at[pl.ds(step.first_token, step.num_tokens)],
-                    some_tokens(ring.at[slot], 0, step.num_tokens, source.shape[1]),
+                    some_tokens(ring.at[slot], first, step.num_tokens, source.shape[1]),
                     semaphores.at[slot],
                 ).start()
 
@@ -51,7 +56,7 @@ class StepCopies(PhaseCopies[Buffers]):
 
         @pl.when(step.num_tokens > 0)
         def _():
-            for source, ring, semaphores in _token_rings(self.context):
+            for source, ring, _, semaphores in _token_rings(self.context):
                 tokens = some_tokens(ring.at[slot], 0, step.num_tokens, source.shape[1])
                 wait_for(tokens, semaphores.at[slot])
 
@@ -60,16 +65,19 @@ class StepCopies(PhaseCopies[Buffers]):
     def start_write_back(self, step: Step, slot: Int) -> None:
         """Writes the rows that hold new tokens to their pages."""
         context = self.context
+        packing = context.config.cache.packing
         for index, cell in enumerate(step.cells):
 
             @pl.when(cell.new_place >= 0)
             def _(index=index, cell=cell):
-                pages_of(context).start_write_row(
-                    cell.place,
-                    cell.new_place >> log2(context.config.cache.packing),
-                    _block(context, slot, index),
-                    context.semaphores.write_back.at[slot],
-                )
+                block = _block(context, slot, index)
+                semaphore = context.semaphores.write_back.at[slot]
+                row = cell.new_place >> log2(packing)
+                if context.phase.block_q == 1:
+                    pages_of(context).start_write_row(cell.place, row, block, semaphore)
+                    return
+                end = ceil_to(new_end(context.phase, cell), packing) >> log2(packing)
+                pages_of(context).start_write(cell.place, row, end, block, semaphore)
 
         context.bookkeeping.written_rows[slot] = step.num_written
 
@@ -88,10 +96,14 @@ def _block(context: DecodeContext, slot: Int, index: int):
 
 
 def _token_rings(context: DecodeContext):
-    """Arrays in HBM that steps fetch tokens of, with their rings and semaphores."""
+    """Arrays in HBM that steps fetch tokens of, with where these go.
+
+    That is a ring, the place of the first token in a slot of it, and the semaphores.
+    """
     semaphores = context.semaphores
-    queries = (context.inputs.queries, context.rings.queries, semaphores.queries)
+    queries = (context.inputs.queries, context.rings.queries, 0, semaphores.queries)
     if not context.updates:
         return [queries]
+    first = new_tokens_margin(context.config, context.phase)
     new_tokens = new_token_rings(context)
-    return [queries, *((*pair, semaphores.new_kv) for pair in new_tokens)]
+    return [queries, *((*pair, first, semaphores.new_kv) for pair in new_tokens)]

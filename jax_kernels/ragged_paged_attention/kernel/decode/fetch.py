@@ -85,5 +85,5 @@ class Fetcher:
 
 def load_step(context: DecodeContext, slot: Int) -> Step:
     """The step that is noted for a slot."""
-    structure = step_structure(context.phase.cells_per_step)
+    structure = step_structure(context.phase)
     return notes.load(context.bookkeeping.notes, slot, structure)

@@ -1,10 +1,17 @@
-"""Merges the new token of a decode cell into its block."""
+"""Merges the new tokens of a decode cell into its block."""
 
 import jax.numpy as jnp
 
 from jax_kernels.ragged_paged_attention.kernel import masking, tile_io
-from jax_kernels.ragged_paged_attention.kernel.decode.buffers import DecodeContext
-from jax_kernels.ragged_paged_attention.kernel.decode.steps import DecodeCell
+from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
+    DecodeContext,
+    new_tokens_margin,
+)
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
+    DecodeCell,
+    new_end,
+    tokens_per_step,
+)
 from jax_kernels.ragged_paged_attention.kernel.new_tokens import merge_pair
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
 
@@ -12,7 +19,7 @@ from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
 def merge(
     context: DecodeContext, cell: DecodeCell, slot: Int, index: int, pair: Int
 ) -> None:
-    """Merges the new token of a decode cell, if the cell has it.
+    """Merges the new tokens of a decode cell, if the cell has any.
 
     Args:
       context: Gives buffers and geometry.
@@ -21,6 +28,9 @@ def merge(
       index: Number of the cell within the step.
       pair: Word row of ``keys`` and ``values`` to merge: heads by their packing.
     """
+    if context.phase.block_q > 1:
+        _merge_several(context, cell, slot, index, pair)
+        return
     config, rings = context.config, context.rings
     num_chunks = context.schedule.block_rows // config.rows_per_chunk
     place = jnp.maximum(cell.new_place, 0)
@@ -41,3 +51,45 @@ def merge(
         words.append(jnp.broadcast_to(token, shape))
     chunk_of_step = index * num_chunks + chunk
     merge_pair(rings.kv.at[slot], chunk_of_step, pair, words, is_new, config)
+
+
+def _merge_several(
+    context: DecodeContext, cell: DecodeCell, slot: Int, index: int, pair: Int
+) -> None:
+    """``merge`` for several new tokens, of which some may be of another block."""
+    config, rings, phase = context.config, context.rings, context.phase
+    tokens_per_chunk = config.tokens_per_chunk
+    num_chunks = context.schedule.block_rows // config.rows_per_chunk
+    begin = jnp.maximum(cell.new_place, 0)
+    end = jnp.where(cell.new_place >= 0, new_end(phase, cell), 0)
+    # The first new token of the sequence, and so its first query, may be before.
+    origin = cell.visible_end - cell.num_queries
+    first_token = cell.query + jnp.maximum(-origin, 0)
+    margin = new_tokens_margin(config, phase)
+    last_start = margin + tokens_per_step(phase) - 1
+    for offset in range(_most_chunks(config.spec.decode_q_len, tokens_per_chunk)):
+        chunk = (begin >> log2(tokens_per_chunk)) + offset
+        # A chunk that is merged twice gets the same tokens twice.
+        chunk = jnp.minimum(chunk, num_chunks - 1)
+        first_place = chunk * tokens_per_chunk
+        # Tokens that are not new are masked. Where none is, any do.
+        start = margin + first_token - begin + first_place
+        start = jnp.minimum(start, last_start)
+        is_new = masking.live_word_mask(
+            first_place, config.rows_per_chunk, config.cache.packing, begin, end
+        )
+        words = []
+        for ref in (rings.keys, rings.values):
+            rows = tile_io.WordRows(ref.at[slot], config.interpret)
+            word_rows = ref.shape[2]
+            words.append(
+                rows.load(start * word_rows + pair, tokens_per_chunk, word_rows)
+            )
+        merge_pair(
+            rings.kv.at[slot], index * num_chunks + chunk, pair, words, is_new, config
+        )
+
+
+def _most_chunks(num_tokens: int, tokens_per_chunk: int) -> int:
+    """Chunks that so many consecutive tokens may touch."""
+    return (num_tokens + tokens_per_chunk - 2) // tokens_per_chunk + 1

@@ -1,5 +1,7 @@
 """Steps of decode: some consecutive cells, and what their sequences have in common.
 
+A sequence has up to ``decode_q_len`` new tokens, which are all in each of its cells.
+
 A step is ``cells_per_step`` consecutive cells of the flat list (schedule.py), of one
 sequence or of several. Its DMAs, waits and matmuls are those of one large cell, so
 that many short sequences cost hardly more than a long one. With blocks of 8 tokens and
@@ -18,13 +20,14 @@ that many short sequences cost hardly more than a long one. With blocks of 8 tok
 All functions are arithmetic on scalars (ints.py), as in schedule.py.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
+from jax_kernels.ragged_paged_attention.config import PhaseConfig
 from jax_kernels.ragged_paged_attention.kernel import ints
-from jax_kernels.ragged_paged_attention.kernel.ints import Bool, Int
+from jax_kernels.ragged_paged_attention.kernel.ints import Int
 from jax_kernels.ragged_paged_attention.kernel.schedule import (
     BlockPlace,
     Cell,
@@ -40,12 +43,13 @@ class DecodeCell(NamedTuple):
     place: BlockPlace
     row_begin: Int  # rows fetched
     row_end: Int
-    visible_begin: Int  # tokens that the query sees; may be out of the block
+    visible_begin: Int  # tokens that some query sees; may be out of the block
     visible_end: Int
-    new_place: Int  # where the new token goes, or -1
-    query: Int  # number of its query among those of the step
-    out: Int  # number of its output in the buffer; past the queries if it has none
+    new_place: Int  # where the first new token of the block goes, or -1
+    query: Int  # number of its first query among those of the step
+    out: Int  # number of its first output in the buffer; past the queries if none
     is_first: Int  # 1: the first block of its sequence
+    num_queries: Int | None  # None: one, if it has an output
 
 
 class Step(NamedTuple):
@@ -54,15 +58,17 @@ class Step(NamedTuple):
     cells: tuple[DecodeCell, ...]
     first_token: Int  # of the first cell, in the flat query array
     num_tokens: Int  # queries, new keys and new values to fetch
-    num_ended: Int  # sequences with a query that end in the step
+    num_ended: Int  # queries of the sequences that end in the step
     num_rows: Int  # rows fetched
     num_written: Int  # rows written back
 
 
-def step_structure(cells_per_step: int) -> Any:
+def step_structure(phase: PhaseConfig) -> Any:
     """How the numbers of a step are laid out: a tree of JAX."""
     cell = DecodeCell(BlockPlace(0, 0), *range(len(DecodeCell._fields) - 1))
-    return jax.tree.structure(Step((cell,) * cells_per_step, 0, 0, 0, 0, 0))
+    if phase.block_q == 1:
+        cell = cell._replace(num_queries=None)
+    return jax.tree.structure(Step((cell,) * phase.cells_per_step, 0, 0, 0, 0, 0))
 
 
 def describe_step(
@@ -95,12 +101,14 @@ def describe_step(
             cells=tuple(parts),
             first_token=first.query_token,
             num_tokens=last.query_token + last.num_queries - first.query_token,
-            num_ended=_count(
-                (cell.block + 1 >= cell.num_blocks) & (cell.num_queries > 0)
+            num_ended=sum(
+                ints.where(cell.block + 1 >= cell.num_blocks, cell.num_queries, 0)
                 for cell in cells
             ),
             num_rows=sum(part.row_end - part.row_begin for part in parts),
-            num_written=_count(part.new_place >= 0 for part in parts),
+            num_written=sum(
+                cell.write_row_end - cell.write_row_begin for cell in cells
+            ),
         ),
         cursor,
     )
@@ -120,6 +128,7 @@ def _lengths_or_none(
 
 
 def _part_of_step(schedule: Schedule, cell: Cell, query: Int) -> DecodeCell:
+    phase = schedule.phase
     return DecodeCell(
         place=schedule.block_place(cell),
         row_begin=cell.cache_row_begin,
@@ -132,10 +141,17 @@ def _part_of_step(schedule: Schedule, cell: Cell, query: Int) -> DecodeCell:
             -1,
         ),
         query=query,
-        out=ints.where(cell.num_queries > 0, query, schedule.phase.cells_per_step),
+        out=ints.where(cell.num_queries > 0, query, tokens_per_step(phase)),
         is_first=ints.where(cell.block == 0, 1, 0),
+        num_queries=None if phase.block_q == 1 else cell.num_queries,
     )
 
 
-def _count(conditions: Iterable[Bool]) -> Int:
-    return sum(ints.where(condition, 1, 0) for condition in conditions)
+def new_end(phase: PhaseConfig, cell: DecodeCell) -> Int:
+    """The token after the last new one of a block that has some."""
+    return ints.minimum(cell.visible_end, phase.block_kv)
+
+
+def tokens_per_step(phase: PhaseConfig) -> int:
+    """Queries of a step at most: every cell has another sequence."""
+    return phase.cells_per_step * phase.block_q
