@@ -138,7 +138,7 @@ def test_a_sequence_in_the_wrong_part_is_named(change, chunk, message):
 def test_decodes_may_have_up_to_decode_q_len_new_tokens():
     metadata = make_metadata(cu_q_lens=[0, 3, 4, 8, 8, 0], distribution=[4, 4, 4])
     check(metadata, decode_q_len=4)
-    with pytest.raises(ValueError, match="sequence 2 .*decode_q_len = 3 .* got 4"):
+    with pytest.raises(ValueError, match=r"sequence 2 .*decode_q_len = 3 .* got 4"):
         check(metadata, decode_q_len=3)
 
 

@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
+import pytest
 
+from jax_kernels.ragged_paged_attention.config import Phase, PhaseConfig
 from jax_kernels.ragged_paged_attention.kernel import notes
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import step_structure
 from jax_kernels.ragged_paged_attention.kernel.refs import Bookkeeping, ScalarRefs
@@ -18,8 +20,9 @@ def test_cells_are_loaded_as_they_were_stored():
     assert (memory == -1).sum() == 2 * len(cell)
 
 
-def test_steps_are_loaded_as_they_were_stored():
-    structure = step_structure(cells_per_step=2)
+@pytest.mark.parametrize("block_q", [1, 4])
+def test_steps_are_loaded_as_they_were_stored(block_q):
+    structure = step_structure(PhaseConfig(Phase.DECODE, block_q, 8, 4, 2, 2))
     size = structure.num_leaves
     memory = np.full(2 * size, -1, np.int32)
     step = jax.tree.unflatten(structure, range(size))
