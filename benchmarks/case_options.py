@@ -19,10 +19,10 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     )
     choice.add_argument(
         "--table",
-        nargs="?",
-        const="main",
+        action=_Tables,
+        nargs="*",
         choices=cases.TABLES,
-        help="a table of cases, by default the main one",
+        help="tables of cases, by default the main one",
     )
     choice.add_argument(
         "--seqs",
@@ -40,6 +40,13 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--num-tokens", type=int, help="T; by default just enough")
     shape.add_argument("--num-sequences", type=int, help="S; by default just enough")
     shape.add_argument("--pages-per-sequence", type=int, help="P; likewise")
+
+
+class _Tables(argparse.Action):
+    """Names of tables; without any, the main one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values or ["main"])
 
 
 def add_model_arguments(shape: argparse._ArgumentGroup) -> None:
@@ -79,7 +86,8 @@ def selected_cases(options: argparse.Namespace) -> list[cases.Case]:
     if options.case:
         return cases.select(options.case)
     if options.table:
-        return list(cases.TABLES[options.table])
+        members = (case for name in options.table for case in cases.TABLES[name])
+        return list({case.name: case for case in members}.values())
     case = cases.fitted(
         "custom",
         given_model(options),

@@ -3,11 +3,13 @@
     python -m benchmarks.compare --peers rpa_v3 flywheel splash
     python -m benchmarks.compare --peers rpa_v3 --case llama-prefill-2k-at-8k
     python -m benchmarks.compare --update benchmarks/README.md --plot compared.png
+    python -m benchmarks.compare --table deployments --update benchmarks/README.md
 
 Every figure is a prediction, of this kernel and of theirs: libtpu compiles all of them,
 one release for all, and one model of time executes them. Peers are compiled from their
-published packages, with the blocks that they choose themselves and with those that are
-published for the most similar step; the faster of the two counts. Without --case,
+published packages, for arrays as large as ours, with the blocks that they choose
+themselves, with those that are published for the most similar step, and RPA v3 also
+with smaller ones that suit many lengths; the fastest of them counts. Without --case,
 --table and --seqs, the steps are those of the table `peers`.
 """
 
@@ -17,8 +19,9 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks import (
     case_options,
@@ -29,7 +32,7 @@ from benchmarks import (
     published,
 )
 from benchmarks.cases import Case
-from benchmarks.peers.calls import PEERS, PeerCall
+from benchmarks.peers.calls import PEERS, Capacity, PeerCall
 from benchmarks.peers.prediction import PeerPrediction, predict_call
 from benchmarks.prediction import Prediction, describe, predict
 from benchmarks.progress import Progress
@@ -40,6 +43,14 @@ from jax_kernels.chips import Chip
 # Peers as they are today: the others are older releases of the same kernels.
 PRESENT = [name for name, peer in PEERS.items() if peer.kernel is None]
 MARK = "<!-- compared {table} {chip} -->"
+# Blocks by peer that suit many lengths, for decode and for other steps. Those that RPA
+# v3 chooses itself follow the longest context that its arrays could hold.
+SENSIBLE_BLOCKS: dict[str, dict[str, dict[str, int]]] = {
+    "rpa_v3": {
+        "decode": {"bq_sz": 1, "bkv_sz": 4096, "bq_csz": 1, "bkv_csz": 2048},
+        "other": {"bq_sz": 32, "bkv_sz": 2048, "bq_csz": 32, "bkv_csz": 512},
+    }
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Row:
         theirs = self.peers[peer]
         if isinstance(theirs, str):
             return None
-        return theirs.microseconds / self.ours.result.microseconds
+        return theirs.microseconds / self.ours.total_us
 
     def as_dict(self) -> dict:
         """What JSON has of it."""
@@ -100,14 +111,20 @@ def peer_call(peer: str, case: Case, chip: str, libtpu: str) -> PeerCall:
         window=model.sliding_window,
         page_size=shape.page_size,
         libtpu=libtpu,
+        capacity=Capacity(
+            shape.num_tokens, shape.num_sequences, shape.pages_per_sequence
+        )
+        if PEERS[peer].has_traced_lengths
+        else None,
     )
 
 
 def candidates(call: PeerCall) -> list[PeerCall]:
-    """The call with the peer's own blocks and with those of the nearest published cell.
+    """The call with the peer's own blocks, with published ones and with sensible ones.
 
-    The nearest is one of the same chip and mask, if there is one, whose head dimension,
-    key heads and context differ least, in this order.
+    Published blocks are those of the nearest cell: one of the same chip and mask, if
+    there is one, whose head dimension, key heads and context differ least, in this
+    order.
     """
     longest = max(s.kv_len for s in call.sequences)
     is_decode = all(s.q_len == 1 for s in call.sequences)
@@ -129,10 +146,13 @@ def candidates(call: PeerCall) -> list[PeerCall]:
         and cell.blocks is not None
         and (cell.kind == "decode") == is_decode
     ]
-    if not known:
-        return [call]
-    nearest = min(known, key=distance)
-    return [call, dataclasses.replace(call, blocks=nearest.blocks or {})]
+    chosen: list[Mapping[str, Any]] = [call.blocks]
+    if known:
+        chosen.append(min(known, key=distance).blocks or {})
+    if call.peer in SENSIBLE_BLOCKS:
+        kind = "decode" if is_decode else "other"
+        chosen.append(SENSIBLE_BLOCKS[call.peer][kind])
+    return [dataclasses.replace(call, blocks=blocks) for blocks in chosen]
 
 
 def compare(
@@ -194,17 +214,17 @@ def _fastest(
 
 def table(rows: Iterable[Row], peers: list[str]) -> Iterator[str]:
     """Lines of a Markdown table as they are known; a dash is explained below it."""
-    yield (
-        "| step | ours us | " + " | ".join(f"{p} us (times ours)" for p in peers) + " |"
-    )
-    yield "|---|---|" + "---|" * len(peers)
+    columns = ["step", "bound us", "ours us (bound / time)"]
+    columns += [f"{peer} us (bound / time; times ours)" for peer in peers]
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
     reasons: dict[str, None] = {}
     for row in rows:
         cells = [_cell(row, peer) for peer in peers]
         yield (
-            f"| {row.ours.case.name} | {row.ours.result.microseconds:.1f} | "
-            + " | ".join(cells)
-            + " |"
+            f"| {row.ours.case.name} | {row.ours.bound_us:.1f} "
+            f"| {row.ours.total_us:.1f} "
+            f"({row.ours.of_bound:.2f}) | " + " | ".join(cells) + " |"
         )
         for peer, theirs in row.peers.items():
             if isinstance(theirs, str):
@@ -218,7 +238,8 @@ def _cell(row: Row, peer: str) -> str:
     theirs, ratio = row.peers[peer], row.ratio(peer)
     if isinstance(theirs, str) or ratio is None:
         return "-"
-    return f"{theirs.microseconds:.1f} ({ratio:.2f})"
+    of_bound = row.ours.bound_us / theirs.microseconds
+    return f"{theirs.microseconds:.1f} ({of_bound:.2f}; {ratio:.2f})"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -254,15 +275,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if sum(given) > 1:
         parser.error("give at most one of --case, --table, --seqs")
     if sum(given) == 0:
-        options.table = "peers"
+        options.table = ["peers"]
     if options.update and not options.table:
         parser.error("--update: expected --table")
+    if len(options.table or ()) > 1:
+        parser.error(f"--table: expected one table, got {' '.join(options.table)}")
     command_line.check_update(parser, options.update, _mark(options))
     return options
 
 
 def _mark(options: argparse.Namespace) -> str:
-    return MARK.format(table=options.table, chip=options.chip)
+    return MARK.format(table=" ".join(options.table or ()), chip=options.chip)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,7 +3,8 @@
     python -m benchmarks.compile_here CHIP < request.json
 
 The request has the static shape and the block sizes. The flags of the compiler are in
-the environment, and with them where it writes its files.
+the environment, and with them where it writes its files. The optimised HLO of the
+program goes to standard output.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import cases, compiler
@@ -27,14 +29,23 @@ from jax_kernels.ragged_paged_attention import (
 
 def _compile(
     shape: cases.StaticShape, chip: str, blocks: tuple[int, int, int] | None
-) -> None:
+) -> str:
+    """Optimised HLO.
+
+    Arguments and results are row-major, as a model holds them: left to itself XLA would
+    choose transposed layouts for some, since nothing else is in the program.
+    """
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=chips.COMPILED[chip].topology
     )
     where = SingleDeviceSharding(topology.devices[0])
 
+    def row_major(num_axes: int) -> Format:
+        return Format(Layout(tuple(range(num_axes))), where)
+
     def array(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=where)
+        placed = row_major(len(sizes))
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=placed)
 
     model = shape.model
     queries = (shape.num_tokens, model.num_q_heads, model.head_dim)
@@ -55,7 +66,12 @@ def _compile(
             **shape.options,
         )
 
-    jax.jit(call, donate_argnums=3).lower(
+    jitted = jax.jit(
+        call,
+        donate_argnums=3,
+        out_shardings=(row_major(len(queries)), row_major(len(cache))),
+    )
+    lowered = jitted.lower(
         array(shape.q_dtype, *queries),
         array(shape.q_dtype, *tokens),
         array(shape.q_dtype, *tokens),
@@ -65,7 +81,10 @@ def _compile(
         array("int32", shape.num_sequences + 1),
         array("int32", 3),
         array("float32", model.num_q_heads) if model.with_sinks else None,
-    ).compile()
+    )
+    text = lowered.compile().as_text()
+    assert text is not None
+    return text
 
 
 def main() -> None:
@@ -73,7 +92,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     fields = request["shape"]
     model = cases.Model(**fields.pop("model"))
-    _compile(cases.StaticShape(model, **fields), chip, request["blocks"])
+    print(_compile(cases.StaticShape(model, **fields), chip, request["blocks"]))
 
 
 if __name__ == "__main__":

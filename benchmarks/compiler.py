@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import cases, environment
+from benchmarks import cases, environment, surroundings
 from benchmarks.tpu_timing import Program, code_size, load_kernel, overlays
 from jax_kernels import chips
 
@@ -71,7 +71,10 @@ def compile_program(
                 + "\n".join(done.stderr.splitlines()[-15:])
             )
         prune(Path(directory))
-        program = load_kernel(directory, KERNEL_NAME, chips.COMPILED[chip])
+        program = dataclasses.replace(
+            load_kernel(directory, KERNEL_NAME, chips.COMPILED[chip]),
+            bytes_around=surroundings.bytes_around(done.stdout),
+        )
     warn_of_loops(program, shape)
     return program
 

@@ -1,7 +1,7 @@
 """Predicts the time of a step on a TPU that is not there.
 
     python -m benchmarks.predict --case llama-decode-128x8k
-    python -m benchmarks.predict --table
+    python -m benchmarks.predict --table main deployments
     python -m benchmarks.predict --heads 32 --kv-heads 8 --head-dim 128 \
         --cache-dtype float8_e4m3fn --seqs '64*1/2048,512/4096' --chip v6e
 
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from benchmarks import (
     block_choice,
@@ -42,13 +44,14 @@ from jax_kernels.chips import Chip
 def table(predictions: Iterable[Prediction]) -> Iterator[str]:
     """Lines of a Markdown table, as soon as each is known.
 
-    The time at the default clock is a dash where it is not known, or the only one.
+    The time at the default clock is a dash where it is not known, or the only one. What
+    XLA puts around the kernel is beside its time.
     """
     yield (
         "| case | us | measured, expected us | at default clock us | MBU % | MFU % "
-        "| of cap % | DMA waits % | bound us |"
+        "| of cap % | DMA waits % | bound us | bound / time |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for prediction in predictions:
         result, shares = prediction.result, prediction.shares
         waits = result.dma_wait_cycles / result.cycles
@@ -60,11 +63,12 @@ def table(predictions: Iterable[Prediction]) -> Iterator[str]:
             waits,
         )
         yield (
-            f"| {prediction.case.name} | {result.microseconds:.1f} "
+            f"| {prediction.case.name} | {result.microseconds:.1f}"
+            f"{_around_in_words(prediction)} "
             f"| {_expected_us(prediction)} "
             f"| {'-' if slower is None else f'{slower:.1f}'} | "
             + " | ".join(f"{100 * share:.0f}" for share in percentages)
-            + f" | {shares['ideal_microseconds']:.1f} |"
+            + f" | {prediction.bound_us:.1f} | {prediction.of_bound:.2f} |"
         )
 
 
@@ -80,6 +84,11 @@ def _rounded(microseconds: float) -> str:
     if digits:
         return f"{microseconds:.{digits}f}"
     return f"{float(f'{microseconds:.3g}'):.0f}"
+
+
+def _around_in_words(prediction: Prediction) -> str:
+    """What is around the kernel, as a summand beside its time."""
+    return f" + {prediction.around_us:.1f}" if prediction.around_us else ""
 
 
 def _clock_in_words(prediction: Prediction) -> str:
@@ -107,7 +116,9 @@ def details(prediction: Prediction) -> str:
             f"  PREDICTED time {prediction.result.microseconds:.1f} us, "
             f"MBU {shares['mbu']:.1%}, MFU {shares['mfu']:.1%} of at most "
             f"{prediction.cap:.0%}; "
-            f"bound of the chip {shares['ideal_microseconds']:.1f} us",
+            f"bound of the chip {prediction.bound_us:.1f} us",
+            f"  beside that, operations of XLA around the kernel: "
+            f"{prediction.around_us:.1f} us",
             f"  a measured time is expected from {_expected_us(prediction)} us: "
             f"{expected.count} published times ({expected.of}) were {expected} times "
             f"their predictions.{_clock_in_words(prediction)}",
@@ -133,12 +144,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
     parser.add_argument(
-        "--baseline", metavar="FILE", help="write cycles for the regression test"
+        "--baseline",
+        metavar="FILE",
+        help="put cycles into the file of the regression test; it keeps other cases "
+        "if they are of the same chip and versions",
     )
     parser.add_argument(
         "--update",
         metavar="FILE.md",
-        help="replace the table between the file's two lines "
+        help="replace each table between the file's two lines "
         "<!-- predicted TABLE CHIP -->",
     )
     parser.add_argument("--trace", metavar="FILE", help="Perfetto/Chrome trace")
@@ -170,12 +184,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("give exactly one of --case, --table, --seqs (or --list)")
     if options.update and not options.table:
         parser.error("--update: expected --table")
-    command_line.check_update(parser, options.update, _mark(options))
+    for name in options.table or ():
+        command_line.check_update(parser, options.update, _mark(name, options.chip))
     return options
 
 
-def _mark(options: argparse.Namespace) -> str:
-    return f"<!-- predicted {options.table} {options.chip} -->"
+def _mark(table_name: str, chip: str) -> str:
+    return f"<!-- predicted {table_name} {chip} -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -211,10 +226,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot:
         plots.write(options.plot, chip, predictions, curves)
     if options.update:
-        lines = [environment.versions_line(described), "", *table(predictions)]
-        environment.update_markdown(options.update, _mark(options), lines)
+        by_name = {prediction.case.name: prediction for prediction in predictions}
+        for name in options.table:
+            members = [by_name[case.name] for case in cases.TABLES[name]]
+            lines = [environment.versions_line(described), "", *table(members)]
+            mark = _mark(name, options.chip)
+            environment.update_markdown(options.update, mark, lines)
     if options.baseline:
-        environment.write_json(options.baseline, baseline(predictions, described))
+        content = baseline(predictions, described, Path(options.baseline))
+        environment.write_json(options.baseline, content)
     if options.json:
         content = {
             "kind": "prediction",
@@ -227,13 +247,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(p.result.nonzero_flags for p in predictions) else 0
 
 
-def baseline(predictions: list[Prediction], described: dict[str, str]) -> dict:
-    """What the regression test compares with; the versions decide if it can."""
-    return {
-        "kind": "prediction",
-        **{name: described[name] for name in ("chip", "jax", "libtpu")},
-        "cycles": {p.case.name: round(p.result.cycles) for p in predictions},
-    }
+def baseline(
+    predictions: list[Prediction], described: dict[str, str], file: Path
+) -> dict:
+    """What the regression test compares with; the versions decide if it can.
+
+    Args:
+      predictions: What is new.
+      described: Chip and versions.
+      file: The former content, whose other cases stay if chip and versions are these.
+    """
+    versions = {name: described[name] for name in ("chip", "jax", "libtpu")}
+    former = json.loads(file.read_text()) if file.exists() else {}
+    is_alike = all(former.get(name) == version for name, version in versions.items())
+    known = former["cycles"] if is_alike else {}
+    cycles = {p.case.name: round(p.result.cycles) for p in predictions}
+    return {"kind": "prediction", **versions, "cycles": known | cycles}
 
 
 def _collect(

@@ -32,6 +32,8 @@ class Prediction:
       shares: MBU, MFU and the like, see ``workloads.utilization``.
       default_clock_us: Time where libtpu is not told to hold the highest clock; None if
         the chip has but one clock, or if it was not asked for.
+      around_us: Time of what XLA puts around the kernel: its bytes, at the speed of
+        copies. ``result`` is of the kernel alone.
     """
 
     case: cases.Case
@@ -39,11 +41,27 @@ class Prediction:
     result: Result
     shares: dict[str, float]
     default_clock_us: float | None = None
+    around_us: float = 0.0
 
     @property
     def cap(self) -> float:
         """The MFU that the head dimension allows."""
         return workloads.attention_cap(self.case.shape.model.head_dim, self.chip)
+
+    @property
+    def total_us(self) -> float:
+        """Of the kernel and of what is around it."""
+        return self.result.microseconds + self.around_us
+
+    @property
+    def bound_us(self) -> float:
+        """The least time, see ``workloads.bound_seconds``."""
+        return 1e6 * workloads.bound_seconds(self.case.ideal, self.chip, self.cap)
+
+    @property
+    def of_bound(self) -> float:
+        """The bound by the time of all."""
+        return self.bound_us / self.total_us
 
     @property
     def kind(self) -> str:
@@ -71,8 +89,10 @@ class Prediction:
             "step": self.kind,
             "expected": dataclasses.asdict(self.expected),
             "default_clock_microseconds": self.default_clock_us,
+            "around_microseconds": self.around_us,
             **self.shares,
             "mfu_cap": self.cap,
+            "bound_microseconds": self.bound_us,
             "result": report.as_dict(self.result),
         }
 
@@ -95,7 +115,9 @@ def predict(
     if both_clocks and chip.rates.default_clock_hz is not None:
         slower = simulate(program, chip.at_clock("default"), scalars, dma_model)
         default_clock_us = slower.microseconds
-    return Prediction(case, chip, result, shares, default_clock_us)
+    bytes_per_s = chip.rates.hbm_bytes_per_s * dma_model.efficiency
+    around_us = 1e6 * program.bytes_around / bytes_per_s
+    return Prediction(case, chip, result, shares, default_clock_us, around_us)
 
 
 def predict_all(

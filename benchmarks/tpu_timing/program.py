@@ -51,6 +51,8 @@ class Program:
       overlays: In which instructions are fetched; None if the compiler did not say.
       overlay_sizes: How long overlays may be.
       warnings: What may make predictions less exact.
+      bytes_around: Moved in HBM by other operations of the program that was compiled,
+        before and after the kernel.
     """
 
     kernel: str
@@ -68,6 +70,7 @@ class Program:
     overlays: Layout | None
     overlay_sizes: OverlaySizes
     warnings: list[str]
+    bytes_around: float = 0
 
     def begins_where(self, previous: Program) -> bool:
         """Whether it begins in the overlay in which a kernel before it ends."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.tpu_timing.dma import DmaModel
 from jax_kernels.chips import Chip
 
 
@@ -193,6 +194,18 @@ def attention_cap(head_dim: int, chip: Chip) -> float:
     Scores sum over D, and values are D wide, so a unit wider than D is idle in part.
     """
     return min(1.0, head_dim / chip.matrix_columns)
+
+
+def bound_seconds(needed: Ideal, chip: Chip, cap: float) -> float:
+    """The least time of a workload that the model of time can give.
+
+    Either all bytes at the share of the peak bandwidth that copies reach, or all
+    operations at the share ``cap`` of the peak that the head dimension allows. The peak
+    is that of bfloat16, which a step that multiplies float8 may exceed.
+    """
+    bytes_per_s = chip.rates.hbm_bytes_per_s * DmaModel().efficiency
+    flops_per_s = chip.rates.bf16_flops_per_s * cap
+    return max(needed.bytes / bytes_per_s, needed.flops / flops_per_s)
 
 
 def utilization(seconds: float, chip: Chip, needed: Ideal) -> dict[str, float]:

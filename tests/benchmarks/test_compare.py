@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import cases, compare, published
 from benchmarks.compare import Row, candidates, peer_call
+from benchmarks.peers.calls import Capacity
 
 PREFILL = cases.BY_NAME["wide-prefill-8k-causal"]
 DECODE = cases.BY_NAME["llama-decode-128x8k"]
@@ -37,9 +38,12 @@ def test_what_is_not_compared_is_said(case, reason):
         peer_call("rpa_v3", cases.BY_NAME[case], "tpu7x", "0.0.52")
 
 
-def test_a_peer_gets_its_own_blocks_and_those_of_the_nearest_published_cell():
-    own, published = candidates(peer_call("rpa_v3", PREFILL, "tpu7x", "0.0.52"))
+def test_a_peer_gets_its_own_blocks_published_ones_and_sensible_ones():
+    own, published, sensible = candidates(
+        peer_call("rpa_v3", PREFILL, "tpu7x", "0.0.52")
+    )
     assert own.blocks == {}
+    assert sensible.blocks == compare.SENSIBLE_BLOCKS["rpa_v3"]["other"]
     # Of 4 and 32 key heads, 4 are nearer to 8; the context is the same.
     assert published.blocks == {
         "bq_sz": 256,
@@ -64,13 +68,30 @@ def test_published_blocks_are_of_the_same_chip_and_mask(monkeypatch, chip, name)
     assert found == candidates(call)
 
 
-def test_without_published_blocks_a_peer_has_its_own_only():
-    assert len(candidates(peer_call("rpa_v3", DECODE, "tpu7x", "0.0.52"))) == 1
+def test_without_published_blocks_a_peer_has_the_others():
+    own, sensible = candidates(peer_call("rpa_v3", DECODE, "tpu7x", "0.0.52"))
+    assert own.blocks == {}
+    assert sensible.blocks == compare.SENSIBLE_BLOCKS["rpa_v3"]["decode"]
+    assert len(candidates(peer_call("flywheel", DECODE, "tpu7x", "0.0.52"))) == 1
+
+
+def test_arrays_of_a_peer_are_as_large_as_ours_if_it_can_have_them_so():
+    """So the steps of one program of ours are of one program of the peer."""
+    names = ("deploy-8x1-dec256", "deploy-8x1-256x300")
+    calls = [peer_call("rpa_v3", cases.BY_NAME[n], "tpu7x", "0.0.52") for n in names]
+    assert [call.capacity for call in calls] == [Capacity(256, 256, 256)] * 2
+    assert peer_call("splash", PREFILL, "tpu7x", "0.0.52").capacity is None
 
 
 def _ours(microseconds: float):
     result = types.SimpleNamespace(microseconds=microseconds)
-    return types.SimpleNamespace(case=PREFILL, result=result)
+    return types.SimpleNamespace(
+        case=PREFILL,
+        result=result,
+        total_us=microseconds,
+        bound_us=50.0,
+        of_bound=50.0 / microseconds,
+    )
 
 
 def _theirs(microseconds: float):
@@ -83,7 +104,9 @@ def test_the_table_has_times_ratios_and_reasons():
         {"rpa_v3": _theirs(150.0), "splash": "no cache"},  # pyright: ignore[reportArgumentType]
     )
     lines = [*compare.table([row], ["rpa_v3", "splash"])]
-    assert lines[2] == f"| {PREFILL.name} | 100.0 | 150.0 (1.50) | - |"
+    assert lines[2] == (
+        f"| {PREFILL.name} | 50.0 | 100.0 (0.50) | 150.0 (0.33; 1.50) | - |"
+    )
     assert lines[-1] == f"- splash, {PREFILL.name}: no cache"
     assert row.ratio("splash") is None
 
@@ -106,7 +129,7 @@ def test_the_faster_blocks_of_a_peer_count_and_a_refusal_is_told(predicted, caps
     arguments = ["--case", PREFILL.name, "--peers", "rpa_v3", "flywheel"]
     assert compare.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "| 200.0 (2.00) | - |" in printed
+    assert "| 200.0 (0.25; 2.00) | - |" in printed
     assert f"- flywheel, {PREFILL.name}: not that" in printed
 
 

@@ -1,7 +1,9 @@
 """The command line of predict, on a toy kernel in place of the compiler."""
 
+import dataclasses
 import importlib.util
 import json
+import re
 
 import pytest
 
@@ -175,6 +177,30 @@ def test_baseline_is_cycles_by_case(toy_compiler, tmp_path):
     assert list(content["cycles"]) == [DECODE]
 
 
+def test_baseline_keeps_other_cases_of_the_same_versions(toy_compiler, tmp_path):
+    path = tmp_path / "baseline.json"
+    other = "llama-decode-128x512"
+    predict.main(["--case", other, "--baseline", str(path)])
+    predict.main(["--case", DECODE, "--baseline", str(path)])
+    content = json.loads(path.read_text())
+    assert list(content["cycles"]) == [other, DECODE]
+    path.write_text(json.dumps(content | {"libtpu": "older"}))
+    predict.main(["--case", DECODE, "--baseline", str(path)])
+    assert list(json.loads(path.read_text())["cycles"]) == [DECODE]
+
+
+def test_several_tables_are_updated_in_one_run(one_simulation, tmp_path):
+    path = tmp_path / "page.md"
+    names = ("main", "deployments")
+    marks = [f"<!-- predicted {name} tpu7x -->" for name in names]
+    path.write_text("\n".join(f"{mark}\n{mark}" for mark in marks))
+    assert predict.main(["--table", *names, "--update", str(path)]) == 0
+    _, main, _, deployments, _ = re.split("|".join(marks), path.read_text())
+    assert "| llama-decode-128x512 |" in main
+    assert "deploy" not in main
+    assert "| deploy-8x1-dec256 |" in deployments
+
+
 def test_plot_without_matplotlib_names_the_remedy(monkeypatch, toy_compiler):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
@@ -229,3 +255,22 @@ def test_update_needs_a_table(capsys):
     with pytest.raises(SystemExit):
         predict.main(["--case", DECODE, "--update", "unused.md"])
     assert "expected --table" in capsys.readouterr().err
+
+
+def test_operations_around_the_kernel_are_a_figure_of_their_own(toy_compiler, capsys):
+    def compile_program(shape, chip):
+        program = toy(shape, chip)
+        return dataclasses.replace(program, bytes_around=0.92 * 3.69e12 * 5e-6)
+
+    toy = compiler.compile_program
+    case = cases.BY_NAME[DECODE]
+    alone = prediction.predict(case, chips.TPU7X, toy(case.shape, "tpu7x"))
+    program = compile_program(case.shape, "tpu7x")
+    found = prediction.predict(case, chips.TPU7X, program)
+    assert found.result.cycles == alone.result.cycles
+    assert (alone.around_us, found.around_us) == (0, pytest.approx(5))
+    assert found.total_us == pytest.approx(alone.total_us + 5)
+    assert found.of_bound == pytest.approx(found.bound_us / found.total_us)
+    assert "operations of XLA around the kernel: 5.0 us" in predict.details(found)
+    (row,) = list(predict.table([found]))[2:]
+    assert f"| {alone.total_us:.1f} + 5.0 |" in row
