@@ -333,13 +333,17 @@ def _series(prefix: str, model: Model, steps: list[str], **static: Any) -> list[
     return [fitted(f"{prefix}:{step}", model, step, **static) for step in steps]
 
 
+_FEW_TOKENS = (2, 4, 8, 16, 32, 64, 128, 256)
+
+
 def _sweep() -> Iterator[Case]:
     """Grids along which ``benchmarks.sweep`` looks for cliffs, one axis at a time.
 
     A decode program has as many tokens as sequences: rows of padding are cleared, and
     that costs time. So there is one for each range of batch sizes.
     """
-    contexts = [128, 256, 257, 512, 513, 1024, 1025, 2048, 2049, 4096, 4097, 8192]
+    contexts = [128, 256, 257, 512, 513, 1000, 1024, 1025, 2048, 2049, 4096, 4097]
+    contexts += [8100, 8192]
     decodes = [f"{count}*1/{context}" for count in (8, 128) for context in contexts]
     fresh = [f"1*{size}/{size}" for size in (32, 64, 128, 256, 512, 1024, 2048)]
     later = [f"1*2048/{context}" for context in (4096, 6144, 8192)]
@@ -349,6 +353,9 @@ def _sweep() -> Iterator[Case]:
             program = f"{name}{suffix}"
             yield from _series(program, model, decodes, **_SERVER, **fp8)
             yield from _series(program, model, fresh + later, **_PREFILL, **fp8)
+            if model in (LLAMA3_8B, MQA):  # a few new tokens behind long contexts
+                few = [f"8*{count}/{4096 + count}" for count in _FEW_TOKENS]
+                yield from _series(program, model, few, **_PREFILL, **fp8)
     for suffix, fp8 in fp8_of.items():
         for most, counts in ((8, (4,)), (128, (16, 32, 64)), (1024, (256, 512, 1024))):
             sizes = {"num_tokens": most, "num_sequences": most}
@@ -380,7 +387,7 @@ def _sweep() -> Iterator[Case]:
     )
 
 
-SWEEP = tuple(_sweep())
+SWEEP = (*_sweep(), *DEPLOYMENTS)
 
 # Steps that other kernels compute as well: see ``benchmarks.compare``.
 PEERS = (
@@ -397,13 +404,34 @@ PEERS = (
 
 MODEL_NAMES = {"llama": LLAMA3_8B, **_OTHER_MODELS, "wide": WIDE}
 
-# Steps that block sizes are tuned for, of each phase. Long contexts want large blocks,
-# short ones and few sequences small ones; each step counts the same.
-TUNING_STEPS = {
-    "decode": ("128*1/512", "128*1/2048", "128*1/16384", "8*1/1024"),
-    "prefill": ("4*512/512", "1*2048/2048", "1*2048/8192"),
-}
 _TUNING_CONTEXT = 16384
+
+
+def _tuning_mix() -> str:
+    """Decodes of all lengths up to the longest, as many of each order of size."""
+    contexts = np.geomspace(200, _TUNING_CONTEXT, 64)
+    return _lengths((1, int(context)) for context in contexts)
+
+
+# Steps that block sizes are tuned for, of each phase, by name. Long contexts want large
+# blocks, short ones and few sequences small ones; each step counts the same. Contexts
+# are no multiples of pages, as most are, and where lengths differ, so do the blocks
+# that suit them.
+TUNING_STEPS: dict[str, dict[str, str]] = {
+    "decode": {
+        **{
+            step: step for step in ("128*1/300", "128*1/1000", "128*1/8100", "8*1/1000")
+        },
+        "64 mixed": _tuning_mix(),
+    },
+    "prefill": {
+        **{
+            step: step
+            for step in ("4*500/500", "1*2048/2048", "1*2048/8100", "8*16/4000")
+        },
+        "fresh mixed": "130/130,300/300,500/500,1000/1000",
+    },
+}
 
 
 def tuning_shape(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from benchmarks import block_choice, cases, compiler, measurement, prediction
-from benchmarks.tpu_timing import Program, SimulationError, code_size
+from benchmarks.tpu_timing import Program, SimulationError
 from benchmarks.tuning.search import CandidateError
 from jax_kernels.chips import Chip
 from jax_kernels.ragged_paged_attention import block_sizes
@@ -35,26 +35,22 @@ def check_fits(
 def predict_blocks(
     shape: cases.StaticShape, chip: Chip, blocks: BlockSizes
 ) -> dict[str, dict[str, float]]:
-    """Predicted cycles of each step.
+    """Predicted cycles of each step, waits for instructions included.
 
-    How the program is cut into overlays depends on the sizes of both phases, so waits
-    for instructions say little of one. They count only where a loop is so long that it
-    fetches its own.
+    How the program is cut into overlays depends on the sizes of both phases, so a small
+    part of these waits is of the other phase's candidate.
     """
 
-    def cycles(program: Program, step: str) -> float:
-        case = cases.Case(step, shape, step)
-        result = prediction.predict(case, chip, program).result
-        if code_size.find_oversize_loops(program):
-            return result.cycles
-        return result.cycles - result.code_wait_cycles
+    def cycles(program: Program, name: str, lengths: str) -> float:
+        case = cases.Case(name, shape, lengths)
+        return prediction.predict(case, chip, program).result.cycles
 
     try:
         program = compiler.compile_program(
             shape, chip.name, dataclasses.astuple(blocks)
         )
         return {
-            phase: {step: cycles(program, step) for step in steps}
+            phase: {name: cycles(program, name, steps[name]) for name in steps}
             for phase, steps in cases.TUNING_STEPS.items()
         }
     except (RuntimeError, SimulationError) as error:
@@ -74,14 +70,14 @@ def time_blocks(
     )
     repetition = measurement.Repetition(warm_up=2, repeats=10, calls=8)
 
-    def cycles(step: str) -> float:
-        case = cases.Case(step, shape, step)
+    def cycles(name: str, lengths: str) -> float:
+        case = cases.Case(name, shape, lengths)
         _, timed = measurement.time_with_jax(case, repetition, attention)
         return timed.median * chip.rates.clock_hz
 
     try:
         return {
-            phase: {step: cycles(step) for step in steps}
+            phase: {name: cycles(name, steps[name]) for name in steps}
             for phase, steps in cases.TUNING_STEPS.items()
         }
     except (ValueError, jax.errors.JaxRuntimeError) as error:

@@ -1,6 +1,7 @@
 """What the sweep calls a violation, on invented times, and its command line."""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -14,15 +15,27 @@ CHIP = chips.TPU7X
 BASE = cases.fitted("base", cases.LLAMA3_8B, "128*1/1024")
 
 
-def point(lengths="128*1/1024", us=100.0, spills=0, window=None, **static):
-    model = dataclasses.replace(cases.LLAMA3_8B, sliding_window=window)
+def record(us=1.0, code_us=0.0, spills=0):
+    return {"microseconds": us, "code_microseconds": code_us, "spills": spills}
+
+
+def point(
+    lengths="128*1/1024",
+    us=100.0,
+    code_us=0.0,
+    spills=0,
+    window=None,
+    model=cases.LLAMA3_8B,
+    **static,
+):
+    model = dataclasses.replace(model, sliding_window=window)
     case = cases.fitted(f"{static} {lengths}", model, lengths, **static)
-    return sweep_checks.as_point(case, CHIP, {"microseconds": us, "spills": spills})
+    return sweep_checks.as_point(case, CHIP, record(us, code_us, spills))
 
 
 def test_efficiency_is_the_bound_by_the_time():
     decode = point(us=1000)
-    bytes_us = 1e6 * BASE.ideal.bytes / CHIP.rates.hbm_bytes_per_s
+    bytes_us = 1e6 * BASE.ideal.bytes / CHIP.rates.hbm_bytes_per_s / 0.92
     assert decode.efficiency == pytest.approx(bytes_us / 1000)
     # Prefill at D = 128 reaches half of the peak of a matrix unit of 256 at most.
     prefill = point("1*2048/8192", us=1000)
@@ -67,9 +80,8 @@ def test_shapes_far_apart_are_no_neighbours():
 def test_models_are_compared_in_large_steps():
     def step(model, efficiency, lengths="128*1/8192"):
         case = cases.fitted(f"{model} {lengths}", model, lengths)
-        one = sweep_checks.as_point(case, CHIP, {"microseconds": 1, "spills": 0})
-        us = one.efficiency / efficiency
-        return sweep_checks.as_point(case, CHIP, {"microseconds": us, "spills": 0})
+        one = sweep_checks.as_point(case, CHIP, record())
+        return sweep_checks.as_point(case, CHIP, record(one.efficiency / efficiency))
 
     llama, mqa = cases.LLAMA3_8B, cases.MQA
     assert not list(sweep_checks.models_behind([step(llama, 0.9), step(mqa, 0.5)]))
@@ -87,12 +99,27 @@ def test_a_window_must_not_cost_more_with_the_context():
     assert not list(sweep_checks.window_costs(steps(109)))
     (found,) = sweep_checks.window_costs(steps(111))
     assert "takes 111.0 us" in found
-    # One token more is another place in a page.
+    # One token more, and the window reaches into another page, which takes 20 us.
     odd = point("128*1/1025", us=125, window=128)
     assert not list(sweep_checks.window_costs([odd, *steps(100)]))
+    odd = point("128*1/1025", us=133, window=128)
+    (found,) = sweep_checks.window_costs([odd, *steps(100)])
+    assert "takes 133.0 us" in found
     # A context shorter than two windows may be cheaper.
     inside = point("128*1/128", us=50, window=128)
     assert not list(sweep_checks.window_costs([inside, *steps(100)]))
+
+
+def test_a_window_must_not_cost_more_by_where_in_a_page_it_begins():
+    """A second cell for each sequence, where memory would have time for it."""
+
+    def step(lengths, us):
+        return point(lengths, us=us, window=128, model=cases.GPT_OSS)
+
+    even = step("128*1/1024", 40.5)
+    assert not list(sweep_checks.window_costs([even, step("128*1/1000", 43.0)]))
+    (found,) = sweep_checks.window_costs([even, step("128*1/1000", 76.4)])
+    assert "takes 76.4 us" in found
 
 
 def test_a_window_costs_what_a_context_of_its_length_does():
@@ -111,6 +138,12 @@ def test_float8_must_not_be_slower():
     )
     (found,) = sweep_checks.slower_with_fp8([point(us=100), point(us=102, **fp8)])
     assert "takes 102.0 us" in found
+    # A short step may wait for a larger part of the program, no more.
+    assert not list(
+        sweep_checks.slower_with_fp8([point(us=8), point(us=8.8, code_us=0.9, **fp8)])
+    )
+    waiting = point(us=9.2, code_us=3, **fp8)
+    assert list(sweep_checks.slower_with_fp8([point(us=8), waiting]))
     other = point("64*1/1024", us=300, **fp8)
     assert not list(sweep_checks.slower_with_fp8([point(us=100), other]))
 
@@ -118,10 +151,10 @@ def test_float8_must_not_be_slower():
 def test_an_empty_phase_costs_little():
     more: dict[str, Any] = {"chunk_prefill_size": 256}
     assert not list(
-        sweep_checks.empty_phase_costs([point(us=9), point(us=9.2, **more)])
+        sweep_checks.empty_phase_costs([point(us=9), point(us=11.9, **more)])
     )
-    (found,) = sweep_checks.empty_phase_costs([point(us=9), point(us=9.4, **more)])
-    assert "0.40 us more" in found
+    (found,) = sweep_checks.empty_phase_costs([point(us=9), point(us=12.4, **more)])
+    assert "3.40 us more" in found
 
 
 def test_a_loop_that_fetches_its_instructions_is_found():
@@ -131,15 +164,15 @@ def test_a_loop_that_fetches_its_instructions_is_found():
     assert "waits 60.0 us" in found
 
 
-def test_fetches_of_instructions_are_apart_from_the_time(toy_compiler):
+def test_fetches_of_instructions_are_in_the_time(toy_compiler):
     (case,) = (case for case in cases.SWEEP if case.name == "llama:8*1/1024")
     program = compiler.compile_program(case.shape, CHIP.name)
-    record = sweep.predict_case(case, CHIP, program)
+    kept = sweep.predict_case(case, CHIP, program)
     result = prediction.predict(case, CHIP, program).result
-    assert record["code_microseconds"] > 1
-    assert sum(record[k] for k in ("microseconds", "code_microseconds")) == (
-        pytest.approx(result.microseconds)
-    )
+    assert kept["code_microseconds"] > 1
+    assert kept["microseconds"] == result.microseconds
+    found = sweep_checks.as_point(case, CHIP, kept)
+    assert found.work_microseconds < found.microseconds
 
 
 def test_spills_are_counted():
@@ -155,14 +188,17 @@ def test_the_table_covers_what_is_promised():
     assert counts >= {4, 8, 16, 32, 64, 128, 256, 512, 1024}
     models = {dataclasses.replace(s.model, sliding_window=None) for s in shapes}
     named = {m for n, m in cases.MODEL_NAMES.items() if n != "wide"}
-    assert models == {dataclasses.replace(m, sliding_window=None) for m in named}
+    assert models >= {dataclasses.replace(m, sliding_window=None) for m in named}
+    assert set(cases.SWEEP) >= set(cases.DEPLOYMENTS)
+    odd = {case.name for case in cases.SWEEP if case.sequences[0].kv_len % 8}
+    assert {"llama:8*1/257", "llama-window128:128*1/8100"} <= odd
     for model in named:
         assert {s.cache_dtype for s in shapes if s.model == model} == {
             "bfloat16",
             "float8_e4m3fn",
         }
     for case in cases.SWEEP:
-        sweep_checks.as_point(case, CHIP, {"microseconds": 1.0, "spills": 0})
+        sweep_checks.as_point(case, CHIP, record())
 
 
 @pytest.fixture
@@ -188,7 +224,7 @@ def test_a_violation_is_exit_code_1_and_a_journal_continues(
     out = capsys.readouterr().out
     assert out.startswith("# ")
     assert "PREDICTED" in out
-    assert "a window costs in proportion to the window: 2 violations" in out
+    assert re.search(r"in proportion to the window: [1-9]\d* violations", out)
     assert "float8 is never slower: no violations" in out
     assert len(toy_compiler) == 1
     assert sweep.main(arguments) == 1

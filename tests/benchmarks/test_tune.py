@@ -118,7 +118,7 @@ def test_the_default_stays_unless_it_is_beaten_by_two_percent():
 
 def test_a_limit_is_kept_if_a_candidate_can():
     """The best of prefill, 64 and 1024, takes too long in one step."""
-    slow = "1*2048/8192"
+    slow = "1*2048/8100"
 
     def one_slow_step(blocks):
         costs = invented(blocks)
@@ -175,9 +175,9 @@ def test_measured_times_are_cycles_of_the_chip(monkeypatch):
 
     monkeypatch.setattr(measurement, "time_with_jax", time_with_jax)
     found = trials.time_blocks(LLAMA, chips.V6E, DEFAULT)
-    steps = [step for steps in cases.TUNING_STEPS.values() for step in steps]
+    steps = [step for s in cases.TUNING_STEPS.values() for step in s.values()]
     assert timed == [(step, DEFAULT) for step in steps]
-    assert found["decode"]["128*1/512"] == pytest.approx(2e-6 * 1.755e9)
+    assert found["decode"]["128*1/300"] == pytest.approx(2e-6 * 1.755e9)
 
     def fails(*_):
         raise ValueError("block_sizes: too large")

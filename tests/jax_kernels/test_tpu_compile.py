@@ -23,6 +23,7 @@ if HAS_TPU:
     )
 
 from jax_kernels import chips
+from tests.support.code_size import LARGEST_LOOP, most_bundles
 from tests.support.tpu_compile import (
     CompiledKernel,
     Shapes,
@@ -105,6 +106,7 @@ def check(shapes: Shapes, chip: str, **options) -> None:
         assert compiled.alias_bytes == 0
         assert_cache_is_not_copied(compiled, shapes)
     assert_nothing_around_the_kernel(compiled, shapes)
+    assert most_bundles(compiled.code_bytes) <= LARGEST_LOOP
 
 
 CHIPS = [*reversed(chips.COMPILED)]

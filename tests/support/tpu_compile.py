@@ -77,11 +77,13 @@ class CompiledKernel:
       operations: All but parameters.
       alias_bytes: Memory that outputs take over from arguments.
       temp_bytes: Memory beside arguments and outputs.
+      code_bytes: Generated code, with what is in every program.
     """
 
     operations: tuple[Operation, ...]
     alias_bytes: int
     temp_bytes: int
+    code_bytes: int
 
 
 def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
@@ -135,6 +137,7 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
         operations=tuple(OptimisedHlo(text).operations()),
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
     )
 
 

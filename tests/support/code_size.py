@@ -1,0 +1,30 @@
+"""How many bundles of instructions the kernel's loops may have. All limits are here.
+
+Instruction memory holds 65,536 bundles, and an overlay, the piece in which a program is
+fetched, about 21,700. A longer loop is a jumbo overlay, which nothing prefetches; a
+loop that does not fit instruction memory is fetched again in every iteration. See
+``benchmarks/README.md``, "Instruction memory".
+"""
+
+from __future__ import annotations
+
+# No loop of any shape is longer.
+LARGEST_LOOP = 60_000
+# A loop in which a step spends its time is no longer, but for those of ``LONGER``.
+HOT_LOOP = 21_000
+# Why a shape's loop may be longer than ``HOT_LOOP``: by the name of the shape in
+# tests/jax_kernels/test_code_size.py. A name that is not needed any more is an error.
+LONGER: dict[str, str] = {}
+
+BUNDLE_BYTES = 64
+# What libtpu puts into every program beside its kernels, at least.
+RUNTIME_BYTES = 1_000_000
+
+
+def most_bundles(code_bytes: int) -> int:
+    """Bundles that a kernel has at most, and so each of its loops.
+
+    Args:
+      code_bytes: Generated code of a program, as ``memory_analysis`` tells it.
+    """
+    return (code_bytes - RUNTIME_BYTES) // BUNDLE_BYTES
