@@ -37,6 +37,9 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--chunk", type=int, help="chunk_prefill_size; by default no such phase"
     )
+    shape.add_argument(
+        "--decode-q-len", type=int, help="most new tokens of a decode; by default 1"
+    )
     shape.add_argument("--num-tokens", type=int, help="T; by default just enough")
     shape.add_argument("--num-sequences", type=int, help="S; by default just enough")
     shape.add_argument("--pages-per-sequence", type=int, help="P; likewise")
@@ -97,6 +100,7 @@ def selected_cases(options: argparse.Namespace) -> list[cases.Case]:
         cache_dtype=options.cache_dtype,
         causal=not options.no_causal,
         chunk_prefill_size=options.chunk,
+        decode_q_len=options.decode_q_len,
         num_tokens=options.num_tokens,
         num_sequences=options.num_sequences,
         pages_per_sequence=options.pages_per_sequence,

@@ -106,7 +106,10 @@ def check(shapes: Shapes, chip: str, **options) -> None:
         assert compiled.alias_bytes == 0
         assert_cache_is_not_copied(compiled, shapes)
     assert_nothing_around_the_kernel(compiled, shapes)
-    assert most_bundles(compiled.code_bytes) <= LARGEST_LOOP
+    if "float32" not in (shapes.q_dtype, shapes.cache_dtype):
+        # So no loop is longer. Those of float32 have to be measured one by one, which
+        # test_code_size.py does.
+        assert most_bundles(compiled.code_bytes) <= LARGEST_LOOP
 
 
 CHIPS = [*reversed(chips.COMPILED)]
