@@ -18,7 +18,7 @@ if HAS_TPU:
 from benchmarks import cases, compiler
 from benchmarks.tpu_timing import code_size
 from jax_kernels import chips
-from tests.support.code_size import HOT_LOOP, LARGEST_LOOP, LONGER
+from tests.support.code_size import HOT_LOOP, LARGEST_LOOP, LONGER, TOO_LONG
 
 FLOAT32 = {"q_dtype": "float32", "cache_dtype": "float32"}
 FLOAT8 = {"cache_dtype": "float8_e4m3fn"}
@@ -36,6 +36,8 @@ SHAPES: dict[str, tuple[cases.Model, dict[str, Any]]] = {
     "8/1": (cases.LLAMA3_70B_SHARD, {}),
     "8/1 fp8": (cases.LLAMA3_70B_SHARD, FLOAT8),
     "8/1 of 64": (cases.GPT_OSS_SHARD_FULL, {}),
+    "32/32 of 96": (cases.Model(32, 32, 96), {}),
+    "32/32 of 96 fp8": (cases.Model(32, 32, 96), FLOAT8),
     "16/1": (cases.QWEN3_235B_SHARD, {}),
 }
 
@@ -55,6 +57,8 @@ def shape_of(name: str) -> cases.StaticShape:
 def test_loops_fit_instruction_memory(name, chip):
     program = compiler.compile_program(shape_of(name), chip)
     longest = code_size.loop_sizes(program)[0]
+    if (name, chip) in TOO_LONG:
+        pytest.xfail(TOO_LONG[name, chip])
     limit = LARGEST_LOOP if name in LONGER else HOT_LOOP
     assert longest.bundles <= limit, (
         f"{name} on {chip}: {longest}, expected at most {limit} bundles; if more is "
@@ -63,5 +67,6 @@ def test_loops_fit_instruction_memory(name, chip):
 
 
 def test_exceptions_name_shapes_and_say_why():
-    assert set(LONGER) <= set(SHAPES)
-    assert all(LONGER.values())
+    assert set(LONGER) | {name for name, _ in TOO_LONG} <= set(SHAPES)
+    assert {chip for _, chip in TOO_LONG} <= set(chips.COMPILED)
+    assert all(LONGER.values()) and all(TOO_LONG.values())
