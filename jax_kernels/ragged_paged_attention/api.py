@@ -163,9 +163,9 @@ def ragged_paged_attention(
     result = launch_lib.launch(
         refs.ScalarRefs(kv_lens, page_indices, cu_q_lens, distribution),
         refs.Inputs(
-            queries=_heads_by_word(q, config),
-            keys=_heads_by_word(k if spec.update_kv_cache else None, config),
-            values=_heads_by_word(v if spec.update_kv_cache else None, config),
+            queries=_heads_by_word(q.astype(config.io_dtype), config),
+            keys=_new_tokens_by_word(k, config) if spec.update_kv_cache else None,
+            values=_new_tokens_by_word(v, config) if spec.update_kv_cache else None,
             kv_cache=kv_cache,
             sinks=sinks,
         ),
@@ -178,16 +178,35 @@ def ragged_paged_attention(
     return out, result.kv_cache if spec.update_kv_cache else kv_cache
 
 
-def _heads_by_word(x: jax.Array | None, config: KernelConfig) -> jax.Array | None:
-    """[T, H, D] as [T, H / packing, packing, D]: the same bytes, heads in words."""
+def _new_tokens_by_word(x: jax.Array | None, config: KernelConfig) -> jax.Array | None:
+    """New keys or values in the view that ``refs.Inputs`` names."""
     if x is None:
         return None
-    packing = dtype_packing(config.io_dtype)
-    num_tokens, num_heads, head_dim = x.shape
-    if head_dim < config.io_lanes:
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, config.io_lanes - head_dim)])
-    shape = (num_tokens, num_heads // packing, packing, config.io_lanes)
-    return x.astype(config.io_dtype).reshape(shape)
+    if not config.tokens_share_words:
+        return _heads_by_word(x, config)
+    # XLA keeps an array with an odd number of heads by head, with tokens in words:
+    # where T is a multiple of eight this is the same bytes.
+    packing = config.new_tokens_per_word
+    x = _widen(jnp.swapaxes(x, 0, 1), config)
+    num_heads, num_tokens, lanes = x.shape
+    odd_token = -num_tokens % packing
+    if odd_token:
+        x = jnp.pad(x, [(0, 0), (0, odd_token), (0, 0)])
+    return x.reshape(num_heads, -1, packing, lanes)
+
+
+def _heads_by_word(x: jax.Array, config: KernelConfig) -> jax.Array:
+    """[T, H, D] as [T, H / packing, packing, D]: the same bytes, heads in words."""
+    packing = dtype_packing(x.dtype)
+    num_tokens, num_heads, _ = x.shape
+    x = _widen(x, config)
+    return x.reshape(num_tokens, num_heads // packing, packing, config.io_lanes)
+
+
+def _widen(x: jax.Array, config: KernelConfig) -> jax.Array:
+    """[..., D] to [..., io_lanes], with zeros behind."""
+    width = config.io_lanes - x.shape[-1]
+    return jnp.pad(x, [(0, 0), (0, 0), (0, width)]) if width else x
 
 
 def _interpret_params(

@@ -220,13 +220,12 @@ def make_config(
     chip: Chip = chips.UNKNOWN,
 ) -> KernelConfig:
     """The kernel configuration of a problem at given block sizes."""
-    # Two bf16 heads share a 32-bit word. An odd head has no partner, so then the
+    # Two bf16 query heads share a 32-bit word. An odd head has no partner, so then the
     # kernel takes f32, which the producer of the array can write as well.
-    even = problem.num_q_heads % 2 == 0 and problem.num_kv_heads % 2 == 0
-    io_dtype = problem.q_dtype if even else jnp.dtype(jnp.float32)
-    out_dtype = (
-        problem.out_dtype if problem.num_q_heads % 2 == 0 else jnp.dtype(jnp.float32)
-    )
+    is_odd = problem.num_q_heads % 2 == 1
+    float32 = jnp.dtype(jnp.float32)
+    io_dtype = float32 if is_odd else problem.q_dtype
+    out_dtype = float32 if is_odd else problem.out_dtype
     config = KernelConfig(
         spec=spec,
         cache=problem.cache,

@@ -17,7 +17,12 @@ from jax_kernels import chips
 from jax_kernels.chips import Chip
 from jax_kernels.contract import AttentionOptions
 from jax_kernels.ragged_paged_attention import numerics
-from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout, align_to
+from jax_kernels.ragged_paged_attention.layout import (
+    LANES,
+    CacheLayout,
+    align_to,
+    dtype_packing,
+)
 from jax_kernels.ragged_paged_attention.numerics import Numerics
 
 SUBLANES = 8
@@ -122,7 +127,8 @@ class KernelConfig:
       pages_per_sequence: P, width of the page table.
       num_q_heads: Hq.
       q_dtype: Dtype of queries, keys and values as the caller has them.
-      io_dtype: Dtype in which the kernel sees them: wider when heads are odd.
+      io_dtype: Dtype in which the kernel sees queries: wider when their number of
+        heads is odd.
       out_dtype: Dtype of the output as the kernel writes it.
       chip: What the kernel is compiled for.
       interpret: Run in Pallas TPU interpret mode.
@@ -166,6 +172,24 @@ class KernelConfig:
         """
         return self.head_dim if self.head_dim < LANES else self.lanes
 
+    @property
+    def tokens_share_words(self) -> bool:
+        """Whether two new tokens of a key head share 32-bit words, not two heads.
+
+        So an odd key head needs no partner.
+        """
+        return dtype_packing(self.q_dtype) > 1 and self.num_kv_heads % 2 == 1
+
+    @property
+    def new_heads_per_word(self) -> int:
+        """Key heads that share a word of new keys, and of new values."""
+        return 1 if self.tokens_share_words else dtype_packing(self.q_dtype)
+
+    @property
+    def new_tokens_per_word(self) -> int:
+        """New tokens that share a word."""
+        return dtype_packing(self.q_dtype) // self.new_heads_per_word
+
     @functools.cached_property
     def numerics(self) -> Numerics:
         """Dtypes and factors."""
@@ -173,7 +197,6 @@ class KernelConfig:
             self.spec,
             self.chip,
             q_dtype=self.q_dtype,
-            io_dtype=self.io_dtype,
             cache_dtype=self.cache.dtype,
             lanes=self.lanes,
         )

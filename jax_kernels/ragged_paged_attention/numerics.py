@@ -35,6 +35,7 @@ class Numerics:
         it, which the compiler would apply to every score and every product instead.
       rounds_in_software: Whether the chip has no instruction that packs new tokens for
         the cache.
+      packs_16_bits: Whether new tokens in bfloat16 are packed without being widened.
       rounds_in_16_bits: Whether ``tile_io.bfloat16_to_e4m3fn`` packs the new tokens.
       sums_in_matrix_unit: Whether the matrix units have columns to spare for sums.
     """
@@ -47,6 +48,7 @@ class Numerics:
     value_dtype: np.dtype
     reads_e4m3_shifted: bool
     rounds_in_software: bool
+    packs_16_bits: bool
     rounds_in_16_bits: bool
     sums_in_matrix_unit: bool
 
@@ -56,7 +58,6 @@ def choose(
     chip: Chip,
     *,
     q_dtype: np.dtype,
-    io_dtype: np.dtype,
     cache_dtype: np.dtype,
     lanes: int,
 ) -> Numerics:
@@ -66,7 +67,6 @@ def choose(
       options: What is computed.
       chip: What it is compiled for.
       q_dtype: Dtype of queries, keys and values as the caller has them.
-      io_dtype: Dtype in which the kernel sees them.
       cache_dtype: Dtype of the cache.
       lanes: Length of a packed row.
     """
@@ -91,7 +91,8 @@ def choose(
 
     in_software = is_e4m3fn and not chip.rounds_to_e4m3fn
     has_scale = options.k_scale is not None or options.v_scale is not None
-    in_16_bits = chip.adds_in_16_bits and io_dtype == jnp.bfloat16 and not has_scale
+    is_16_bits = q_dtype == jnp.bfloat16 and not has_scale
+    rounds_in_16_bits = is_16_bits and in_software and chip.adds_in_16_bits
     return Numerics(
         query_multiplier=query_multiplier * query_shift,
         score_multiplier=score_multiplier,
@@ -101,6 +102,7 @@ def choose(
         value_dtype=value_dtype,
         reads_e4m3_shifted=is_shifted,
         rounds_in_software=in_software,
-        rounds_in_16_bits=in_software and in_16_bits,
+        packs_16_bits=rounds_in_16_bits or (is_16_bits and cache_dtype == q_dtype),
+        rounds_in_16_bits=rounds_in_16_bits,
         sums_in_matrix_unit=is_bfloat16 and lanes < chip.matrix_columns,
     )

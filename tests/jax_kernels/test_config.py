@@ -121,7 +121,6 @@ def test_numerics_follow_from_the_configuration():
         config.spec,
         config.chip,
         q_dtype=config.q_dtype,
-        io_dtype=config.io_dtype,
         cache_dtype=config.cache.dtype,
         lanes=config.lanes,
     )

@@ -25,7 +25,6 @@ def numerics_of(
         AttentionSpec(**spec),
         chip,
         q_dtype=jnp.dtype(q_dtype),
-        io_dtype=jnp.dtype(io_dtype or q_dtype),
         cache_dtype=jnp.dtype(cache_dtype),
         lanes=lanes,
     )
@@ -100,8 +99,27 @@ def test_multiplications_take_the_wider_dtype_unless_queries_are_quantised(
     assert values.value_dtype == jnp.dtype(value)
 
 
-def test_heads_that_are_widened_for_their_layout_are_multiplied_in_their_own_dtype():
-    assert numerics_of(io_dtype="float32").value_dtype == jnp.bfloat16
+@pytest.mark.parametrize(
+    "cache_dtype, chip, spec, expected",
+    [
+        ("bfloat16", "v5e", {}, True),
+        ("bfloat16", "v5e", {"k_scale": 0.5}, False),
+        ("float8_e4m3fn", "v6e", {}, True),
+        ("float8_e4m3fn", "v6e", {"v_scale": 0.5}, False),
+        ("float8_e4m3fn", "v5e", {}, False),
+        ("float8_e4m3fn", "tpu7x", {}, False),
+        ("float32", "tpu7x", {}, False),
+    ],
+)
+def test_new_tokens_stay_16_bits_where_nothing_has_to_be_computed_in_more(
+    cache_dtype, chip, spec, expected
+):
+    found = numerics_of(chip=chips.CHIPS[chip], cache_dtype=cache_dtype, **spec)
+    assert found.packs_16_bits == expected
+    wide = numerics_of(
+        chip=chips.CHIPS[chip], q_dtype="float32", cache_dtype=cache_dtype, **spec
+    )
+    assert not wide.packs_16_bits
 
 
 def test_the_e4m3_of_v6e_is_a_power_of_two_of_the_usual_one():

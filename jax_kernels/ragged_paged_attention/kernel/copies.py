@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.kernel.pages import Pages, wait_for
 from jax_kernels.ragged_paged_attention.kernel.phase import BuffersT, PhaseContext
-from jax_kernels.ragged_paged_attention.kernel.schedule import Int
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,43 @@ def pages_of(context: PhaseContext) -> Pages:
     return Pages(context.schedule, context.scalars.page_indices, arrays.kv_cache)
 
 
-def new_token_rings(context: PhaseContext):
-    """Pairs of an array of new tokens in HBM and its ring in VMEM."""
-    return (
-        (context.inputs.keys, context.rings.keys),
-        (context.inputs.values, context.rings.values),
-    )
+def new_tokens(
+    context: PhaseContext, slot: Int, origin_token: Int, first: Int, num_tokens: Int
+):
+    """New keys, and new values: where they come from and where they go to.
+
+    Args:
+      context: Of the phase.
+      slot: Of the ring of new tokens.
+      origin_token: Number in the flat arrays of the token that the slot begins with.
+      first: That of the first token to copy.
+      num_tokens: How many to copy. Tokens that share words with them come along.
+    """
+    inputs, rings = context.inputs, context.rings
+    shift = log2(context.config.new_tokens_per_word)
+    if not shift:
+        return [
+            (
+                source.at[pl.ds(first, num_tokens)],
+                some_tokens(
+                    ring.at[slot], first - origin_token, num_tokens, source.shape[1]
+                ),
+            )
+            for source, ring in (
+                (inputs.keys, rings.keys),
+                (inputs.values, rings.values),
+            )
+        ]
+    begin = first >> shift
+    num_words = ((first + num_tokens + 1) >> shift) - begin
+    place = begin - (origin_token >> shift)
+    return [
+        (
+            source.at[:, pl.ds(begin, num_words)],
+            ring.at[slot, :, pl.ds(place, num_words)],
+        )
+        for source, ring in ((inputs.keys, rings.keys), (inputs.values, rings.values))
+    ]
 
 
 def some_tokens(buffer, first: Int, num_tokens: Int, word_rows: int):

@@ -136,12 +136,12 @@ class Pages:
         if has_head:
             head_end = jnp.minimum(end, first_whole << shift)
             pl.when(begin < head_end)(lambda: copy_part(begin, head_end))
-        _for_each(first_whole, end_whole, copy_page)
+        for_each(first_whole, end_whole, copy_page)
         tail_begin = jnp.maximum(head_end, end_whole << shift)
         pl.when((tail_begin < end) & (begin < end))(lambda: copy_part(tail_begin, end))
 
 
-def _for_each(begin: Int, end: Int, action, unroll: int = 4) -> None:
+def for_each(begin: Int, end: Int, action, unroll: int = 4) -> None:
     """Calls ``action`` for begin .. end: the scalar work of several overlaps."""
     num_groups = jnp.maximum(end - begin, 0) >> log2(unroll)
 

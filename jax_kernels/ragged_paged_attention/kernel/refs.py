@@ -33,7 +33,9 @@ class Inputs(NamedTuple):
     """Arrays that are read; ``packing`` is that of their own dtype."""
 
     queries: InHbm  # [T, Hq / packing, packing, io_lanes]
-    keys: InHbm  # [T, Hkv / packing, packing, io_lanes], or None
+    # [T, Hkv / packing, packing, io_lanes], or [Hkv, T / packing, packing, io_lanes]
+    # where tokens share words, or None.
+    keys: InHbm
     values: InHbm  # the same
     kv_cache: InHbm  # CacheLayout.shape
     sinks: InSmem  # f32[Hq], or None
@@ -78,7 +80,7 @@ class Rings(NamedTuple):
     """
 
     queries: Any  # [io slots, tokens, word rows, packing, io_lanes]
-    keys: Any  # [io slots, new tokens, word rows, packing, io_lanes], or None
+    keys: Any  # see new_tokens.ring_shape, or None
     values: Any  # the same
     kv: Any  # [slots, heads_per_page, cells * block rows, packing, lanes]
     out: Any  # [io slots, tokens, word rows, packing, io_lanes]

@@ -154,8 +154,8 @@ def quantise(x: jax.Array, dtype) -> jax.Array:
 
 
 def pack_tokens(
-    keys: jax.Array,  # f32[tokens, io_lanes]
-    values: jax.Array,  # f32[tokens, io_lanes]
+    keys: jax.Array,  # f32 or bf16[tokens, io_lanes]
+    values: jax.Array,  # the same
     config: KernelConfig,
 ) -> list[jax.Array]:
     """Packed rows of consecutive tokens of one head.
@@ -165,6 +165,11 @@ def pack_tokens(
       both when they share a row.
     """
     cache, spec = config.cache, config.spec
+    in_words = keys.dtype == jnp.bfloat16 and config.numerics.packs_16_bits
+    if in_words:
+        keys, values = (pltpu.bitcast(x, jnp.uint32) for x in (keys, values))
+    else:
+        keys, values = (x.astype(jnp.float32) for x in (keys, values))
     keys, values = widen(keys, cache.lanes), widen(values, cache.lanes)
     if spec.k_scale is not None:
         keys = keys * (1.0 / spec.k_scale)
@@ -175,6 +180,8 @@ def pack_tokens(
         values = pltpu.roll(values, cache.value_lane, 1)
         lane = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1)
         rows = [jnp.where(lane < cache.value_lane, keys, values)]
+    if in_words:
+        rows = [pltpu.bitcast(x, jnp.bfloat16) for x in rows]
     if config.numerics.rounds_in_16_bits:
         return [bfloat16_to_e4m3fn(x.astype(jnp.bfloat16)) for x in rows]
     return [pltpu.bitcast(quantise(x, cache.dtype), jnp.uint32) for x in rows]

@@ -9,7 +9,7 @@ from jax_kernels.ragged_paged_attention.config import (
     KernelConfig,
     PhaseConfig,
 )
-from jax_kernels.ragged_paged_attention.kernel import refs, tile_io
+from jax_kernels.ragged_paged_attention.kernel import new_tokens, refs, tile_io
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
     step_structure,
     tokens_per_step,
@@ -38,13 +38,10 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     out_packing = dtype_packing(config.out_dtype)
     cache, slots, cells = config.cache, phase.num_slots, phase.cells_per_step
     query_rows, tokens = config.query_rows(phase), tokens_per_step(phase)
-    new_heads = tile_io.io_word_rows(config.num_kv_heads, io_packing)
     # Whole chunks are loaded from any of the new tokens.
     num_new = tokens + 2 * new_tokens_margin(config, phase)
-    new_tokens = Shaped(
-        (slots, num_new, new_heads, io_packing, config.io_lanes), config.io_dtype
-    )
     updates = config.spec.update_kv_cache
+    ring = new_tokens.ring_shape(config, slots, num_new) if updates else None
     heads = tile_io.io_word_rows(config.num_q_heads, io_packing)
     if phase.block_q == 1:
         # Whole registers are loaded from the first word row of any key head.
@@ -58,8 +55,8 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             queries=Shaped(
                 (slots, tokens, heads, io_packing, config.io_lanes), config.io_dtype
             ),
-            keys=new_tokens if updates else None,
-            values=new_tokens if updates else None,
+            keys=ring,
+            values=ring,
             kv=Shaped(
                 (
                     slots,

@@ -39,7 +39,7 @@ from jax_kernels.ragged_paged_attention.kernel.block_loads import (
 )
 from jax_kernels.ragged_paged_attention.kernel.decode import new_tokens
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import DecodeContext
-from jax_kernels.ragged_paged_attention.kernel.decode.steps import DecodeCell
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import DecodeCell, Step
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
@@ -69,7 +69,7 @@ def lay_out_sinks(context: DecodeContext) -> None:
 
 def attend(
     context: DecodeContext,
-    cells: Sequence[DecodeCell],
+    step: Step,
     slot: Int,
     plan: Callable[[], Any],
 ) -> Any:
@@ -79,10 +79,10 @@ def attend(
       The result of ``plan``.
     """
     sizes = _stretch_sizes(context.phase.block_kv)
-    extent = functools.reduce(jnp.maximum, (cell.visible_end for cell in cells))
+    extent = functools.reduce(jnp.maximum, (cell.visible_end for cell in step.cells))
     index = sum((extent > size).astype(jnp.int32) for size in sizes[:-1])
     stretches = [
-        functools.partial(_compute_stretch, context, cells, slot, plan, size)
+        functools.partial(_compute_stretch, context, step, slot, plan, size)
         for size in sizes
     ]
     return lax.switch(index + jnp.int32(0), stretches)
@@ -96,9 +96,7 @@ def _stretch_sizes(block_kv: int) -> list[int]:
     return sizes
 
 
-def _compute_stretch(
-    context: DecodeContext, cells: Sequence[DecodeCell], slot: Int, plan, size: int
-):
+def _compute_stretch(context: DecodeContext, step: Step, slot: Int, plan, size: int):
     """All cells of a step, ``size`` tokens each."""
     tiles_per_round = _softmax_tiles_per_round(context)
     num_rounds = context.buffers.m.shape[1] // tiles_per_round
@@ -106,7 +104,7 @@ def _compute_stretch(
     def run_round(index: Int, plan):
         first = index * tiles_per_round
         softmax_tiles = [first + i for i in range(tiles_per_round)]
-        return _attend_round(context, cells, slot, softmax_tiles, size, plan)
+        return _attend_round(context, step, slot, softmax_tiles, size, plan)
 
     if num_rounds > 1:
         lax.fori_loop(0, num_rounds - 1, lambda i, _: run_round(i, None), None)
@@ -129,7 +127,7 @@ def _softmax_tiles_per_round(context: DecodeContext) -> int:
 
 def _attend_round(
     context: DecodeContext,
-    cells: Sequence[DecodeCell],
+    step: Step,
     slot: Int,
     softmax_tiles: Sequence[Int],
     size: int,
@@ -144,7 +142,9 @@ def _attend_round(
     """
     config, buffers = context.config, context.buffers
     phase = context.phase
-    works = [_CellWork.make(context, cells, slot, i, size) for i in range(len(cells))]
+    works = [
+        _CellWork.make(context, step, slot, i, size) for i in range(len(step.cells))
+    ]
     states = [
         SoftmaxState(
             buffers.m[0, softmax_tile],
@@ -178,6 +178,7 @@ class _CellWork:
     Attributes:
       context: Gives buffers and geometry.
       cell: The cell.
+      first_token: First token of the step, in the flat arrays.
       slot: Slot of the step.
       index: Number of the cell within the step.
       size: Tokens of the block to compute.
@@ -187,6 +188,7 @@ class _CellWork:
 
     context: DecodeContext
     cell: DecodeCell
+    first_token: Int
     slot: Int
     index: int
     size: int
@@ -197,16 +199,17 @@ class _CellWork:
     def make(
         cls,
         context: DecodeContext,
-        cells: Sequence[DecodeCell],
+        step: Step,
         slot: Int,
         index: int,
         size: int,
     ) -> "_CellWork":
-        config, cell = context.config, cells[index]
+        config, cell = context.config, step.cells[index]
         visible = cell.visible_begin, cell.visible_end, size
         return cls(
             context,
             cell,
+            step.first_token,
             slot,
             index,
             size,
@@ -232,6 +235,7 @@ class _CellWork:
         """f32[query rows, size] of each, masked; merges the new token first."""
         config, kv = self.config, self.context.rings.kv.at[self.slot]
         packing = dtype_packing(config.io_dtype)
+        per_word = config.new_heads_per_word
         first_head = softmax_tiles[0] * self.heads_per_tile
         scores = []
         for offset in range(len(softmax_tiles)):
@@ -239,9 +243,11 @@ class _CellWork:
             q = self._load_query(softmax_tiles[offset], rows_before % packing)
             by_head = []
             for head_offset in self._head_offsets(offset):
-                if config.spec.update_kv_cache and head_offset % packing == 0:
+                if config.spec.update_kv_cache and head_offset % per_word == 0:
                     # Just before its head, so that the matrix units start at once.
-                    self._merge((first_head >> log2(packing)) + head_offset // packing)
+                    self._merge(
+                        (first_head >> log2(per_word)) + head_offset // per_word
+                    )
                 k = load_keys(
                     kv,
                     first_head + head_offset,
@@ -356,8 +362,10 @@ class _CellWork:
             acc=jnp.where(is_first, 0.0, state.acc),
         )
 
-    def _merge(self, pair: Int) -> None:
-        new_tokens.merge(self.context, self.cell, self.slot, self.index, pair)
+    def _merge(self, group: Int) -> None:
+        new_tokens.merge(
+            self.context, self.cell, self.slot, self.first_token, self.index, group
+        )
 
     def _load_query(self, softmax_tile: Int, parity: int) -> jax.Array:
         """[query rows, lanes] of one softmax tile: multiplied and cast.

@@ -5,7 +5,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.kernel.copies import (
     PhaseCopies,
-    new_token_rings,
+    new_tokens,
     pages_of,
     some_tokens,
 )
@@ -35,12 +35,8 @@ class StepCopies(PhaseCopies[Buffers]):
 
         @pl.when(step.num_tokens > 0)
         def _():
-            for source, ring, first, semaphores in _token_rings(self.context):
-                pltpu.make_async_copy(
-                    source.at[pl.ds(step.first_token, step.num_tokens)],
-                    some_tokens(ring.at[slot], first, step.num_tokens, source.shape[1]),
-                    semaphores.at[slot],
-                ).start()
+            for source, target, semaphores in _tokens(self.context, step, slot):
+                pltpu.make_async_copy(source, target, semaphores.at[slot]).start()
 
         for index, cell in enumerate(step.cells):
             pages_of(self.context).start_fetch(
@@ -56,9 +52,8 @@ class StepCopies(PhaseCopies[Buffers]):
 
         @pl.when(step.num_tokens > 0)
         def _():
-            for source, ring, _, semaphores in _token_rings(self.context):
-                tokens = some_tokens(ring.at[slot], 0, step.num_tokens, source.shape[1])
-                wait_for(tokens, semaphores.at[slot])
+            for _, target, semaphores in _tokens(self.context, step, slot):
+                wait_for(target, semaphores.at[slot])
 
         self.wait_rows(slot, step.num_rows, self.context.semaphores.kv)
 
@@ -95,15 +90,17 @@ def _block(context: DecodeContext, slot: Int, index: int):
     return context.rings.kv.at[slot, :, pl.ds(index * rows, rows)]
 
 
-def _token_rings(context: DecodeContext):
-    """Arrays in HBM that steps fetch tokens of, with where these go.
-
-    That is a ring, the place of the first token in a slot of it, and the semaphores.
-    """
-    semaphores = context.semaphores
-    queries = (context.inputs.queries, context.rings.queries, 0, semaphores.queries)
+def _tokens(context: DecodeContext, step: Step, slot: Int):
+    """The tokens that a step fetches: whence, where to, and with which semaphores."""
+    semaphores, source = context.semaphores, context.inputs.queries
+    first, num_tokens = step.first_token, step.num_tokens
+    queries = (
+        source.at[pl.ds(first, num_tokens)],
+        some_tokens(context.rings.queries.at[slot], 0, num_tokens, source.shape[1]),
+        semaphores.queries,
+    )
     if not context.updates:
         return [queries]
-    first = new_tokens_margin(context.config, context.phase)
-    new_tokens = new_token_rings(context)
-    return [queries, *((*pair, first, semaphores.new_kv) for pair in new_tokens)]
+    origin = first - new_tokens_margin(context.config, context.phase)
+    pairs = new_tokens(context, slot, origin, first, num_tokens)
+    return [queries, *((*pair, semaphores.new_kv) for pair in pairs)]

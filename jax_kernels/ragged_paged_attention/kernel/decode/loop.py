@@ -69,7 +69,7 @@ def _process(
     step = load_step(context, slot)
     copies.wait(step, slot)
     progress = compute.attend(
-        context, step.cells, slot, functools.partial(fetcher.plan, progress)
+        context, step, slot, functools.partial(fetcher.plan, progress)
     )
     if context.updates:
         copies.start_write_back(step, slot)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig, PhaseConfig
-from jax_kernels.ragged_paged_attention.kernel import refs, tile_io
+from jax_kernels.ragged_paged_attention.kernel import new_tokens, refs, tile_io
 from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
 from jax_kernels.ragged_paged_attention.kernel.schedule import EMPTY_CELL
@@ -58,9 +58,8 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
         word_rows = tile_io.io_word_rows(num_heads, packing)
         return Shaped((slots, number, word_rows, packing, config.io_lanes), dtype)
 
-    new_tokens = tokens(
-        new_token_capacity(config, phase), config.num_kv_heads, config.io_dtype
-    )
+    capacity = new_token_capacity(config, phase)
+    ring = new_tokens.ring_shape(config, slots, capacity) if updates else None
     block = (
         cache.heads_per_page,
         phase.block_kv // cache.packing,
@@ -71,8 +70,8 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     return Buffers(
         rings=refs.Rings(
             queries=tokens(phase.block_q, config.num_q_heads, config.io_dtype),
-            keys=new_tokens if updates else None,
-            values=new_tokens if updates else None,
+            keys=ring,
+            values=ring,
             kv=Shaped((phase.num_slots, *block), cache.dtype),
             out=tokens(phase.block_q, config.num_q_heads, config.out_dtype),
         ),

@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.kernel.copies import (
     PhaseCopies,
-    new_token_rings,
+    new_tokens,
     pages_of,
     some_tokens,
 )
@@ -18,6 +18,7 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
     ONLY_SLOT,
     Buffers,
     TileContext,
+    new_token_capacity,
 )
 
 
@@ -65,30 +66,17 @@ class TileCopies(PhaseCopies[Buffers]):
     def start_new_tokens(self, cell: Cell, index: Int = 0) -> None:
         """Fetches a piece of the new tokens of a cell, if there is one."""
         context = self.context
-        origin, begin, end = new_tokens_piece(context, cell, index)
+        piece = new_tokens_piece(context, cell, index)
 
-        @pl.when(end > begin)
+        @pl.when(piece.end > piece.begin)
         def _():
-            first = cell.query_token + (begin - cell.query_position)
-            for source, ring in new_token_rings(context):
-                pltpu.make_async_copy(
-                    source.at[pl.ds(first, end - begin)],
-                    some_tokens(
-                        ring.at[ONLY_SLOT],
-                        begin - origin,
-                        end - begin,
-                        source.shape[1],
-                    ),
-                    context.semaphores.new_kv.at[ONLY_SLOT],
-                ).start()
+            for source, target in _new_tokens(context, cell, piece):
+                semaphore = context.semaphores.new_kv.at[ONLY_SLOT]
+                pltpu.make_async_copy(source, target, semaphore).start()
 
-    def wait_new_tokens(self, piece: "NewTokensPiece") -> None:
-        for source, ring in new_token_rings(self.context):
-            word_rows = source.shape[1]
-            tokens = some_tokens(
-                ring.at[ONLY_SLOT], 0, piece.end - piece.begin, word_rows
-            )
-            wait_for(tokens, self.context.semaphores.new_kv.at[ONLY_SLOT])
+    def wait_new_tokens(self, cell: Cell, piece: "NewTokensPiece") -> None:
+        for _, target in _new_tokens(self.context, cell, piece):
+            wait_for(target, self.context.semaphores.new_kv.at[ONLY_SLOT])
 
     # Queries.
 
@@ -115,13 +103,29 @@ class NewTokensPiece(NamedTuple):
 
 def new_tokens_piece(context: TileContext, cell: Cell, index: Int) -> NewTokensPiece:
     """Some of the new tokens of a cell: as many as the buffers hold."""
-    size = context.rings.keys.shape[1]
+    size = new_token_capacity(context.config, context.phase)
     first = floor_to(cell.new_begin - cell.block_start, context.config.tokens_per_chunk)
     origin = cell.block_start + first + index * size
     return NewTokensPiece(
         origin,
         begin=jnp.maximum(cell.new_begin, origin),
         end=jnp.minimum(cell.new_end, origin + size),
+    )
+
+
+def flat_token(cell: Cell, position: Int) -> Int:
+    """The number in the flat arrays of a position; that of no token before the new."""
+    return cell.query_token + (position - cell.query_position)
+
+
+def _new_tokens(context: TileContext, cell: Cell, piece: NewTokensPiece):
+    """Where a piece of the new tokens of a cell comes from and goes to."""
+    return new_tokens(
+        context,
+        ONLY_SLOT,
+        flat_token(cell, piece.origin),
+        flat_token(cell, piece.begin),
+        piece.end - piece.begin,
     )
 
 

@@ -9,7 +9,12 @@ from jax.experimental import pallas as pl
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.kernel import masking, tile_io
-from jax_kernels.ragged_paged_attention.kernel.new_tokens import merge_pair, store_bits
+from jax_kernels.ragged_paged_attention.kernel.new_tokens import (
+    load_tokens,
+    merge_group,
+    store_bits,
+)
+from jax_kernels.ragged_paged_attention.kernel.pages import for_each
 from jax_kernels.ragged_paged_attention.kernel.schedule import (
     Cell,
     Int,
@@ -23,10 +28,13 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
 from jax_kernels.ragged_paged_attention.kernel.tiles.copies import (
     NewTokensPiece,
     TileCopies,
+    flat_token,
     new_tokens_piece,
 )
 from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import load_block
-from jax_kernels.ragged_paged_attention.layout import dtype_packing
+
+# Chunks of one head whose loads and stores overlap.
+CHUNKS_AT_ONCE = 4
 
 
 def merge(context: TileContext, copies: TileCopies, cell: Cell, slot: Int) -> None:
@@ -38,7 +46,7 @@ def merge(context: TileContext, copies: TileCopies, cell: Cell, slot: Int) -> No
 
     def piece(index: Int) -> Int:
         part = new_tokens_piece(context, cell, index)
-        copies.wait_new_tokens(part)
+        copies.wait_new_tokens(cell, part)
         _merge_piece(context, cell, slot, part)
         copies.start_new_tokens(cell, index + 1)
         return index + 1
@@ -56,17 +64,23 @@ def _merge_piece(
     config, rings = context.config, context.rings
     chunk_tokens = config.tokens_per_chunk
     first_chunk = (part.origin - cell.block_start) >> log2(chunk_tokens)
-    stride = rings.keys.shape[-3]
-    sources = [
-        tile_io.WordRows(ref.at[ONLY_SLOT], config.interpret)
-        for ref in (rings.keys, rings.values)
-    ]
+    origin_token = flat_token(cell, part.origin)
 
     def chunk(index: Int, is_new: jax.Array | None) -> None:
-        for pair in range(config.num_kv_heads // dtype_packing(config.io_dtype)):
-            start = (index - first_chunk) * (chunk_tokens * stride) + pair
-            words = [source.load(start, chunk_tokens, stride) for source in sources]
-            merge_pair(rings.kv.at[slot], index, pair, words, is_new, config)
+        first = (index - first_chunk) * chunk_tokens
+        for group in range(config.num_kv_heads // config.new_heads_per_word):
+            keys, values = (
+                load_tokens(
+                    ring.at[ONLY_SLOT],
+                    origin_token,
+                    first,
+                    chunk_tokens,
+                    group,
+                    config,
+                )
+                for ring in (rings.keys, rings.values)
+            )
+            merge_group(rings.kv.at[slot], index, group, keys, values, is_new, config)
 
     _for_each_chunk(cell.block_start, part.begin, part.end, chunk, config)
 
@@ -171,6 +185,9 @@ def _for_each_chunk(
             do(index, bits)
 
     first_whole = (begin_place + config.tokens_per_chunk - 1) >> shift
-    lax.fori_loop(
-        first_whole, end_place >> shift, lambda index, _: do(index, None), None
+    for_each(
+        first_whole,
+        end_place >> shift,
+        lambda index: do(index, None),
+        unroll=max(CHUNKS_AT_ONCE // config.num_kv_heads, 1),
     )
