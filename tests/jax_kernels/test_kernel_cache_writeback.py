@@ -21,6 +21,12 @@ OPTIONS: dict[str, Any] = {"sm_scale": 0.1}
 LAYOUTS = {
     "split_f32": {"q_dtype": "float32", "head_dim": 72},
     "split_bf16": {"q_dtype": "bfloat16", "head_dim": 128},
+    "odd_key_heads": {
+        "q_dtype": "bfloat16",
+        "head_dim": 128,
+        "num_q_heads": 6,
+        "num_kv_heads": 3,
+    },
     "fused_e5m2": {
         "q_dtype": "bfloat16",
         "cache_dtype": "float8_e5m2",

@@ -21,6 +21,7 @@ OPTIONS: dict[str, Any] = {"sm_scale": 0.1}
 SEQUENCES = [(1, 1), (1, 45), (1, 32), (5, 5), (40, 71), (9, 33)]
 LAYOUTS = {
     "split_bf16": {"q_dtype": "bfloat16", "head_dim": 128},
+    "odd_key_heads": {"q_dtype": "bfloat16", "head_dim": 96, "num_kv_heads": 1},
     "fused_e4m3": {
         "q_dtype": "bfloat16",
         "cache_dtype": "float8_e4m3fn",

@@ -116,6 +116,8 @@ def test_scales_multiply_scores_and_output(case):
     d128_mqa_32_to_1_f32=Case(
         heads=(32, 1), q_dtype=F32, cache_dtype=INT8, lengths=LENGTHS[1:5]
     ),
+    d128_gqa_6_to_3=Case(heads=(6, 3)),
+    d256_mqa_2_to_1=Case(head_dim=256, heads=(2, 1), cache_dtype=E4M3),
     d96_mha_7_to_7=Case(head_dim=96, heads=(7, 7), with_sinks=True),
     d192=Case(head_dim=192, page_size=8),
     d256=Case(head_dim=256, heads=(6, 2), page_size=256, with_sinks=True),
@@ -292,6 +294,7 @@ def test_wide_new_tokens_come_in_pieces(case):
     ),
     quantised_queries=Case(cache_dtype=E4M3, options={"q_scale": 0.01}),
     e5m2=Case(cache_dtype=E5M2),
+    odd_key_head=Case(cache_dtype=E4M3, heads=(4, 1), head_dim=64),
     v5e=Case(cache_dtype=E4M3, with_sinks=True, options={"chip": "v5e"}),
 )
 def test_float8_of_another_bias_gives_the_same(case):

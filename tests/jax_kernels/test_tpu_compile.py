@@ -54,7 +54,6 @@ def allowed_around(shapes: Shapes) -> set[str]:
     Empty for most. The kernel wants the heads of one 32-bit word in a tile of their
     own, and a bf16 array comes in tiles of up to eight heads and 128 lanes.
     """
-    heads = (shapes.num_q_heads, shapes.num_kv_heads)
     allowed = set()
     if shapes.head_dim > 128:
         # The same bytes in both tilings only if a row is a single tile wide.
@@ -63,10 +62,14 @@ def allowed_around(shapes: Shapes) -> set[str]:
         # Only whole registers can be moved of a row longer than one.
         allowed |= {"pad", "constant"}
     if shapes.q_dtype == "bfloat16":
-        if any(number % 2 for number in heads):
-            # An odd head has no partner in its word, so all become f32.
+        even_heads = {shapes.num_q_heads, shapes.num_kv_heads}
+        if shapes.num_q_heads % 2:
+            # An odd query head has no partner in its word, so all become f32.
             allowed |= {"convert", "copy", "fusion"}
-        elif any(number % 8 and number not in (2, 4) for number in heads):
+        if shapes.num_kv_heads % 2:
+            # Two tokens of an odd key head share a word.
+            even_heads -= {shapes.num_kv_heads}
+        if any(number % 8 and number not in (2, 4) for number in even_heads):
             # Tiles of eight heads are padded, tiles of two are not.
             allowed |= {"copy"}
     return allowed
@@ -167,6 +170,8 @@ VARIANTS = {
     "d32": ("v6e", {"head_dim": 32}, {}),
     "d192": ("v6e", {"head_dim": 192}, {}),
     "odd_heads": ("tpu7x", {"num_q_heads": 7, "num_kv_heads": 7}, {}),
+    "odd_key_heads": ("v6e", {"num_q_heads": 24, "num_kv_heads": 3}, {}),
+    "mqa_d64": ("tpu7x", {"num_q_heads": 8, "num_kv_heads": 1, "head_dim": 64}, {}),
     "heads_24": ("v6e", {"num_q_heads": 24}, {}),
     "heads_14": ("v6e", {"num_q_heads": 14, "num_kv_heads": 2, "head_dim": 64}, {}),
     "page_8": ("v6e", {"page_size": 8, "pages_per_sequence": 512}, {}),

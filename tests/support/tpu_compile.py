@@ -90,7 +90,9 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
     """Compiles one call of ``ragged_paged_attention``.
 
     Arguments and results are row-major, as a model holds them: left to itself XLA
-    would choose transposed layouts for them, since nothing else is in the program.
+    would choose transposed layouts for them, since nothing else is in the program. New
+    keys and values with an odd number of heads are row-major in each head, as XLA lays
+    them out by default: otherwise it would pad their heads.
 
     Args:
       shapes: Of the arguments.
@@ -111,11 +113,13 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
     row_major = functools.partial(_row_major, device)
     queries = (shapes.num_tokens, shapes.num_q_heads, shapes.head_dim)
     tokens = (shapes.num_tokens, shapes.num_kv_heads, shapes.head_dim)
+    by_head = (1, 0, 2) if shapes.num_kv_heads % 2 else None
+    new_tokens = row_major(tokens, shapes.q_dtype, by_head)
     table = shapes.num_sequences * shapes.pages_per_sequence
     arguments = [
         row_major(queries, shapes.q_dtype),
-        row_major(tokens, shapes.q_dtype) if updates else None,
-        row_major(tokens, shapes.q_dtype) if updates else None,
+        new_tokens if updates else None,
+        new_tokens if updates else None,
         row_major(shapes.kv_cache, shapes.cache_dtype),
         row_major((shapes.num_sequences,), "int32"),
         row_major((table,), "int32"),
@@ -149,11 +153,16 @@ def _device(chip: str):
     return topology.devices[0]
 
 
-def _format(device, num_axes: int) -> Format:
-    return Format(Layout(tuple(range(num_axes))), SingleDeviceSharding(device))
+def _format(device, num_axes: int, order: tuple[int, ...] | None = None) -> Format:
+    """A layout by the order of its axes, the outermost first; row-major by default."""
+    layout = Layout(order or tuple(range(num_axes)))
+    return Format(layout, SingleDeviceSharding(device))
 
 
-def _row_major(device, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+def _row_major(
+    device, shape: tuple[int, ...], dtype: str, order: tuple[int, ...] | None = None
+) -> jax.ShapeDtypeStruct:
+    """An argument; with ``order``, as in ``_format``, row-major in that order."""
     return jax.ShapeDtypeStruct(
-        shape, jnp.dtype(dtype), sharding=_format(device, len(shape))
+        shape, jnp.dtype(dtype), sharding=_format(device, len(shape), order)
     )

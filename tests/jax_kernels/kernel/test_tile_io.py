@@ -154,7 +154,10 @@ def test_quantising_clips_and_rounds_to_even(dtype):
 @pytest.mark.parametrize("scales", [{}, {"k_scale": 0.1, "v_scale": 3.0}], ids=str)
 @pytest.mark.parametrize("head_dim", [32, 40, 64, 72, 128, 256])
 @pytest.mark.parametrize("dtype", [*PACKINGS, "float8_e5m2"])
-def test_new_tokens_are_packed_as_the_cache_lays_them_out(dtype, head_dim, scales):
+@pytest.mark.parametrize("q_dtype", ["float32", "bfloat16"])
+def test_new_tokens_are_packed_as_the_cache_lays_them_out(
+    q_dtype, dtype, head_dim, scales
+):
     """Against layout.pack_kv_cache, which the oracle checks by its own arithmetic."""
     num_tokens = 8 * (4 // jnp.dtype(dtype).itemsize)
     spec = AttentionSpec(**scales)
@@ -165,11 +168,11 @@ def test_new_tokens_are_packed_as_the_cache_lays_them_out(dtype, head_dim, scale
         num_tokens=num_tokens,
         pages_per_sequence=1,
         num_q_heads=1,
-        q_dtype=jnp.dtype(jnp.float32),
-        io_dtype=jnp.dtype(jnp.float32),
-        out_dtype=jnp.dtype(jnp.float32),
+        q_dtype=jnp.dtype(q_dtype),
+        io_dtype=jnp.dtype(q_dtype),
+        out_dtype=jnp.dtype(q_dtype),
     )
-    keys, values = random_buffer((2, num_tokens, head_dim), np.float32)
+    keys, values = random_buffer((2, num_tokens, head_dim), config.q_dtype)
     parts = compiled(
         tile_io.pack_tokens, jnp.asarray(keys), jnp.asarray(values), config=config
     )

@@ -1,0 +1,106 @@
+"""New keys and values in VMEM: which of them share words, and how they are loaded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_kernels.ragged_paged_attention.config import AttentionSpec, KernelConfig
+from jax_kernels.ragged_paged_attention.kernel import new_tokens
+from jax_kernels.ragged_paged_attention.layout import CacheLayout
+
+ORIGIN, NUM_TOKENS, HEAD_DIM = 6, 16, 128
+
+
+def make_config(num_kv_heads, q_dtype="bfloat16") -> KernelConfig:
+    return KernelConfig(
+        spec=AttentionSpec(),
+        cache=CacheLayout(1, 16, num_kv_heads, HEAD_DIM, "bfloat16"),
+        phases=(),
+        num_tokens=64,
+        pages_per_sequence=1,
+        num_q_heads=2 * num_kv_heads,
+        q_dtype=jnp.dtype(q_dtype),
+        io_dtype=jnp.dtype(q_dtype),
+        out_dtype=jnp.dtype(q_dtype),
+        interpret=True,
+    )
+
+
+class Slot:
+    """Stands in for a Pallas reference that is indexed before it is read."""
+
+    def __init__(self, value):
+        self.value = value
+        self.shape, self.dtype = value.shape, value.dtype
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        return self.value if index is ... else Slot(self.value[index])
+
+
+def lay_out(tokens: np.ndarray, origin: int, config: KernelConfig) -> np.ndarray:
+    """A slot of the ring with consecutive tokens; tokens of nobody are NaN.
+
+    Args:
+      tokens: [NUM_TOKENS, Hkv, D]
+      origin: Number in the flat arrays of the first one.
+      config: Gives the layout.
+    """
+    ring = new_tokens.ring_shape(config, 1, NUM_TOKENS)
+    slot = np.full(ring.shape[1:], np.nan, ring.dtype)
+    if config.tokens_share_words:
+        heads, _, _, lanes = slot.shape
+        by_token = slot.reshape(heads, -1, lanes)
+        by_token[:, origin % 2 :][:, :NUM_TOKENS] = tokens.swapaxes(0, 1)
+        return by_token.reshape(slot.shape)
+    word_rows = tokens.shape[1] // slot.shape[2]
+    slot[:, :word_rows] = tokens.reshape(NUM_TOKENS, word_rows, *slot.shape[2:])
+    return slot
+
+
+@pytest.mark.parametrize(
+    "num_kv_heads, q_dtype, share",
+    [
+        (1, "bfloat16", True),
+        (3, "bfloat16", True),
+        (2, "bfloat16", False),
+        (1, "float32", False),
+        (2, "float32", False),
+    ],
+)
+@pytest.mark.parametrize("origin", [ORIGIN, ORIGIN + 1])
+@pytest.mark.parametrize("first, size", [(0, 16), (4, 8), (3, 4)])
+def test_tokens_are_loaded_from_where_they_lie(
+    num_kv_heads, q_dtype, share, origin, first, size
+):
+    config = make_config(num_kv_heads, q_dtype)
+    assert config.tokens_share_words == share
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((NUM_TOKENS, num_kv_heads, HEAD_DIM))
+    tokens = tokens.astype(config.q_dtype)
+    slot = jnp.asarray(lay_out(tokens, origin, config))
+    per_word = config.new_heads_per_word
+
+    def load(slot, origin):
+        groups = range(num_kv_heads // per_word)
+        several = [
+            new_tokens.load_tokens(Slot(slot), origin, first, size, group, config)
+            for group in groups
+        ]
+        one = [
+            new_tokens.load_token(Slot(slot), origin, first, 8, group, config)
+            for group in groups
+        ]
+        return sum(several, []), sum(one, [])
+
+    several, one = jax.jit(load)(slot, jnp.int32(origin))
+    assert len(several) == len(one) == num_kv_heads
+    for head in range(num_kv_heads):
+        expected = tokens[first : first + size, head].astype(np.float32)
+        np.testing.assert_array_equal(several[head].astype(jnp.float32), expected)
+        expected = np.broadcast_to(expected[:1], (8, HEAD_DIM))
+        np.testing.assert_array_equal(one[head].astype(jnp.float32), expected)
