@@ -86,16 +86,12 @@ def test_tokens_are_loaded_from_where_they_lie(
     per_word = config.new_heads_per_word
 
     def load(slot, origin):
-        groups = range(num_kv_heads // per_word)
-        several = [
-            new_tokens.load_tokens(Slot(slot), origin, first, size, group, config)
-            for group in groups
-        ]
-        one = [
-            new_tokens.load_token(Slot(slot), origin, first, 8, group, config)
-            for group in groups
-        ]
-        return sum(several, []), sum(one, [])
+        several, one = [], []
+        for group in range(num_kv_heads // per_word):
+            where = Slot(slot), origin, first
+            several += new_tokens.load_tokens(*where, size, group, config)
+            one += new_tokens.load_token(*where, 8, group, config)
+        return several, one
 
     several, one = jax.jit(load)(slot, jnp.int32(origin))
     assert len(several) == len(one) == num_kv_heads

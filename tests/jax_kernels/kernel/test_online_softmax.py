@@ -22,7 +22,6 @@ def numerics_of(dtype: str = "float32", **spec) -> numerics.Numerics:
         AttentionSpec(**spec),
         chips.UNKNOWN,
         q_dtype=jnp.dtype(dtype),
-        io_dtype=jnp.dtype(dtype),
         cache_dtype=jnp.dtype(dtype),
         lanes=LANES,
     )
