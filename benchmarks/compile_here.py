@@ -33,7 +33,9 @@ def _compile(
     """Optimised HLO.
 
     Arguments and results are row-major, as a model holds them: left to itself XLA would
-    choose transposed layouts for some, since nothing else is in the program.
+    choose transposed layouts for some, since nothing else is in the program. New keys
+    and values with an odd number of heads are row-major in each head, as XLA lays them
+    out by default: otherwise it would pad their heads.
     """
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=chips.COMPILED[chip].topology
@@ -41,10 +43,16 @@ def _compile(
     where = SingleDeviceSharding(topology.devices[0])
 
     def row_major(num_axes: int) -> Format:
-        return Format(Layout(tuple(range(num_axes))), where)
+        return ordered(*range(num_axes))
 
-    def array(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
-        placed = row_major(len(sizes))
+    def ordered(*axes: int) -> Format:
+        """A layout by the order of the axes, the outermost first."""
+        return Format(Layout(axes), where)
+
+    def array(
+        dtype: str, *sizes: int, placed: Format | None = None
+    ) -> jax.ShapeDtypeStruct:
+        placed = placed or row_major(len(sizes))
         return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype), sharding=placed)
 
     model = shape.model
@@ -57,6 +65,9 @@ def _compile(
         model.head_dim,
         jnp.dtype(shape.cache_dtype),
     )
+
+    by_head = ordered(1, 0, 2) if model.num_kv_heads % 2 else None
+    new_tokens = array(shape.q_dtype, *tokens, placed=by_head)
 
     def call(*arguments):
         return ragged_paged_attention(
@@ -73,8 +84,8 @@ def _compile(
     )
     lowered = jitted.lower(
         array(shape.q_dtype, *queries),
-        array(shape.q_dtype, *tokens),
-        array(shape.q_dtype, *tokens),
+        new_tokens,
+        new_tokens,
         array(shape.cache_dtype, *cache),
         array("int32", shape.num_sequences),
         array("int32", shape.num_pages),
