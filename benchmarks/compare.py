@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from jax_kernels.chips import Chip
 
 # Peers as they are today: the others are older releases of the same kernels.
 PRESENT = [name for name, peer in PEERS.items() if peer.kernel is None]
+# Characters of a reason why there is no time; lengths may be many.
+MOST_REASON = 160
 MARK = "<!-- compared {table} {chip} -->"
 # Blocks by peer that suit many lengths, for decode and for other steps. Those that RPA
 # v3 chooses itself follow the longest context that its arrays could hold.
@@ -208,7 +211,8 @@ def _fastest(
         except (RuntimeError, ValueError, OSError, SimulationError) as error:
             errors.append(str(error))
     if not found:
-        return errors[0].splitlines()[-1].removeprefix("NotImplementedError: ")
+        reason = errors[0].splitlines()[-1].removeprefix("NotImplementedError: ")
+        return textwrap.shorten(reason, MOST_REASON, placeholder=" ...")
     return min(found, key=lambda prediction: prediction.microseconds)
 
 
