@@ -61,9 +61,25 @@ class Case:
         assert_kernel_matches_oracle(batch, block_sizes=self.blocks, **options)
 
 
+# Of these, other cases here have each part: they are left to a longer run.
+COMBINED = {
+    "q_f32_cache_e4m3",
+    "d64_gqa_6_to_2",
+    "d64_mha_16_to_16",
+    "d72_mqa_3_to_1",
+}
+
+
 def cases(**named: Case):
+    def marks(name: str):
+        return pytest.mark.extended if name in COMBINED else ()
+
     return pytest.mark.parametrize(
-        "case", [pytest.param(case, id=name) for name, case in named.items()]
+        "case",
+        [
+            pytest.param(case, id=name, marks=marks(name))
+            for name, case in named.items()
+        ],
     )
 
 
