@@ -403,6 +403,13 @@ PEERS = (
 )
 
 MODEL_NAMES = {"llama": LLAMA3_8B, **_OTHER_MODELS, "wide": WIDE}
+# Those that block sizes are tuned for: a core's part of larger models as well.
+TUNED_MODELS = {
+    **MODEL_NAMES,
+    "qwen-235b-shard": QWEN3_235B_SHARD,
+    "gpt-oss-shard": GPT_OSS_SHARD,
+    "gpt-oss-shard-full": GPT_OSS_SHARD_FULL,
+}
 
 _TUNING_CONTEXT = 16384
 

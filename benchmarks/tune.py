@@ -57,8 +57,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--models",
         nargs="+",
-        choices=cases.MODEL_NAMES,
-        default=list(cases.MODEL_NAMES),
+        choices=cases.TUNED_MODELS,
+        default=list(cases.TUNED_MODELS),
         help="with a bfloat16 and a float8 cache; by default all",
     )
     parser.add_argument(
@@ -115,7 +115,7 @@ def selected_shapes(options: argparse.Namespace) -> list[list[cases.StaticShape]
         return [[shape]]
     return [
         [
-            cases.tuning_shape(cases.MODEL_NAMES[name], cache_dtype=dtype)
+            cases.tuning_shape(cases.TUNED_MODELS[name], cache_dtype=dtype)
             for dtype in ("bfloat16", "float8_e4m3fn")
         ]
         for name in options.models

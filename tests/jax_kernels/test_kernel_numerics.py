@@ -63,10 +63,14 @@ class Case:
 
 # Of these, other cases here have each part: they are left to a longer run.
 COMBINED = {
-    "q_f32_cache_e4m3",
     "d64_gqa_6_to_2",
     "d64_mha_16_to_16",
     "d72_mqa_3_to_1",
+    "e5m2_queries",
+    "fused_sinks",
+    "page_larger_than_block",
+    "q_f32_cache_e4m3",
+    "q_f32_cache_int8",
 }
 
 
