@@ -73,7 +73,7 @@ class Row:
         theirs = self.peers[peer]
         if isinstance(theirs, str):
             return None
-        return theirs.microseconds / self.ours.total_us
+        return theirs.microseconds / self.ours.result.microseconds
 
     def as_dict(self) -> dict:
         """What JSON has of it."""
@@ -227,8 +227,7 @@ def table(rows: Iterable[Row], peers: list[str]) -> Iterator[str]:
         cells = [_cell(row, peer) for peer in peers]
         yield (
             f"| {row.ours.case.name} | {row.ours.bound_us:.1f} "
-            f"| {row.ours.total_us:.1f} "
-            f"({row.ours.of_bound:.2f}) | " + " | ".join(cells) + " |"
+            f"| {_our_cell(row.ours)} | " + " | ".join(cells) + " |"
         )
         for peer, theirs in row.peers.items():
             if isinstance(theirs, str):
@@ -236,6 +235,13 @@ def table(rows: Iterable[Row], peers: list[str]) -> Iterator[str]:
     if reasons:
         yield ""
         yield from (f"- {reason}" for reason in reasons)
+
+
+def _our_cell(ours: Prediction) -> str:
+    """The kernel, what XLA puts around it, and the kernel's share of the bound."""
+    around = f" + {ours.around_us:.1f}" if ours.around_us else ""
+    time = ours.result.microseconds
+    return f"{time:.1f}{around} ({ours.bound_us / time:.2f})"
 
 
 def _cell(row: Row, peer: str) -> str:

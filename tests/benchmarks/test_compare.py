@@ -83,14 +83,13 @@ def test_arrays_of_a_peer_are_as_large_as_ours_if_it_can_have_them_so():
     assert peer_call("splash", PREFILL, "tpu7x", "0.0.52").capacity is None
 
 
-def _ours(microseconds: float):
+def _ours(microseconds: float, around_us: float = 0.0):
     result = types.SimpleNamespace(microseconds=microseconds)
     return types.SimpleNamespace(
         case=PREFILL,
         result=result,
-        total_us=microseconds,
+        around_us=around_us,
         bound_us=50.0,
-        of_bound=50.0 / microseconds,
     )
 
 
@@ -109,6 +108,14 @@ def test_the_table_has_times_ratios_and_reasons():
     )
     assert lines[-1] == f"- splash, {PREFILL.name}: no cache"
     assert row.ratio("splash") is None
+
+
+def test_what_is_around_our_kernel_is_beside_its_time():
+    row = Row(_ours(100.0, 25.0), {"rpa_v3": _theirs(150.0)})  # pyright: ignore[reportArgumentType]
+    assert (
+        "| 100.0 + 25.0 (0.50) | 150.0 (0.33; 1.50) |"
+        in [*compare.table([row], ["rpa_v3"])][2]
+    )
 
 
 @pytest.fixture

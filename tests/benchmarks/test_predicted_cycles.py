@@ -2,7 +2,8 @@
 
 Compiles with libtpu and compares with ``predicted_cycles.json``, which has all cases of
 the main table and of deployments. A few programs are compiled in every run, the others
-in an extended one. Their loops are measured as well, see tests/support/code_size.py.
+in an extended one. Their loops are measured as well, see tests/support/code_size.py,
+and XLA must not put anything around the kernel.
 """
 
 import json
@@ -96,6 +97,8 @@ def test_no_case_is_predicted_slower_than_its_baseline(members):
             )
     chip = chips.COMPILED[BASELINE["chip"]]
     program = compiler.compile_program(members[0].shape, chip.name)
+    # Wider heads need reshapes.
+    assert program.bytes_around == 0 or members[0].shape.model.head_dim > 128
     loops = code_size.loop_sizes(program)
     assert loops and loops[0].bundles <= LARGEST_LOOP, str(loops[0])
     problems = []

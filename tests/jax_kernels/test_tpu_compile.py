@@ -162,7 +162,7 @@ VARIANTS = {
     "e4m3_queries": ("tpu7x", {"cache_dtype": "float8_e4m3fn"}, {"q_scale": 0.1}),
     "e5m2": ("tpu7x", {"cache_dtype": "float8_e5m2"}, {"k_scale": 0.5}),
     "f32_cache": ("v6e", {"cache_dtype": "float32"}, {}),
-    "f32_queries": ("tpu7x", {"q_dtype": "float32"}, {}),
+    "f32_queries": ("tpu7x", {"q_dtype": "float32", "num_tokens": 32}, {}),
     "all_f32": (
         "v5e",
         {"q_dtype": "float32", "cache_dtype": "float32", "num_tokens": 32},
