@@ -11,6 +11,7 @@ from jax_kernels import chips, tuned
 from jax_kernels.chips import MIB, Chip
 from jax_kernels.ragged_paged_attention import layout
 from jax_kernels.ragged_paged_attention.config import (
+    MAX_STRETCH_SCORES,
     SOFTMAX_TILE_ROWS,
     AttentionSpec,
     BlockSizes,
@@ -163,7 +164,9 @@ def fit(
 
     tokens = _power_of_two_above(problem.num_tokens)
     blocks = BlockSizes(
-        decode_block_kv=clamp_kv(blocks.decode_block_kv),
+        decode_block_kv=clamp_kv(
+            min(blocks.decode_block_kv, _most_decode_tokens(problem, spec))
+        ),
         block_q=max(MIN_BLOCK_Q, min(blocks.block_q, tokens)),
         block_kv=clamp_kv(blocks.block_kv),
     )
@@ -184,6 +187,17 @@ def fit(
                 break  # ``check_fits`` says what does not fit.
             blocks = smaller
     return blocks
+
+
+def _most_decode_tokens(problem: Problem, spec: AttentionSpec) -> int:
+    """Tokens of a decode cell such that a stretch of all its queries is not too long.
+
+    It is at least ``MIN_BLOCK_KV`` for every number of query heads that is in use.
+    """
+    blocks = BlockSizes(MIN_BLOCK_KV, MIN_BLOCK_Q, MIN_BLOCK_KV)
+    config = make_config(problem, spec, blocks, None, False)
+    query_rows = config.query_rows(config.phases[0])
+    return _power_of_two_below(MAX_STRETCH_SCORES // (query_rows * MAX_CELLS_PER_STEP))
 
 
 def _smaller_prefill(problem: Problem) -> tuple[tuple[str, int], ...]:
@@ -280,7 +294,8 @@ def _phase_bytes(config: KernelConfig, phase: PhaseConfig) -> int:
         * jnp.dtype(buffer.dtype).itemsize
         for buffer in shapes
     )
-    scores = config.softmax_rows(phase) * phase.block_kv * phase.cells_per_step
+    rows = config.query_rows(phase) if phase.is_decode else config.softmax_rows(phase)
+    scores = rows * phase.block_kv * phase.cells_per_step
     num_tiles = DECODE_SPILLED_TILES if phase.is_decode else SPILLED_TILES
     return total + int(num_tiles * scores * 4)
 

@@ -29,6 +29,8 @@ SUBLANES = 8
 # Query rows whose scores are computed while those before go through the softmax.
 # Fewer push keys and values into the matrix units too often for their use.
 SOFTMAX_TILE_ROWS = 512
+# Scores of a stretch of decode, which all have code of their own: 1024 registers.
+MAX_STRETCH_SCORES = 1024 * 1024
 
 
 class Phase(enum.Enum):

@@ -25,7 +25,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_kernels.ragged_paged_attention.config import SUBLANES, KernelConfig
+from jax_kernels.ragged_paged_attention.config import (
+    MAX_STRETCH_SCORES,
+    SUBLANES,
+    KernelConfig,
+)
 from jax_kernels.ragged_paged_attention.kernel import (
     masking,
     online_softmax,
@@ -98,7 +102,7 @@ def _stretch_sizes(block_kv: int) -> list[int]:
 
 def _compute_stretch(context: DecodeContext, step: Step, slot: Int, plan, size: int):
     """All cells of a step, ``size`` tokens each."""
-    tiles_per_round = _softmax_tiles_per_round(context)
+    tiles_per_round = _softmax_tiles_per_round(context, size)
     num_rounds = context.buffers.m.shape[1] // tiles_per_round
 
     def run_round(index: Int, plan):
@@ -111,17 +115,19 @@ def _compute_stretch(context: DecodeContext, step: Step, slot: Int, plan, size: 
     return run_round(num_rounds - 1, plan)
 
 
-def _softmax_tiles_per_round(context: DecodeContext) -> int:
+def _softmax_tiles_per_round(context: DecodeContext, size: int) -> int:
     """Softmax tiles that are computed together: the most that share no word rows."""
-    config = context.config
+    config, phase = context.config, context.phase
+    scores = phase.cells_per_step * config.query_rows(phase) * size
     heads = config.heads_per_softmax_tile(context.phase)
     num_softmax_tiles = config.num_kv_heads // heads
     packing = max(dtype_packing(config.io_dtype), dtype_packing(config.out_dtype))
     if heads % packing == 0 or config.num_kv_heads % packing:
         # Either a softmax tile has whole words, or key heads have words of their own.
         packing = 1
+    most = min(MAX_ROUND_HEADS // heads, MAX_STRETCH_SCORES // scores)
     return packing * largest_divisor(
-        num_softmax_tiles // packing, max(MAX_ROUND_HEADS // (heads * packing), 1)
+        num_softmax_tiles // packing, max(most // packing, 1)
     )
 
 
@@ -243,7 +249,7 @@ class _CellWork:
             q = self._load_query(softmax_tiles[offset], rows_before % packing)
             by_head = []
             for head_offset in self._head_offsets(offset):
-                if config.spec.update_kv_cache and head_offset % per_word == 0:
+                if self._merges and head_offset % per_word == 0:
                     # Just before its head, so that the matrix units start at once.
                     self._merge(
                         (first_head >> log2(per_word)) + head_offset // per_word
@@ -361,6 +367,11 @@ class _CellWork:
             l=jnp.where(is_first, start_l, state.l),
             acc=jnp.where(is_first, 0.0, state.acc),
         )
+
+    @property
+    def _merges(self) -> bool:
+        """Whether the stretch merges the new token: the only one, if there is one."""
+        return self.context.updates and self.context.phase.block_q == 1
 
     def _merge(self, group: Int) -> None:
         new_tokens.merge(

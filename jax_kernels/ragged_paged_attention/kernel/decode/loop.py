@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_kernels.ragged_paged_attention.kernel import notes
-from jax_kernels.ragged_paged_attention.kernel.decode import compute
+from jax_kernels.ragged_paged_attention.kernel.decode import compute, new_tokens
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
     DecodeContext,
     allocate,
@@ -68,6 +68,9 @@ def _process(
     progress = fetcher.start(progress)
     step = load_step(context, slot)
     copies.wait(step, slot)
+    if context.updates and context.phase.block_q > 1:
+        for index in range(len(step.cells)):
+            new_tokens.merge_several(context, step, slot, index)
     progress = compute.attend(
         context, step, slot, functools.partial(fetcher.plan, progress)
     )

@@ -1,6 +1,7 @@
 """Merges the new tokens of a decode cell into its block."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from jax_kernels.ragged_paged_attention.kernel import masking
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
@@ -9,8 +10,8 @@ from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
 )
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
     DecodeCell,
+    Step,
     new_end,
-    tokens_per_step,
 )
 from jax_kernels.ragged_paged_attention.kernel.new_tokens import (
     load_token,
@@ -28,7 +29,9 @@ def merge(
     index: int,
     group: Int,
 ) -> None:
-    """Merges the new tokens of a decode cell, if the cell has any.
+    """Merges the only new token of a decode cell, if the cell has it.
+
+    It is part of a stretch, in the shadow of other work.
 
     Args:
       context: Gives buffers and geometry.
@@ -38,9 +41,6 @@ def merge(
       index: Number of the cell within the step.
       group: Word row of ``keys`` and ``values`` to merge: heads by their packing.
     """
-    if context.phase.block_q > 1:
-        _merge_several(context, cell, slot, first_token, index, group)
-        return
     config, rings = context.config, context.rings
     num_chunks = context.schedule.block_rows // config.rows_per_chunk
     place = jnp.maximum(cell.new_place, 0)
@@ -68,53 +68,52 @@ def merge(
     merge_group(rings.kv.at[slot], chunk_of_step, group, keys, values, is_new, config)
 
 
-def _merge_several(
-    context: DecodeContext,
-    cell: DecodeCell,
-    slot: Int,
-    first_token: Int,
-    index: int,
-    group: Int,
-) -> None:
-    """``merge`` for several new tokens, of which some may be of another block."""
+def merge_several(context: DecodeContext, step: Step, slot: Int, index: int) -> None:
+    """Merges the new tokens of a decode cell, in all heads.
+
+    Only the last cells of a sequence have any, so it is a loop over the chunks that
+    hold some, and no part of a stretch.
+
+    Args:
+      context: Gives buffers and geometry.
+      step: The step.
+      slot: Its slot.
+      index: Number of the cell within the step.
+    """
     config, rings, phase = context.config, context.rings, context.phase
-    tokens_per_chunk = config.tokens_per_chunk
+    cell, tokens_per_chunk = step.cells[index], config.tokens_per_chunk
     num_chunks = context.schedule.block_rows // config.rows_per_chunk
     begin = jnp.maximum(cell.new_place, 0)
     end = jnp.where(cell.new_place >= 0, new_end(phase, cell), 0)
     # The first new token of the sequence, and so its first query, may be before.
-    origin = cell.visible_end - cell.num_queries
-    first_new = cell.query + jnp.maximum(-origin, 0)
+    num_before = jnp.maximum(cell.num_queries - cell.visible_end, 0)
     margin = new_tokens_margin(config, phase)
-    last_start = margin + tokens_per_step(phase) - 1
-    for offset in range(_most_chunks(config.spec.decode_q_len, tokens_per_chunk)):
-        chunk = (begin >> log2(tokens_per_chunk)) + offset
-        # A chunk that is merged twice gets the same tokens twice.
-        chunk = jnp.minimum(chunk, num_chunks - 1)
-        first_place = chunk * tokens_per_chunk
-        # Tokens that are not new are masked. Where none is, any do.
-        start = margin + first_new - begin + first_place
-        start = jnp.minimum(start, last_start)
+    # Where the rings would have a token that is at the start of the block.
+    start = margin + cell.query + num_before - begin
+
+    def merge_chunk(chunk: Int, _) -> None:
+        place = chunk * tokens_per_chunk
         is_new = masking.live_word_mask(
-            first_place, config.rows_per_chunk, config.cache.packing, begin, end
-        )
-        keys, values = (
-            load_tokens(
-                ring.at[slot],
-                first_token - margin,
-                start,
-                tokens_per_chunk,
-                group,
-                config,
-            )
-            for ring in (rings.keys, rings.values)
+            place, config.rows_per_chunk, config.cache.packing, begin, end
         )
         chunk_of_step = index * num_chunks + chunk
-        merge_group(
-            rings.kv.at[slot], chunk_of_step, group, keys, values, is_new, config
-        )
+        for group in range(config.num_kv_heads // config.new_heads_per_word):
+            # Tokens that are not new are masked.
+            keys, values = (
+                load_tokens(
+                    ring.at[slot],
+                    step.first_token - margin,
+                    start + place,
+                    tokens_per_chunk,
+                    group,
+                    config,
+                )
+                for ring in (rings.keys, rings.values)
+            )
+            merge_group(
+                rings.kv.at[slot], chunk_of_step, group, keys, values, is_new, config
+            )
 
-
-def _most_chunks(num_tokens: int, tokens_per_chunk: int) -> int:
-    """Chunks that so many consecutive tokens may touch."""
-    return (num_tokens + tokens_per_chunk - 2) // tokens_per_chunk + 1
+    shift = log2(tokens_per_chunk)
+    end_chunk = (end + (tokens_per_chunk - 1)) >> shift
+    lax.fori_loop(begin >> shift, end_chunk, merge_chunk, None)
