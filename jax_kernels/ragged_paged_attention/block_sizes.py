@@ -190,10 +190,7 @@ def fit(
 
 
 def _most_decode_tokens(problem: Problem, spec: AttentionSpec) -> int:
-    """Tokens of a decode cell such that a stretch of all its queries is not too long.
-
-    It is at least ``MIN_BLOCK_KV`` for every number of query heads that is in use.
-    """
+    """Tokens of a decode cell, so that the code of a stretch does not get too long."""
     blocks = BlockSizes(MIN_BLOCK_KV, MIN_BLOCK_Q, MIN_BLOCK_KV)
     config = make_config(problem, spec, blocks, None, False)
     query_rows = config.query_rows(config.phases[0])
