@@ -39,8 +39,12 @@ SMEM_RESERVE_BYTES = 128 * 1024
 # contexts fetch and compute less of a block.
 DECODE_CELL_TOKENS = 512
 MIN_CELL_BYTES, MAX_CELL_BYTES = MIB, 2 * MIB
-STEP_BYTES = 4 * MIB
-MAX_CELLS_PER_STEP = 4
+# Small blocks share a step, which is an eighth of VMEM at the most.
+STEP_BYTES, STEP_VMEM_SHARE = 4 * MIB, 8
+MAX_CELLS_PER_STEP = 16
+# With a window, cells hold what a query sees wherever it begins in a page of so many
+# tokens, or in so many tokens of a larger page.
+MAX_WINDOW_OFFSET = 128
 MIN_BLOCK_KV, MAX_BLOCK_KV = 128, 4096
 # Long blocks update the softmax state less often; short ones of many heads leave room
 # for more queries.
@@ -131,7 +135,7 @@ def preferred(problem: Problem, spec: AttentionSpec) -> BlockSizes:
     """The sizes that the cost model gives, before they are cut to what there is.
 
     With a window, a block is no larger than all that a decode query, or a tile of
-    prefill, may see.
+    prefill, may see. A decode query sees the window from any place in a page on.
     """
     least, most = (
         _power_of_two_below(size // problem.cache.token_bytes)
@@ -143,7 +147,9 @@ def preferred(problem: Problem, spec: AttentionSpec) -> BlockSizes:
     block = _power_of_two_below(PREFILL_FETCH_BYTES // problem.cache.token_bytes)
     block = max(MIN_PREFILL_BLOCK_KV, min(block, MAX_PREFILL_BLOCK_KV))
     if spec.sliding_window is not None:
-        cell = min(cell, _power_of_two_above(spec.sliding_window))
+        seen = spec.sliding_window + spec.decode_q_len - 1
+        offset = min(problem.cache.page_size, MAX_WINDOW_OFFSET) - 1
+        cell = min(cell, _power_of_two_above(seen + offset))
         block = min(block, _power_of_two_above(spec.sliding_window + block_q))
     return BlockSizes(
         decode_block_kv=max(MIN_BLOCK_KV, cell),
@@ -177,7 +183,7 @@ def fit(
     ):
 
         def exceeds(blocks: BlockSizes, is_decode=is_decode) -> bool:
-            config = make_config(problem, spec, blocks, None, False)
+            config = make_config(problem, spec, blocks, None, False, chip)
             phases = tuple(p for p in config.phases if p.is_decode == is_decode)
             return vmem_bytes(dataclasses.replace(config, phases=phases)) > budget
 
@@ -251,22 +257,23 @@ def make_config(
         interpret=interpret,
     )
     decode_block_q = _power_of_two_above(spec.decode_q_len)
-    phases = [_phase(Phase.DECODE, problem, blocks, decode_block_q)]
+    phases = [_phase(Phase.DECODE, problem, blocks, decode_block_q, chip)]
     if chunk_prefill_size is not None:
         block_q = min(blocks.block_q, _power_of_two_above(chunk_prefill_size))
         block_q = max(block_q, MIN_BLOCK_Q)
-        phases.append(_phase(Phase.PREFILL, problem, blocks, block_q))
-    phases.append(_phase(Phase.MIXED, problem, blocks, blocks.block_q))
+        phases.append(_phase(Phase.PREFILL, problem, blocks, block_q, chip))
+    phases.append(_phase(Phase.MIXED, problem, blocks, blocks.block_q, chip))
     return dataclasses.replace(config, phases=tuple(phases))
 
 
 def _phase(
-    phase: Phase, problem: Problem, blocks: BlockSizes, block_q: int
+    phase: Phase, problem: Problem, blocks: BlockSizes, block_q: int, chip: Chip
 ) -> PhaseConfig:
     if phase is Phase.DECODE:
         slots, lookahead = DECODE_RING
         cell_bytes = blocks.decode_block_kv * problem.cache.token_bytes
-        cells = min(max(STEP_BYTES // cell_bytes, 1), MAX_CELLS_PER_STEP)
+        step_bytes = min(STEP_BYTES, chip.vmem_bytes // STEP_VMEM_SHARE)
+        cells = min(max(step_bytes // cell_bytes, 1), MAX_CELLS_PER_STEP)
         return PhaseConfig(
             phase, block_q, blocks.decode_block_kv, slots, lookahead, cells
         )

@@ -16,6 +16,11 @@ from jax_kernels.ragged_paged_attention import (
     ragged_paged_attention,
 )
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
+from jax_kernels.ragged_paged_attention.kernel.schedule import (
+    Cursor,
+    Lengths,
+    Schedule,
+)
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
 from jax_kernels.ragged_paged_attention.validation import Problem
 
@@ -108,13 +113,45 @@ def test_wide_heads_get_long_blocks_on_tpu7x():
 
 @pytest.mark.parametrize(
     "window, decode_block_kv, block_kv",
-    [(1, 128, 512), (128, 128, 512), (200, 256, 512), (900, 512, 1024)],
+    [(1, 128, 512), (128, 256, 512), (200, 512, 512), (900, 512, 1024)],
 )
 def test_a_window_bounds_the_blocks(window, decode_block_kv, block_kv):
-    """A tile has 256 queries, so it sees the window and 255 more."""
+    """A tile has 256 queries, so it sees the window and 255 more.
+
+    A decode query sees a window that begins at any of the 128 places of a page.
+    """
     spec = AttentionSpec(sliding_window=window)
     blocks = block_sizes.preferred(make_problem(num_tokens=4096), spec)
     assert blocks == BlockSizes(decode_block_kv, 256, block_kv)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128])
+@pytest.mark.parametrize("window", [2, 128, 129, 1000])
+def test_a_decode_query_meets_one_block_of_its_window(window, page_size):
+    """Wherever its context ends; key and value of one head are few bytes."""
+    problem = make_problem(
+        num_kv_heads=1, group=8, page_size=page_size, pages_per_sequence=2048
+    )
+    spec = AttentionSpec(sliding_window=window)
+    blocks = block_sizes.choose(problem, spec, chips.TPU7X)
+    config = block_sizes.make_config(problem, spec, blocks, None, False)
+    schedule = Schedule(config, config.phases[0])
+    for kv_len in range(3000, 3000 + page_size):
+        cell = schedule.describe(Cursor(0, 0, 0), Lengths(0, 1, kv_len))
+        assert cell.num_blocks == 1
+
+
+def test_steps_of_small_blocks_have_more_cells():
+    """A step is 4 MiB, unless that were more than 16 cells."""
+
+    def cells(num_kv_heads: int, decode_block_kv: int) -> int:
+        problem = make_problem(num_kv_heads=num_kv_heads)
+        blocks = BlockSizes(decode_block_kv, 128, 256)
+        config = block_sizes.make_config(problem, AttentionSpec(), blocks, None, False)
+        return config.phases[0].cells_per_step
+
+    assert [cells(8, size) for size in (4096, 512, 256, 128)] == [1, 2, 4, 8]
+    assert [cells(1, size) for size in (2048, 512, 128)] == [4, 16, 16]
 
 
 def test_few_key_heads_get_long_tiles():

@@ -45,8 +45,8 @@ from jax_kernels.ragged_paged_attention.kernel.decode import new_tokens
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import DecodeContext
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import DecodeCell, Step
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
-from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
-from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Schedule, log2
+from jax_kernels.ragged_paged_attention.layout import LANES, align_to, dtype_packing
 
 # Key heads in one round; even, since two bf16 heads share a word.
 MAX_ROUND_HEADS = 8
@@ -82,7 +82,7 @@ def attend(
     Returns:
       The result of ``plan``.
     """
-    sizes = _stretch_sizes(context.phase.block_kv)
+    sizes = _stretch_sizes(context.schedule)
     extent = functools.reduce(jnp.maximum, (cell.visible_end for cell in step.cells))
     index = sum((extent > size).astype(jnp.int32) for size in sizes[:-1])
     stretches = [
@@ -92,11 +92,16 @@ def attend(
     return lax.switch(index + jnp.int32(0), stretches)
 
 
-def _stretch_sizes(block_kv: int) -> list[int]:
+def _stretch_sizes(schedule: Schedule) -> list[int]:
     """Tokens of a cell that each stretch computes, ascending."""
-    sizes = [min(MIN_STRETCH_TOKENS, block_kv)]
-    while sizes[-1] < block_kv:
-        sizes.append(2 * sizes[-1])
+    phase, window = schedule.phase, schedule.config.spec.sliding_window
+    most = phase.block_kv
+    if window is not None:
+        seen = window + phase.block_q - 1 + schedule.anchor_step - 1
+        most = min(most, align_to(seen, MIN_STRETCH_TOKENS))
+    sizes = [min(MIN_STRETCH_TOKENS, most)]
+    while sizes[-1] < most:
+        sizes.append(min(2 * sizes[-1], most))
     return sizes
 
 
