@@ -42,6 +42,8 @@ MIN_CELL_BYTES, MAX_CELL_BYTES = MIB, 2 * MIB
 # Small blocks share a step, which is an eighth of VMEM at the most.
 STEP_BYTES, STEP_VMEM_SHARE = 4 * MIB, 8
 MAX_CELLS_PER_STEP = 16
+# Shorter blocks are for contexts, or for memory, that are small altogether.
+MIN_BLOCK_OF_MANY_CELLS, MAX_CELLS_OF_SHORT_BLOCKS = 256, 4
 # With a window, cells hold what a query sees wherever it begins in a page of so many
 # tokens, or in so many tokens of a larger page.
 MAX_WINDOW_OFFSET = 128
@@ -273,7 +275,9 @@ def _phase(
         slots, lookahead = DECODE_RING
         cell_bytes = blocks.decode_block_kv * problem.cache.token_bytes
         step_bytes = min(STEP_BYTES, chip.vmem_bytes // STEP_VMEM_SHARE)
-        cells = min(max(step_bytes // cell_bytes, 1), MAX_CELLS_PER_STEP)
+        is_short = blocks.decode_block_kv < MIN_BLOCK_OF_MANY_CELLS
+        most = MAX_CELLS_OF_SHORT_BLOCKS if is_short else MAX_CELLS_PER_STEP
+        cells = min(max(step_bytes // cell_bytes, 1), most)
         return PhaseConfig(
             phase, block_q, blocks.decode_block_kv, slots, lookahead, cells
         )

@@ -142,7 +142,7 @@ def test_a_decode_query_meets_one_block_of_its_window(window, page_size):
 
 
 def test_steps_of_small_blocks_have_more_cells():
-    """A step is 4 MiB, unless that were more than 16 cells."""
+    """A step is 4 MiB, unless that were more than 16 cells, or 4 short ones."""
 
     def cells(num_kv_heads: int, decode_block_kv: int) -> int:
         problem = make_problem(num_kv_heads=num_kv_heads)
@@ -150,8 +150,8 @@ def test_steps_of_small_blocks_have_more_cells():
         config = block_sizes.make_config(problem, AttentionSpec(), blocks, None, False)
         return config.phases[0].cells_per_step
 
-    assert [cells(8, size) for size in (4096, 512, 256, 128)] == [1, 2, 4, 8]
-    assert [cells(1, size) for size in (2048, 512, 128)] == [4, 16, 16]
+    assert [cells(8, size) for size in (4096, 512, 256, 128)] == [1, 2, 4, 4]
+    assert [cells(1, size) for size in (2048, 512, 256, 128)] == [4, 16, 16, 4]
 
 
 def test_few_key_heads_get_long_tiles():
