@@ -63,6 +63,11 @@ _SMALLER_DECODE = (("decode_block_kv", 32),)
 # (slots, steps fetched ahead). The write-back of a decode step must have time to land
 # before its slot is filled again.
 DECODE_RING = (4, 2)
+# Where a step has many pages, their copies are started in the shadow of vector work:
+# later, so one step more is fetched ahead. Each of two rings holds half of the slots.
+DECODE_RINGS = (6, 3)
+PAGES_IN_SHADOW = range(17, 161)
+MIN_VMEM_OF_TWO_RINGS = 64 * MIB
 PREFILL_RING = (3, 2)
 
 
@@ -278,8 +283,19 @@ def _phase(
         is_short = blocks.decode_block_kv < MIN_BLOCK_OF_MANY_CELLS
         most = MAX_CELLS_OF_SHORT_BLOCKS if is_short else MAX_CELLS_PER_STEP
         cells = min(max(step_bytes // cell_bytes, 1), most)
+        num_kv_rings = 1
+        pages = cells * max(blocks.decode_block_kv // problem.cache.page_size, 1)
+        fits = chip.vmem_bytes >= MIN_VMEM_OF_TWO_RINGS
+        if fits and cells > 1 and pages in PAGES_IN_SHADOW:
+            (slots, lookahead), num_kv_rings = DECODE_RINGS, 2
         return PhaseConfig(
-            phase, block_q, blocks.decode_block_kv, slots, lookahead, cells
+            phase,
+            block_q,
+            blocks.decode_block_kv,
+            slots,
+            lookahead,
+            cells,
+            num_kv_rings,
         )
     slots, lookahead = PREFILL_RING
     return PhaseConfig(phase, block_q, blocks.block_kv, slots, lookahead)

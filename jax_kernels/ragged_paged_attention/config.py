@@ -89,6 +89,9 @@ class PhaseConfig:
         ``num_slots - lookahead`` steps behind it may still be written back.
       cells_per_step: Cells that are fetched and computed together: more than 1 in
         decode only.
+      num_kv_rings: Arrays that the slots of keys and values are spread over. With 2,
+        in decode only, a step is never computed in the array that is being filled, so
+        the compiler can start copies in the shadow of the vector work.
     """
 
     phase: Phase
@@ -97,14 +100,21 @@ class PhaseConfig:
     num_slots: int
     lookahead: int
     cells_per_step: int = 1
+    num_kv_rings: int = 1
 
     def __post_init__(self):
         if not 0 < self.lookahead < self.num_slots:
             raise ValueError(f"expected 0 < {self.lookahead=} < {self.num_slots=}")
+        if self.num_kv_rings > 1 and self.num_slots != 2 * self.lookahead:
+            raise ValueError(f"expected {self.num_slots=} == 2 * {self.lookahead=}")
 
     @property
     def is_decode(self) -> bool:
         return self.phase is Phase.DECODE
+
+    @property
+    def slots_per_kv_ring(self) -> int:
+        return self.num_slots // self.num_kv_rings
 
     @property
     def num_io_slots(self) -> int:

@@ -195,6 +195,29 @@ def test_decode_over_long_blocks(case):
     case.check()
 
 
+# Steps of 16 cells: more of them than one of the two rings of blocks has slots.
+MANY_DECODES = tuple((1, 1 + 37 * n % 700) for n in range(48)) + LONG_DECODES
+MANY_PAGES = BlockSizes(256, 32, 32)
+
+
+@cases(
+    split=Case(lengths=MANY_DECODES, blocks=MANY_PAGES, page_size=64, heads=(4, 1)),
+    fused_window_sinks=Case(
+        lengths=MANY_DECODES,
+        blocks=MANY_PAGES,
+        page_size=64,
+        head_dim=64,
+        cache_dtype=E4M3,
+        with_sinks=True,
+        options={"sliding_window": 300},
+    ),
+)
+def test_pages_start_in_the_shadow_of_decode(case):
+    """Blocks of many pages are in two rings, on chips that have room for them."""
+    options = {"chip": "tpu7x"} | case.options
+    dataclasses.replace(case, options=options).check()
+
+
 # A masked block is computed in part: one length for each part, and one past a block.
 PARTS_OF_1024 = ((20, 200), (3, 500), (40, 700), (33, 1000), (5, 1300))
 

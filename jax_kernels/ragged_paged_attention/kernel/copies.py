@@ -27,7 +27,7 @@ class PhaseCopies(Generic[BuffersT]):
 
         @pl.when(num_rows > 0)
         def _():
-            rows = self.context.rings.kv.at[slot, :, pl.ds(0, num_rows)]
+            rows = self.context.rings.kv.at[0, :, pl.ds(0, num_rows)]
             wait_for(rows, semaphores.at[slot])
 
     def wait_write_back(self, slot: Int) -> None:

@@ -1,6 +1,7 @@
 """Copies between the pages of a sequence in HBM and a block in VMEM."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,7 +39,14 @@ class Pages:
     cache: Any
 
     def start_fetch(
-        self, place: BlockPlace, begin: Int, end: Int, block, semaphore
+        self,
+        place: BlockPlace,
+        begin: Int,
+        end: Int,
+        block,
+        semaphore,
+        *,
+        unrolled: bool = False,
     ) -> None:
         """Fetches rows begin .. end of a block.
 
@@ -48,6 +56,7 @@ class Pages:
           end: Row after the last.
           block: VMEM, [heads_per_page, block rows, packing, lanes].
           semaphore: Counts the bytes.
+          unrolled: Whether the code has no loops, but a place for every page.
         """
 
         def fetch(page: Int, page_row: Int, block_row: Int, num_rows: Int) -> None:
@@ -59,7 +68,9 @@ class Pages:
 
         # Without a window, blocks start at pages.
         has_head = self.schedule.config.spec.sliding_window is not None
-        self._for_each_page(place, begin, end, fetch, has_head=has_head)
+        self._for_each_page(
+            place, begin, end, fetch, has_head=has_head, unrolled=unrolled
+        )
 
     def start_fetch_row(self, place: BlockPlace, row: Int, block, semaphore) -> None:
         """Fetches one row of a block."""
@@ -102,7 +113,14 @@ class Pages:
         return page, row & (rows - 1)
 
     def _for_each_page(
-        self, place: BlockPlace, begin: Int, end: Int, copy, *, has_head: bool
+        self,
+        place: BlockPlace,
+        begin: Int,
+        end: Int,
+        copy,
+        *,
+        has_head: bool,
+        unrolled: bool = False,
     ) -> None:
         """Calls ``copy(page, page_row, block_row, num_rows)`` for rows begin .. end.
 
@@ -112,6 +130,7 @@ class Pages:
           end: Row after the last.
           copy: Starts one copy; called under a predicate or in a loop.
           has_head: Whether ``begin`` may be in the middle of a page.
+          unrolled: See ``start_fetch``.
         """
 
         def copy_part(part_begin: Int, part_end: Int) -> None:
@@ -125,8 +144,9 @@ class Pages:
         rows = self.schedule.config.cache.rows_per_page
         shift = log2(rows)
 
-        def copy_page(index: Int) -> None:
-            page = self.page_indices[place.table_index + index]
+        def copy_page(index: Int, page: Int | None = None) -> None:
+            if page is None:
+                page = self.page_indices[place.table_index + index]
             copy(page, 0, index << shift, rows)
 
         # Parts of pages, at the start (a window) and at the end, are apart from the
@@ -136,7 +156,18 @@ class Pages:
         if has_head:
             head_end = jnp.minimum(end, first_whole << shift)
             pl.when(begin < head_end)(lambda: copy_part(begin, head_end))
-        for_each(first_whole, end_whole, copy_page)
+        if unrolled:
+            num_pages = self.schedule.block_rows >> shift
+            pages = self.page_indices.at[pl.ds(place.table_index, num_pages)]
+            for index in range(num_pages):
+                is_whole = index < end_whole
+                if has_head:
+                    is_whole &= index >= first_whole
+                # A load is cheaper without the condition.
+                page = pages[index] if self.schedule.blocks_divide_table else None
+                pl.when(is_whole)(functools.partial(copy_page, index, page))
+        else:
+            for_each(first_whole, end_whole, copy_page)
         tail_begin = jnp.maximum(head_end, end_whole << shift)
         pl.when((tail_begin < end) & (begin < end))(lambda: copy_part(tail_begin, end))
 

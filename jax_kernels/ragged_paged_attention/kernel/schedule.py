@@ -201,6 +201,14 @@ class Schedule:
         """Whether every block lies within one page."""
         return self.phase.block_kv <= self.config.cache.page_size
 
+    @property
+    def blocks_divide_table(self) -> bool:
+        """Whether all pages of any block are in the page table."""
+        if self.config.spec.sliding_window is not None:
+            return False
+        tokens = self.config.pages_per_sequence * self.config.cache.page_size
+        return tokens % self.phase.block_kv == 0
+
     def describe(
         self,
         cursor: Cursor,

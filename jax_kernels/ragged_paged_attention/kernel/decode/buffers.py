@@ -1,8 +1,12 @@
 """VMEM and SMEM of decode."""
 
+import dataclasses
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.config import (
     SUBLANES,
@@ -16,6 +20,7 @@ from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
 )
 from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 
 
@@ -30,6 +35,40 @@ class Buffers(NamedTuple):
 
 
 DecodeContext: TypeAlias = PhaseContext[Buffers]
+
+
+def with_kv_ring(context: DecodeContext, index: int) -> DecodeContext:
+    """A context whose ``rings.kv`` is one of the rings of keys and values."""
+    buffers = context.buffers
+    rings = buffers.rings._replace(kv=buffers.rings.kv[index])
+    return dataclasses.replace(context, buffers=buffers._replace(rings=rings))
+
+
+def kv_of_slot(context: DecodeContext, slot: Int):
+    """[heads_per_page, rows, packing, lanes] of a slot of the context's ring."""
+    slots = context.phase.slots_per_kv_ring
+    if context.phase.num_kv_rings > 1:
+        slot = jnp.where(slot >= slots, slot - slots, slot)
+    return context.rings.kv.at[slot]
+
+
+def hold_copies_back(context: DecodeContext, result: jax.Array) -> None:
+    """Keeps copies into the context's ring that are started later behind ``result``.
+
+    The compiler knows no reason to start a copy early, and does it after all vector
+    work. But it keeps copies between two stores to the same array in their order. So
+    the result is stored in rows of the ring that hold nothing.
+
+    Args:
+      context: Has the ring.
+      result: f32[8 or more, 128].
+    """
+    config, kv = context.config, context.rings.kv
+    words = pltpu.bitcast(result[:SUBLANES], jnp.uint32)
+    words = jnp.concatenate([words] * max(config.cache.lanes // LANES, 1), axis=1)
+    unused = kv.at[0, 0, pl.ds(kv.shape[2] - SUBLANES, SUBLANES)]
+    rows = tile_io.WordRows(unused, config.interpret)
+    rows.store(words[:, : config.cache.lanes], 0)
 
 
 def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
@@ -50,6 +89,17 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     block_rows = phase.block_kv // cache.packing
     num_softmax_tiles = config.num_kv_heads // config.heads_per_softmax_tile(phase)
     state = num_softmax_tiles, query_rows
+    kv_rows = cells * block_rows + (SUBLANES if phase.num_kv_rings > 1 else 0)
+    kv = Shaped(
+        (
+            phase.slots_per_kv_ring,
+            cache.heads_per_page,
+            kv_rows,
+            cache.packing,
+            cache.lanes,
+        ),
+        cache.dtype,
+    )
     return Buffers(
         rings=refs.Rings(
             queries=Shaped(
@@ -57,16 +107,7 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             ),
             keys=ring,
             values=ring,
-            kv=Shaped(
-                (
-                    slots,
-                    cache.heads_per_page,
-                    cells * block_rows,
-                    cache.packing,
-                    cache.lanes,
-                ),
-                cache.dtype,
-            ),
+            kv=(kv,) * phase.num_kv_rings,
             out=Shaped(
                 (
                     slots,

@@ -16,8 +16,7 @@ each of the key heads, and every row takes its own. Many softmax tiles take turn
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,11 @@ from jax_kernels.ragged_paged_attention.kernel.block_loads import (
     value_words_mask,
 )
 from jax_kernels.ragged_paged_attention.kernel.decode import new_tokens
-from jax_kernels.ragged_paged_attention.kernel.decode.buffers import DecodeContext
+from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
+    DecodeContext,
+    kv_of_slot,
+)
+from jax_kernels.ragged_paged_attention.kernel.decode.fetch import Progress, Shadow
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import DecodeCell, Step
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Schedule, log2
@@ -75,18 +78,18 @@ def attend(
     context: DecodeContext,
     step: Step,
     slot: Int,
-    plan: Callable[[], Any],
-) -> Any:
+    shadow: Shadow,
+) -> Progress:
     """Attends the queries of the step in a slot, and plans a later one on the way.
 
     Returns:
-      The result of ``plan``.
+      The result of ``shadow.plan``.
     """
     sizes = _stretch_sizes(context.schedule)
     extent = functools.reduce(jnp.maximum, (cell.visible_end for cell in step.cells))
     index = sum((extent > size).astype(jnp.int32) for size in sizes[:-1])
     stretches = [
-        functools.partial(_compute_stretch, context, step, slot, plan, size)
+        functools.partial(_compute_stretch, context, step, slot, shadow, size)
         for size in sizes
     ]
     return lax.switch(index + jnp.int32(0), stretches)
@@ -105,19 +108,24 @@ def _stretch_sizes(schedule: Schedule) -> list[int]:
     return sizes
 
 
-def _compute_stretch(context: DecodeContext, step: Step, slot: Int, plan, size: int):
+def _compute_stretch(
+    context: DecodeContext, step: Step, slot: Int, shadow: Shadow, size: int
+):
     """All cells of a step, ``size`` tokens each."""
+    if size < context.phase.block_kv // 2:
+        # Too little vector work for the code of all pages.
+        shadow = shadow.start_all_pages()
     tiles_per_round = _softmax_tiles_per_round(context, size)
     num_rounds = context.buffers.m.shape[1] // tiles_per_round
 
-    def run_round(index: Int, plan):
+    def run_round(index: Int, shadow):
         first = index * tiles_per_round
         softmax_tiles = [first + i for i in range(tiles_per_round)]
-        return _attend_round(context, step, slot, softmax_tiles, size, plan)
+        return _attend_round(context, step, slot, softmax_tiles, size, shadow)
 
     if num_rounds > 1:
         lax.fori_loop(0, num_rounds - 1, lambda i, _: run_round(i, None), None)
-    return run_round(num_rounds - 1, plan)
+    return run_round(num_rounds - 1, shadow)
 
 
 def _softmax_tiles_per_round(context: DecodeContext, size: int) -> int:
@@ -142,7 +150,7 @@ def _attend_round(
     slot: Int,
     softmax_tiles: Sequence[Int],
     size: int,
-    plan,
+    shadow: Shadow | None,
 ):
     """Some softmax tiles of all cells.
 
@@ -170,11 +178,13 @@ def _attend_round(
     ahead = min(max(SCORE_REGISTERS // registers_per_cell, 1), len(works))
     scores = [work.scores(softmax_tiles) for work in works[:ahead]]
     # Scalar work is issued beside vector work, so it is cheapest next to most of it.
-    progress = None if plan is None else plan()
+    progress = None if shadow is None else shadow.plan()
     for index, work in enumerate(works):
         if index + ahead < len(works):
             scores.append(works[index + ahead].scores(softmax_tiles))
         states = work.attend(softmax_tiles, states, scores[index])
+        if shadow is not None:
+            shadow.start_pages(index, states[0].m)
         work.store_output(softmax_tiles, states)
     for softmax_tile, state in zip(softmax_tiles, states, strict=True):
         buffers.m[0, softmax_tile], buffers.l[0, softmax_tile] = state.m, state.l
@@ -244,7 +254,7 @@ class _CellWork:
 
     def scores(self, softmax_tiles: Sequence[Int]) -> list[jax.Array]:
         """f32[query rows, size] of each, masked; merges the new token first."""
-        config, kv = self.config, self.context.rings.kv.at[self.slot]
+        config, kv = self.config, kv_of_slot(self.context, self.slot)
         packing = dtype_packing(config.io_dtype)
         per_word = config.new_heads_per_word
         first_head = softmax_tiles[0] * self.heads_per_tile
@@ -279,7 +289,7 @@ class _CellWork:
         scores: Sequence[jax.Array],
     ) -> list[SoftmaxState]:
         """The states of the softmax tiles with this cell's keys and values added."""
-        config, kv = self.config, self.context.rings.kv.at[self.slot]
+        config, kv = self.config, kv_of_slot(self.context, self.slot)
         weighted = []
         for softmax_tile, state, s in zip(softmax_tiles, states, scores, strict=True):
             state = self._start_state(softmax_tile, state)

@@ -12,6 +12,7 @@ from jax_kernels.ragged_paged_attention.kernel.copies import (
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
     Buffers,
     DecodeContext,
+    kv_of_slot,
     new_tokens_margin,
 )
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import Step, new_end
@@ -26,8 +27,8 @@ from jax_kernels.ragged_paged_attention.kernel.schedule import (
 class StepCopies(PhaseCopies[Buffers]):
     """Starts the copies of steps and waits for them."""
 
-    def start(self, step: Step, slot: Int) -> None:
-        """Fetches all that a step needs.
+    def start_tokens(self, step: Step, slot: Int) -> None:
+        """Fetches the queries and the new tokens of a step.
 
         Its sequences follow each other in the flat arrays, so their queries, new keys
         and new values are one range each.
@@ -38,17 +39,25 @@ class StepCopies(PhaseCopies[Buffers]):
             for source, target, semaphores in _tokens(self.context, step, slot):
                 pltpu.make_async_copy(source, target, semaphores.at[slot]).start()
 
-        for index, cell in enumerate(step.cells):
-            pages_of(self.context).start_fetch(
-                cell.place,
-                cell.row_begin,
-                cell.row_end,
-                _block(self.context, slot, index),
-                self.context.semaphores.kv.at[slot],
-            )
+    def start_pages(
+        self, step: Step, slot: Int, index: int, *, unrolled: bool = False
+    ) -> None:
+        """Fetches the pages of the cell ``index`` of a step.
+
+        Unrolled, this is code without branches.
+        """
+        cell = step.cells[index]
+        pages_of(self.context).start_fetch(
+            cell.place,
+            cell.row_begin,
+            cell.row_end,
+            _block(self.context, slot, index),
+            self.context.semaphores.kv.at[slot],
+            unrolled=unrolled,
+        )
 
     def wait(self, step: Step, slot: Int) -> None:
-        """Waits for all that ``start`` fetches."""
+        """Waits for all that is fetched for a step."""
 
         @pl.when(step.num_tokens > 0)
         def _():
@@ -87,7 +96,7 @@ class StepCopies(PhaseCopies[Buffers]):
 def _block(context: DecodeContext, slot: Int, index: int):
     """The block of the cell ``index`` of a step."""
     rows = context.schedule.block_rows
-    return context.rings.kv.at[slot, :, pl.ds(index * rows, rows)]
+    return kv_of_slot(context, slot).at[:, pl.ds(index * rows, rows)]
 
 
 def _tokens(context: DecodeContext, step: Step, slot: Int):

@@ -7,13 +7,18 @@ order with everything around them.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jax_kernels.ragged_paged_attention.kernel import notes
-from jax_kernels.ragged_paged_attention.kernel.decode.buffers import DecodeContext
+from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
+    DecodeContext,
+    hold_copies_back,
+)
 from jax_kernels.ragged_paged_attention.kernel.decode.copies import StepCopies
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
     Step,
@@ -65,8 +70,11 @@ class Fetcher:
             num_planned=progress.num_planned + is_live.astype(jnp.int32),
         )
 
-    def start(self, progress: Progress) -> Progress:
-        """Starts the DMAs of the planned step, if there is one."""
+    def start(self, progress: Progress, *, with_pages: bool) -> Progress:
+        """Starts the DMAs of the planned step, if there is one.
+
+        Without the pages, these are left to ``Shadow.start_pages``.
+        """
         context, slot = self.context, progress.slot
         self.copies.wait_output(slot)
         if context.updates:
@@ -75,12 +83,65 @@ class Fetcher:
 
         @pl.when(is_live)
         def _():
-            self.copies.start(load_step(context, slot), slot)
+            step = load_step(context, slot)
+            self.copies.start_tokens(step, slot)
+            if with_pages:
+                for index in range(len(step.cells)):
+                    self.copies.start_pages(step, slot, index)
 
         return progress._replace(
             num_started=progress.num_planned,
             slot=next_slot(slot, context.phase.num_slots, is_live),
         )
+
+
+class PlannedPages(NamedTuple):
+    """The pages of a step that was planned, and waits to be fetched."""
+
+    copies: StepCopies
+    step: Step
+    slot: Int
+
+    def start(self, cell: int, *, unrolled: bool) -> None:
+        """Fetches the pages of one of its cells."""
+        self.copies.start_pages(self.step, self.slot, cell, unrolled=unrolled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shadow:
+    """What is done for later steps in the shadow of the vector work of one.
+
+    Attributes:
+      plan: Plans a step; gives how far the fetching side is then.
+      pages: Of the step that was planned before, or None if they are under way.
+    """
+
+    plan: Callable[[], Progress]
+    pages: PlannedPages | None = None
+
+    def start_all_pages(self) -> "Shadow":
+        """Starts all pages at once, in loops; gives what is left to do."""
+        if self.pages is not None:
+            for cell in range(len(self.pages.step.cells)):
+                self.pages.start(cell, unrolled=False)
+        return Shadow(self.plan)
+
+    def start_pages(self, index: int, maximum: jax.Array) -> None:
+        """Starts some pages beside the work that follows on the softmax of a cell.
+
+        Args:
+          index: Number of the cell. The first half of them get two cells' pages each.
+          maximum: f32[query rows, 128], the maximum of the scores up to the cell. It is
+            known before most of the work of the cell is done.
+        """
+        if self.pages is None:
+            return
+        num_cells = len(self.pages.step.cells)
+        # Also after the last pages, or these would start after everything else.
+        if 2 * (index - 1) < num_cells:
+            hold_copies_back(self.pages.copies.context, maximum)
+        for cell in range(2 * index, min(2 * index + 2, num_cells)):
+            self.pages.start(cell, unrolled=True)
 
 
 def load_step(context: DecodeContext, slot: Int) -> Step:

@@ -6,6 +6,7 @@ from jax import lax
 from jax_kernels.ragged_paged_attention.kernel import masking
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
     DecodeContext,
+    kv_of_slot,
     new_tokens_margin,
 )
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
@@ -65,7 +66,8 @@ def merge(
         for ring in (rings.keys, rings.values)
     )
     chunk_of_step = index * num_chunks + chunk
-    merge_group(rings.kv.at[slot], chunk_of_step, group, keys, values, is_new, config)
+    kv = kv_of_slot(context, slot)
+    merge_group(kv, chunk_of_step, group, keys, values, is_new, config)
 
 
 def merge_several(context: DecodeContext, step: Step, slot: Int, index: int) -> None:
@@ -82,6 +84,7 @@ def merge_several(context: DecodeContext, step: Step, slot: Int, index: int) -> 
     """
     config, rings, phase = context.config, context.rings, context.phase
     cell, tokens_per_chunk = step.cells[index], config.tokens_per_chunk
+    kv = kv_of_slot(context, slot)
     num_chunks = context.schedule.block_rows // config.rows_per_chunk
     begin = jnp.maximum(cell.new_place, 0)
     end = jnp.where(cell.new_place >= 0, new_end(phase, cell), 0)
@@ -110,9 +113,7 @@ def merge_several(context: DecodeContext, step: Step, slot: Int, index: int) -> 
                 )
                 for ring in (rings.keys, rings.values)
             )
-            merge_group(
-                rings.kv.at[slot], chunk_of_step, group, keys, values, is_new, config
-            )
+            merge_group(kv, chunk_of_step, group, keys, values, is_new, config)
 
     shift = log2(tokens_per_chunk)
     end_chunk = (end + (tokens_per_chunk - 1)) >> shift

@@ -128,9 +128,11 @@ def _lengths_or_none(
 
 
 def _part_of_step(schedule: Schedule, cell: Cell, query: Int) -> DecodeCell:
-    phase = schedule.phase
+    phase, place = schedule.phase, schedule.block_place(cell)
+    # Behind the last sequence there is no page table.
+    table_index = ints.where(cell.num_queries > 0, place.table_index, 0)
     return DecodeCell(
-        place=schedule.block_place(cell),
+        place=place._replace(table_index=table_index),
         row_begin=cell.cache_row_begin,
         row_end=cell.cache_row_end,
         visible_begin=cell.visible_begin - cell.block_start,
