@@ -154,6 +154,26 @@ def test_steps_of_small_blocks_have_more_cells():
     assert [cells(1, size) for size in (2048, 512, 256, 128)] == [4, 16, 16, 4]
 
 
+@pytest.mark.parametrize(
+    "num_kv_heads, page_size, chip, rings",
+    [
+        (1, 128, chips.TPU7X, 2),
+        (1, 16, chips.TPU7X, 1),  # 512 pages are too much code
+        (8, 128, chips.TPU7X, 1),  # 8 pages are started soon
+        (1, 128, chips.UNKNOWN, 1),  # with too little memory
+    ],
+)
+def test_steps_of_many_pages_have_two_rings(num_kv_heads, page_size, chip, rings):
+    problem = make_problem(num_kv_heads=num_kv_heads, group=8, page_size=page_size)
+    blocks = BlockSizes(2048 if num_kv_heads == 1 else 512, 128, 256)
+    config = block_sizes.make_config(
+        problem, AttentionSpec(), blocks, None, False, chip
+    )
+    decode = config.phases[0]
+    assert decode.num_kv_rings == rings
+    assert decode.slots_per_kv_ring * rings == decode.num_slots
+
+
 def test_few_key_heads_get_long_tiles():
     def block_q(num_kv_heads: int) -> int:
         problem = make_problem(num_kv_heads=num_kv_heads, group=8)

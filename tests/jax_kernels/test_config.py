@@ -45,6 +45,13 @@ def test_a_ring_has_room_for_the_cell_and_those_ahead_of_it(lookahead):
         make_phase(lookahead=lookahead)
 
 
+def test_two_rings_of_blocks_hold_the_steps_ahead_and_those_behind():
+    two = make_phase(num_slots=6, lookahead=3, num_kv_rings=2)
+    assert two.slots_per_kv_ring == two.lookahead
+    with pytest.raises(ValueError, match="num_slots"):
+        make_phase(num_slots=6, lookahead=2, num_kv_rings=2)
+
+
 def make_config(
     heads=(8, 2), head_dim=128, cache_dtype="bfloat16", q_dtype="bfloat16", **spec
 ) -> KernelConfig:
