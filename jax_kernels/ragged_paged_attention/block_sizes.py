@@ -285,7 +285,7 @@ def _phase(
         cells = min(max(step_bytes // cell_bytes, 1), most)
         num_kv_rings = 1
         pages = cells * max(blocks.decode_block_kv // problem.cache.page_size, 1)
-        fits = chip.vmem_bytes >= MIN_VMEM_OF_TWO_RINGS
+        fits = chip.vmem_bytes >= MIN_VMEM_OF_TWO_RINGS and block_q == 1
         if fits and cells > 1 and pages in PAGES_IN_SHADOW:
             (slots, lookahead), num_kv_rings = DECODE_RINGS, 2
         return PhaseConfig(
