@@ -180,6 +180,17 @@ VARIANTS = {
         {"num_tokens": LLAMA.num_tokens},
         {"chunk_prefill_size": 512},
     ),
+    "drafts": ("tpu7x", {}, {"decode_q_len": 4}),
+    "drafts_window_e4m3": (
+        "v5e",
+        {"cache_dtype": "float8_e4m3fn", "num_q_heads": 24},
+        {"decode_q_len": 7, "sliding_window": 1000},
+    ),
+    "drafts_one_key_head": (
+        "v6e",
+        {"num_q_heads": 8, "num_kv_heads": 1},
+        {"decode_q_len": 16},
+    ),
     "soft_cap_full": ("v6e", {}, {"soft_cap": 30.0, "causal": False}),
     "out_f32": ("v6e", {}, {"out_dtype": "float32"}),
     "d32": ("v6e", {"head_dim": 32}, {}),

@@ -102,6 +102,7 @@ def rpa_attention(
         soft_cap=softcap,
         k_scale=rpa.k_scale,
         v_scale=rpa.v_scale,
+        decode_q_len=rpa.decode_q_len,
     )
     return out[None], None
 

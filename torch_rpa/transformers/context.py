@@ -45,6 +45,8 @@ class RPAContext:
         batch: The ragged batch, shared by all layers.
         k_scale: The caches store ``key / k_scale``; None is 1.
         v_scale: The caches store ``value / v_scale``; None is 1.
+        decode_q_len: Most new tokens of a sequence of the decode range of the batch.
+            More than one serves drafts that a model checks.
         attention: The operator, or a function of the same arguments, such as
             ``torch_rpa.spmd.sharded_ragged_paged_attention`` with its mesh.
         layers_done: Layers that the present model call has computed.
@@ -54,6 +56,7 @@ class RPAContext:
     batch: RaggedBatch
     k_scale: float | None = None
     v_scale: float | None = None
+    decode_q_len: int = 1
     attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention
     layers_done: set[int] = dataclasses.field(default_factory=set, init=False)
 

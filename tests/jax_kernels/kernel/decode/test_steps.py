@@ -19,7 +19,9 @@ from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
     DecodeCell,
     Step,
     describe_step,
+    new_end,
     step_structure,
+    tokens_per_step,
 )
 from jax_kernels.ragged_paged_attention.kernel.schedule import Cursor, Lengths, Schedule
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
@@ -36,10 +38,13 @@ def make_schedule(
     cells_per_step: int = 4,
     update: bool = True,
     page_size: int = PAGE_SIZE,
+    decode_q_len: int = 1,
 ) -> Schedule:
     bfloat16 = jnp.dtype(jnp.bfloat16)
     config = KernelConfig(
-        spec=AttentionSpec(sliding_window=window, update_kv_cache=update),
+        spec=AttentionSpec(
+            sliding_window=window, update_kv_cache=update, decode_q_len=decode_q_len
+        ),
         cache=CacheLayout(4, page_size, 2, 128, CACHE_DTYPES[packing]),
         phases=(),
         num_tokens=64,
@@ -49,8 +54,9 @@ def make_schedule(
         io_dtype=bfloat16,
         out_dtype=bfloat16,
     )
+    block_q = 1 << (decode_q_len - 1).bit_length()
     return Schedule(
-        config, PhaseConfig(Phase.DECODE, 1, BLOCK_KV, 4, 2, cells_per_step)
+        config, PhaseConfig(Phase.DECODE, block_q, BLOCK_KV, 4, 2, cells_per_step)
     )
 
 
@@ -167,6 +173,70 @@ def test_every_visible_token_is_met_once(
     expected = {token: [kv_len - 1] for token, kv_len in enumerate(live)}
     assert written == (expected if update else {})
     assert len(cells) == len(steps) * cells_per_step
+
+
+def test_new_tokens_that_straddle_a_block_are_in_two_cells():
+    schedule = make_schedule(decode_q_len=4)
+    (step,) = steps_of(schedule, [(4, 10), (2, 3)])
+    first, second, third = step.cells[:3]
+    assert [cell.num_queries for cell in step.cells] == [4, 4, 2, 0]
+    assert (first.new_place, new_end(schedule.phase, first)) == (6, 8)
+    assert (second.new_place, new_end(schedule.phase, second)) == (0, 2)
+    assert (third.new_place, new_end(schedule.phase, third)) == (1, 3)
+    assert (step.num_tokens, step.num_ended) == (6, 6)
+    # Rows of two tokens: 6 and 7, then 0 and 1, then 0 to 3.
+    assert step.num_written == 1 + 1 + 2
+
+
+@pytest.mark.parametrize("packing", [1, 2, 4])
+@settings(deadline=None, max_examples=40)
+@given(
+    decode_q_len=st.sampled_from([2, 3, 8]),
+    lengths=st.lists(
+        st.tuples(st.integers(0, 8), st.integers(0, 30)),
+        min_size=1,
+        max_size=MAX_SEQUENCES,
+    ),
+    window=st.sampled_from([None, 5]),
+)
+def test_several_new_tokens_are_sent_and_written_once(
+    packing, decode_q_len, lengths, window
+):
+    sequences = []
+    for q_len, num_old in lengths:
+        q_len = min(q_len, decode_q_len)
+        sequences.append((q_len, q_len + num_old))
+    schedule = make_schedule(packing, window, decode_q_len=decode_q_len)
+    steps = steps_of(schedule, sequences)
+    sent, met, written = [], set(), []
+    for step in steps:
+        assert step.num_tokens <= tokens_per_step(schedule.phase)
+        sent += range(step.first_token, step.first_token + step.num_ended)
+        num_written = 0
+        for cell in step.cells:
+            start = cell.place.table_index % PAGES_PER_SEQUENCE * PAGE_SIZE
+            sequence = cell.place.table_index // PAGES_PER_SEQUENCE
+            end = new_end(schedule.phase, cell)
+            begin = max(cell.visible_begin if window else 0, 0)
+            if cell.num_queries:
+                assert cell.query + cell.num_queries <= step.num_tokens
+                assert cell.out == cell.query
+                met |= {(sequence, start + place) for place in range(begin, end)}
+            # All rows with a visible token are fetched, those of new tokens too.
+            assert cell.row_begin * packing <= begin or end <= begin
+            assert cell.row_end * packing >= end or not cell.num_queries
+            if cell.new_place >= 0:
+                written += [(sequence, start + i) for i in range(cell.new_place, end)]
+                num_written += -(-end // packing) - cell.new_place // packing
+        assert step.num_written == num_written
+    assert sent == list(range(sum(q_len for q_len, _ in sequences)))
+    new = [(q, kv, s) for s, (q, kv) in enumerate(sequences) if q]
+    assert written == [(s, i) for q, kv, s in new for i in range(kv - q, kv)]
+    assert met == {
+        (s, i)
+        for q, kv, s in new
+        for i in range(max(kv - q - window + 1, 0) if window else 0, kv)
+    }
 
 
 @pytest.mark.slow
