@@ -16,7 +16,6 @@ def numerics_of(
     *,
     chip=chips.UNKNOWN,
     q_dtype="bfloat16",
-    io_dtype=None,
     cache_dtype="bfloat16",
     lanes=128,
     **spec,

@@ -89,17 +89,18 @@ def merge_group(
     is_new: jax.Array | None,
     config: KernelConfig,
 ) -> None:
-    """Merges one chunk of the heads that share a word row of the new tokens.
+    """Merges chunks of the heads that share a word row of the new tokens.
 
     Positions without a new token keep what they have.
 
     Args:
       kv: VMEM, [heads_per_page, rows, packing, lanes].
-      chunk: Number of the chunk: eight packed rows, a register per head.
+      chunk: Number of the first chunk: eight packed rows, a register per head.
       group: Number of the word row.
-      keys: [tokens_per_chunk, io_lanes] of each head, as ``load_tokens`` returns them.
+      keys: [tokens, io_lanes] of each head, as ``load_tokens`` returns them; whole
+        chunks.
       values: The same.
-      is_new: u32[rows_per_chunk, 1], the bits to take; None for all.
+      is_new: u32[rows, 1], the bits to take; None for all.
       config: Gives dtypes and geometry.
     """
     first_row = chunk * config.rows_per_chunk
@@ -110,7 +111,7 @@ def merge_group(
             rows = tile_io.WordRows(
                 kv.at[part * config.num_kv_heads + head], config.interpret
             )
-            store_bits(rows, first_row, new, is_new, config)
+            store_bits(rows, first_row, new, is_new)
 
 
 def store_bits(
@@ -118,10 +119,9 @@ def store_bits(
     first_row: Int,
     new: jax.Array,
     mask: jax.Array | None,
-    config: KernelConfig,
 ) -> None:
-    """Stores a chunk of one head; with a mask, only those bits of it."""
+    """Stores packed rows of one head; with a mask, only those bits of them."""
     if mask is not None:
-        old = rows.load(first_row, config.rows_per_chunk)
+        old = rows.load(first_row, new.shape[0])
         new = (new & mask) | (old & ~mask)
     rows.store(new, first_row)

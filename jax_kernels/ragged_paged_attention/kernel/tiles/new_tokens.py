@@ -14,7 +14,6 @@ from jax_kernels.ragged_paged_attention.kernel.new_tokens import (
     merge_group,
     store_bits,
 )
-from jax_kernels.ragged_paged_attention.kernel.pages import for_each
 from jax_kernels.ragged_paged_attention.kernel.schedule import (
     Cell,
     Int,
@@ -33,7 +32,8 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.copies import (
 )
 from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import load_block
 
-# Chunks of one head whose loads and stores overlap.
+# Chunks that are merged at once where there is one key head: alone, each would wait for
+# its own loads.
 CHUNKS_AT_ONCE = 4
 
 
@@ -66,7 +66,7 @@ def _merge_piece(
     first_chunk = (part.origin - cell.block_start) >> log2(chunk_tokens)
     origin_token = flat_token(cell, part.origin)
 
-    def chunk(index: Int, is_new: jax.Array | None) -> None:
+    def merge_chunks(index: Int, num_chunks: int, is_new: jax.Array | None) -> None:
         first = (index - first_chunk) * chunk_tokens
         for group in range(config.num_kv_heads // config.new_heads_per_word):
             keys, values = (
@@ -74,7 +74,7 @@ def _merge_piece(
                     ring.at[ONLY_SLOT],
                     origin_token,
                     first,
-                    chunk_tokens,
+                    num_chunks * chunk_tokens,
                     group,
                     config,
                 )
@@ -82,7 +82,7 @@ def _merge_piece(
             )
             merge_group(rings.kv.at[slot], index, group, keys, values, is_new, config)
 
-    _for_each_chunk(cell.block_start, part.begin, part.end, chunk, config)
+    _for_chunks(cell.block_start, part.begin, part.end, merge_chunks, config)
 
 
 def carry(context: TileContext, cell: Cell, slot: Int) -> None:
@@ -102,18 +102,17 @@ def carry(context: TileContext, cell: Cell, slot: Int) -> None:
     def rows_of(a_slot: Int, head: int) -> tile_io.WordRows:
         return tile_io.WordRows(kv.at[a_slot, head], config.interpret)
 
-    def chunk(index: Int, is_carried: jax.Array | None) -> None:
+    def copy(index: Int, num_chunks: int, is_carried: jax.Array | None) -> None:
         first_row = index * config.rows_per_chunk
+        num_rows = num_chunks * config.rows_per_chunk
         heads = range(config.cache.heads_per_page)
         # All loads before the first store: the slots might be the same for all that
         # the compiler knows, and each load would wait for the store before it.
-        words = [
-            rows_of(source, h).load(first_row, config.rows_per_chunk) for h in heads
-        ]
+        words = [rows_of(source, h).load(first_row, num_rows) for h in heads]
         for head in heads:
-            store_bits(rows_of(slot, head), first_row, words[head], is_carried, config)
+            store_bits(rows_of(slot, head), first_row, words[head], is_carried)
 
-    _for_each_chunk(cell.block_start, cell.carried_begin, cell.new_begin, chunk, config)
+    _for_chunks(cell.block_start, cell.carried_begin, cell.new_begin, copy, config)
 
 
 def _slot_of_same_block(context: TileContext, cell: Cell, slot: Int) -> Int:
@@ -151,22 +150,23 @@ def carry_seam(context: TileContext, cell: Cell, slot: Int) -> None:
             row_ref[...] = seam[...]
 
 
-def _for_each_chunk(
+def _for_chunks(
     block_start: Int,
     begin: Int,
     end: Int,
-    do: Callable[[Int, jax.Array | None], None],
+    do: Callable[[Int, int, jax.Array | None], None],
     config: KernelConfig,
 ) -> None:
-    """Calls ``do`` with each chunk of a block that holds positions begin .. end.
+    """Calls ``do`` with the chunks of a block that hold positions begin .. end.
 
     Args:
       block_start: Position of the first token of the block.
       begin: First position.
       end: Position after the last.
-      do: Takes the number of a chunk, and the bits of the positions within it,
-        u32[rows, 1], or None for all. Only the chunks at the two ends may hold other
-        positions as well; they may be the same chunk, which then comes twice.
+      do: Takes the number of a chunk, how many there are from it on, and the bits of
+        the positions within them, u32[rows, 1], or None for all. Only the chunks at the
+        two ends may hold other positions as well; they come alone, and they may be the
+        same chunk, which then comes twice.
       config: Gives the size of a chunk.
     """
     shift = log2(config.tokens_per_chunk)
@@ -182,12 +182,17 @@ def _for_each_chunk(
                 begin,
                 end,
             )
-            do(index, bits)
+            do(index, 1, bits)
 
     first_whole = (begin_place + config.tokens_per_chunk - 1) >> shift
-    for_each(
-        first_whole,
-        end_place >> shift,
-        lambda index: do(index, None),
-        unroll=max(CHUNKS_AT_ONCE // config.num_kv_heads, 1),
-    )
+    end_whole = end_place >> shift
+    at_once = max(CHUNKS_AT_ONCE // config.num_kv_heads, 1)
+    num_groups = jnp.maximum(end_whole - first_whole, 0) >> log2(at_once)
+
+    def group(index: Int, _) -> None:
+        do(first_whole + index * at_once, at_once, None)
+
+    lax.fori_loop(0, num_groups, group, None)
+    if at_once > 1:
+        rest = first_whole + num_groups * at_once
+        lax.fori_loop(rest, end_whole, lambda index, _: do(index, 1, None), None)
