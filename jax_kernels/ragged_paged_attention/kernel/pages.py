@@ -156,7 +156,6 @@ class Pages:
         if has_head:
             head_end = jnp.minimum(end, first_whole << shift)
             pl.when(begin < head_end)(lambda: copy_part(begin, head_end))
-<<<<<<< HEAD
         if unrolled:
             num_pages = self.schedule.block_rows >> shift
             pages = self.page_indices.at[pl.ds(place.table_index, num_pages)]
@@ -169,14 +168,11 @@ class Pages:
                 pl.when(is_whole)(functools.partial(copy_page, index, page))
         else:
             for_each(first_whole, end_whole, copy_page)
-=======
-        _for_each(first_whole, end_whole, copy_page)
->>>>>>> c461771 (Chunks of new tokens of few key heads are merged together; what was tried on odd key heads)
         tail_begin = jnp.maximum(head_end, end_whole << shift)
         pl.when((tail_begin < end) & (begin < end))(lambda: copy_part(tail_begin, end))
 
 
-def _for_each(begin: Int, end: Int, action, unroll: int = 4) -> None:
+def for_each(begin: Int, end: Int, action, unroll: int = 4) -> None:
     """Calls ``action`` for begin .. end: the scalar work of several overlaps."""
     num_groups = jnp.maximum(end - begin, 0) >> log2(unroll)
 
