@@ -1,8 +1,8 @@
 """The loops of the kernel fit the instruction memory of every chip.
 
 Compiles each shape with libtpu and measures its loops in the final listing. All limits
-are in tests/support/code_size.py. ``test_tpu_compile.py`` checks the same of its many
-programs as a whole, so this is left to a longer run.
+are in tests/support/code_size.py. ``test_tpu_compile.py`` looks at its many programs as
+a whole, so this is left to a longer run.
 """
 
 from typing import Any

@@ -24,8 +24,17 @@ BUNDLE_BYTES = 64
 RUNTIME_BYTES = 1_000_000
 
 
+def most_code(prefill_loops: int) -> int:
+    """Bundles that a kernel should not exceed: its loops of prefill, and all the rest.
+
+    So much is not too long a loop for sure: loops are measured one by one in a longer
+    run. But whatever is longer has to be looked at.
+    """
+    return prefill_loops * LARGEST_LOOP + HOT_LOOP
+
+
 def most_bundles(code_bytes: int) -> int:
-    """Bundles that a kernel has at most, and so each of its loops.
+    """Bundles that a kernel has at most.
 
     Args:
       code_bytes: Generated code of a program, as ``memory_analysis`` tells it.
