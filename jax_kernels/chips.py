@@ -62,7 +62,8 @@ class Chip:
       vmem_bytes: Vector memory.
       matrix_columns: Width, and depth, of a matrix unit.
       smem_bytes: Scalar memory.
-      multiplies_float8: Whether matrix units take float8 beside bfloat16 as it is.
+      multiplies_float8: Whether float8 is always left to matrix units as it is, beside
+        bfloat16. Those of v5e take their own e4m3 as well, which is used in decode.
       e4m3_bias: Exponent bias of the e4m3 that it multiplies, or widens.
       rounds_to_e4m3fn: Whether an instruction rounds float32 to it.
       adds_in_16_bits: Whether the vector unit adds bfloat16 and int16.
