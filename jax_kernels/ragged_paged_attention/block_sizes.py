@@ -30,7 +30,7 @@ VMEM_LIMIT_SHARE = 0.95
 DEFAULT_BUFFER_SHARE = 0.97
 # Softmax tiles, as f32 scores, that the compiler keeps in VMEM besides the buffers: as
 # seen in its reports, rounded up.
-SPILLED_TILES, DECODE_SPILLED_TILES = 6.5, 4
+SPILLED_TILES, DECODE_SPILLED_TILES = 7.5, 4
 # The compiler keeps some SMEM for itself and needs more for spilled scalars.
 SMEM_RESERVE_BYTES = 128 * 1024
 
@@ -285,7 +285,7 @@ def _phase(
         cells = min(max(step_bytes // cell_bytes, 1), most)
         num_kv_rings = 1
         pages = cells * max(blocks.decode_block_kv // problem.cache.page_size, 1)
-        fits = chip.vmem_bytes >= MIN_VMEM_OF_TWO_RINGS and block_q == 1
+        fits = chip.vmem_bytes >= MIN_VMEM_OF_TWO_RINGS
         if fits and cells > 1 and pages in PAGES_IN_SHADOW:
             (slots, lookahead), num_kv_rings = DECODE_RINGS, 2
         return PhaseConfig(

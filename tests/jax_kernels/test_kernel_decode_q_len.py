@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jax_kernels.ragged_paged_attention import BlockSizes
 from tests.support.interpret import assert_kernel_matches_oracle, run_kernel
 from tests.support.numerics import assert_same_bytes
 from tests.support.ragged_batches import make_ragged_batch
@@ -98,6 +99,25 @@ def test_the_split_of_the_sequences_changes_nothing(copies):
     assert_same_bytes(kv_cache, other_cache)
     np.testing.assert_allclose(
         out.astype(np.float32), other_out.astype(np.float32), atol=0.02, rtol=0.02
+    )
+
+
+@pytest.mark.slow
+def test_pages_of_several_tokens_start_in_the_shadow():
+    """Blocks of many pages are in two rings, on chips that have room for them."""
+    sequences = [(n % 5, n % 5 + 61 * n % 700) for n in range(40)]
+    batch = make_ragged_batch(
+        sequences,
+        distribution=(40, 40, 40),
+        page_size=64,
+        q_dtype="bfloat16",
+        head_dim=128,
+        num_q_heads=4,
+        num_kv_heads=1,
+    )
+    blocks = BlockSizes(decode_block_kv=256, block_q=32, block_kv=32)
+    assert_kernel_matches_oracle(
+        batch, decode_q_len=4, chip="tpu7x", block_sizes=blocks, **OPTIONS
     )
 
 

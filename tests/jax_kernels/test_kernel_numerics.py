@@ -190,6 +190,21 @@ LONG_DECODES = tuple((1, kv_len) for kv_len in (60, 256, 257, 512, 513, 1025, 13
         with_sinks=True,
         options={"sliding_window": 700},
     ),
+    fused_two_products=Case(
+        lengths=((1, 1), (1, 511), (1, 514), (1, 1025), (1, 1300)),
+        blocks=BlockSizes(1024, 32, 32),
+        page_size=64,
+        head_dim=40,
+        heads=(8, 1),
+    ),
+    fused_int8_queries=Case(
+        lengths=((1, 257), (1, 512), (1, 515)),
+        blocks=BlockSizes(512, 32, 32),
+        page_size=64,
+        head_dim=64,
+        cache_dtype=INT8,
+        options={"q_scale": 0.03, **INT8_SCALES},
+    ),
 )
 def test_decode_over_long_blocks(case):
     case.check()
@@ -218,7 +233,7 @@ def test_pages_start_in_the_shadow_of_decode(case):
     dataclasses.replace(case, options=options).check()
 
 
-# A masked block is computed in part: one length for each part, and one past a block.
+# A masked block is computed in part, by chunks: some of each number, and one past it.
 PARTS_OF_1024 = ((20, 200), (3, 500), (40, 700), (33, 1000), (5, 1300))
 
 
@@ -307,7 +322,7 @@ def test_positions_beyond_int16_are_told_apart():
     window=Case(lengths=((33, 390), (40, 700)), options={"sliding_window": 300}),
 )
 def test_only_the_end_of_a_block_is_masked(case):
-    """Stretches of 256 and of 512 tokens, the first 256 of which all queries see."""
+    """Blocks of two chunks of 256 tokens, of which all queries see the first."""
     blocks = BlockSizes(decode_block_kv=32, block_q=32, block_kv=512)
     dataclasses.replace(case, blocks=blocks).check()
 

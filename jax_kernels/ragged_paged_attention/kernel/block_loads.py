@@ -15,7 +15,7 @@ def load_keys(
     config: KernelConfig,
     *,
     few_queries: bool,
-    first_row: int = 0,
+    first_row: Int = 0,
 ) -> jax.Array:
     """[size, lanes]; in a fused cache the lanes past head_dim hold values.
 
@@ -28,36 +28,36 @@ def load_keys(
         float8, the compiler then has the cheaper way to widen it.
       first_row: Row of the first token.
     """
-    words = _load_words(kv, head, size, config, first_row)
-    return _to_tokens(words, config.numerics.multiply_dtype, config, few_queries)
+    words = load_words(kv, head, size, config, first_row)
+    return to_tokens(
+        words, config.numerics.multiply_dtype, config, few_queries=few_queries
+    )
 
 
 def load_values(
     kv,
     head: Int,
     size: int,
-    words_mask: jax.Array | None,  # u32[up to size // packing, 1], or None: all live
+    words_mask: jax.Array | None,  # u32[size // packing, 1], or None: all live
     config: KernelConfig,
     *,
     few_queries: bool,
-    first_row: int = 0,
+    first_row: Int = 0,
 ) -> jax.Array:
-    """[size, lanes], with zeros at dead positions. Arguments as in ``load_keys``.
-
-    ``words_mask`` is of the last words; those before it are live.
-    """
+    """[size, lanes], with zeros at dead positions. Arguments as in ``load_keys``."""
     first = 0 if config.cache.is_fused_kv else config.num_kv_heads
-    words = _load_words(kv, first + head, size, config, first_row)
+    words = load_words(kv, first + head, size, config, first_row)
     if words_mask is not None:
-        num_live = words.shape[0] - words_mask.shape[0]
-        masked = words[num_live:] & words_mask
-        words = jnp.concatenate([words[:num_live], masked]) if num_live else masked
-    return _to_tokens(words, config.numerics.value_dtype, config, few_queries)
+        words &= words_mask
+    return to_tokens(
+        words, config.numerics.value_dtype, config, few_queries=few_queries
+    )
 
 
-def _to_tokens(
-    words: jax.Array, dtype, config: KernelConfig, few_queries: bool
+def to_tokens(
+    words: jax.Array, dtype, config: KernelConfig, *, few_queries: bool
 ) -> jax.Array:
+    """Packed rows as [tokens, lanes], for a product with what is of a dtype."""
     stored_dtype = config.cache.dtype
     if config.numerics.reads_e4m3_shifted and dtype == jnp.bfloat16:
         words = tile_io.without_negative_zeros(words)
@@ -68,41 +68,32 @@ def _to_tokens(
 
 
 def value_words_mask(
-    visible_begin: Int,
-    visible_end: Int,
-    size: int,
-    config: KernelConfig,
-    *,
-    first: int = 0,
+    visible_begin: Int, visible_end: Int, size: int, config: KernelConfig
 ) -> jax.Array:
-    """The bits of tokens ``first`` to ``size`` of a block that may meet probabilities.
-
-    u32[(size - first) // packing, 1].
+    """The bits of tokens that may meet probabilities, u32[size // packing, 1].
 
     Dead positions of V may hold NaN or infinity, which a zero probability does not
     cancel. Rows before the window were not fetched at all.
 
     Args:
-      visible_begin: First token that a query sees, counted from the start of the block.
+      visible_begin: First token that a query sees, counted from the first of ``size``.
       visible_end: The one after the last.
-      size: Tokens of the block.
+      size: Tokens.
       config: Gives packing and window.
-      first: First token of the mask, a multiple of the packing.
     """
     packing = config.cache.packing
     no_window = config.spec.sliding_window is None
     begin = None if no_window else visible_begin & -packing
-    num_words = (size - first) // packing
-    return masking.live_word_mask(first, num_words, packing, begin, visible_end)
+    return masking.live_word_mask(0, size // packing, packing, begin, visible_end)
 
 
 def largest_divisor(number: int, limit: int) -> int:
     return max(d for d in range(1, limit + 1) if number % d == 0)
 
 
-def _load_words(
-    kv, head: Int, size: int, config: KernelConfig, first_row: int
+def load_words(
+    kv, head: Int, size: int, config: KernelConfig, first_row: Int = 0
 ) -> jax.Array:
-    """u32[size // packing, lanes]"""
+    """u32[size // packing, lanes], the packed rows of a head from one of them on."""
     rows = tile_io.WordRows(kv.at[head], config.interpret)
     return rows.load(first_row, size // config.cache.packing)

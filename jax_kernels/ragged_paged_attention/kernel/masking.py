@@ -7,7 +7,6 @@ from jax_kernels.ragged_paged_attention.config import AttentionSpec
 from jax_kernels.ragged_paged_attention.kernel import ints
 from jax_kernels.ragged_paged_attention.kernel.ints import Bool, Int, log2
 from jax_kernels.ragged_paged_attention.kernel.schedule import Cell
-from jax_kernels.ragged_paged_attention.layout import LANES
 
 
 def attention_mask(
@@ -64,23 +63,6 @@ def needs_mask(cell: Cell, block_kv: int, spec: AttentionSpec) -> Bool:
         last_query = cell.query_position + cell.num_queries - 1
         partial |= cell.block_start <= last_query - spec.sliding_window
     return partial
-
-
-def num_visible_to_all(size: int, step: int, block_q: int, spec: AttentionSpec) -> int:
-    """Tokens at the start of a block that need no mask, a multiple of 128 lanes.
-
-    Args:
-      size: Tokens of the block that are computed: the smallest multiple of ``step``
-        that holds all visible ones, so more than ``size - step`` are visible.
-      step: See ``size``.
-      block_q: Queries of the tile, at most.
-      spec: What is computed.
-    """
-    if spec.sliding_window is not None:
-        return 0
-    # The last query sees the last visible token, or one after the block.
-    before_first_query = size - step - (block_q if spec.causal else 0)
-    return max(before_first_query, 0) & -LANES
 
 
 def live_word_mask(

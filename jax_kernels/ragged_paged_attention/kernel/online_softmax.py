@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_kernels.ragged_paged_attention.layout import LANES
 from jax_kernels.ragged_paged_attention.numerics import LOG2_E, Numerics
 
 # The maximum of a row that has seen no key. It is finite, so that a masked score
@@ -21,6 +22,14 @@ NO_KEY_MAX = float(np.finfo(np.float32).min) / 2
 MASKED_SCORE = float("-inf")
 # The largest logit of a sink; no score comes near it.
 SINK_MAX = float(np.finfo(np.float32).max)
+
+# Keys of the first block that fix the maximum of an anchored row: one register of
+# scores.
+ANCHOR_KEYS = LANES
+# Sums of anchored rows are brought back to about 1 above the first limit. Above the
+# second one, which they can only pass within one block, they may be infinite. What was
+# summed before is then less than 2**-32 of the sum.
+MAX_SUM, MAX_WHOLE_SUM = 2.0**32, 2.0**64
 
 
 class SoftmaxState(NamedTuple):
@@ -92,7 +101,49 @@ def probabilities(
       it, both f32[rows, 128].
     """
     m = jnp.maximum(m_before, jnp.max(scores, axis=1, keepdims=True))
-    return jnp.exp2(scores - _across(m, scores.shape[1])), m, jnp.exp2(m_before - m)
+    return probabilities_at(scores, m), m, jnp.exp2(m_before - m)
+
+
+def probabilities_at(scores: jax.Array, m: jax.Array) -> jax.Array:
+    """f32[rows, keys]: the same with a maximum, or an anchor, that is known."""
+    return jnp.exp2(scores - across(m, scores.shape[1]))
+
+
+def anchor(scores: jax.Array, m_start: jax.Array) -> jax.Array:
+    """The anchor of rows, f32[rows, 128]: of the first keys that they see.
+
+    The softmax is the same for any number in the place of the maximum, up to rounding,
+    as long as no sum leaves the range of f32 (``are_in_range``). A lower one than the
+    maximum is as good as long as a later block may not go back to it.
+
+    Args:
+      scores: f32[rows, keys] of their first block. Each row sees one of its first
+        ``ANCHOR_KEYS``, or has a sink.
+      m_start: f32[rows, 128], the logit of a sink, or ``NO_KEY_MAX``.
+    """
+    first = scores[:, :ANCHOR_KEYS]
+    return jnp.maximum(m_start, jnp.max(first, axis=1, keepdims=True))
+
+
+def are_in_range(sums: jax.Array) -> jax.Array:
+    """bool: whether no anchored row, of some whose sums were added, needs recovery."""
+    # Infinity and NaN, which all sums pass on, are not in range.
+    return jnp.max(sums) <= MAX_SUM
+
+
+def is_lost(state: SoftmaxState) -> jax.Array:
+    """f32[rows, 128]: 1 for anchored rows whose last block has to be computed again."""
+    return jnp.where(state.l <= MAX_WHOLE_SUM, 0.0, 1.0)
+
+
+def renormalised(state: SoftmaxState) -> SoftmaxState:
+    """The same state with a sum of about 1 where it is larger."""
+    doublings = jnp.where(state.l > 1.0, jnp.log(state.l) * LOG2_E, 0.0)
+    m = state.m + doublings
+    # Not the doublings themselves: beside a large maximum they are rounded.
+    correction = jnp.exp2(state.m - m)
+    acc = state.acc * across(correction, state.acc.shape[1])
+    return SoftmaxState(m, state.l * correction, acc)
 
 
 def accumulate(
@@ -108,13 +159,35 @@ def accumulate(
     ``dtype`` is that of the probabilities in the product.
     """
     lanes = acc.shape[1]
+    row_sum, weighted = sum_and_weigh(p, v, lanes, dtype)
+    corrected = acc * across(correction, lanes)
+    return l_before * correction + row_sum, corrected + weighted
+
+
+def sum_and_weigh(
+    p: jax.Array, v: jax.Array, lanes: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the probabilities and the weighted values of one block.
+
+    Arguments are as in ``accumulate``.
+    """
     products = dot_f32(p.astype(dtype), v, rhs_contract=0)
     if v.shape[1] > lanes:
         row_sum = products[:, lanes:]
     else:
         row_sum = jnp.sum(p, axis=1, keepdims=True)
-    weighted = acc * _across(correction, lanes) + products[:, :lanes]
-    return l_before * correction + row_sum, weighted
+    return row_sum, products[:, :lanes]
+
+
+def add_block(
+    state: SoftmaxState,  # with the maximum of all blocks up to this one
+    correction: jax.Array,  # f32[rows, 128]
+    row_sum: jax.Array,  # f32[rows, 1], of the probabilities
+    weighted_values: jax.Array,  # f32[rows, lanes]
+) -> SoftmaxState:
+    """The state with a block's sums added."""
+    acc = state.acc * across(correction, state.acc.shape[1]) + weighted_values
+    return SoftmaxState(state.m, state.l * correction + row_sum, acc)
 
 
 def with_ones(v: jax.Array) -> jax.Array:  # [block_kv, 128] to [block_kv, 256]
@@ -136,10 +209,10 @@ def normalise(state: SoftmaxState, scale: float) -> jax.Array:
     if scale != 1.0:
         inverse = inverse * scale
     # Rows without a key hold acc = 0 unless a sink alone made l positive.
-    return state.acc * _across(inverse, state.acc.shape[1])
+    return state.acc * across(inverse, state.acc.shape[1])
 
 
-def _across(column: jax.Array, width: int) -> jax.Array:
+def across(column: jax.Array, width: int) -> jax.Array:
     """[rows, 128] with equal lanes, widened or narrowed to [rows, width]."""
     lanes = column.shape[1]
     if width == lanes:

@@ -112,35 +112,6 @@ def test_only_blocks_that_everybody_sees_go_without_a_mask(
     assert masking.needs_mask(cell, block_kv, spec) == (not sees_all)
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    causal=st.booleans(),
-    block_q=st.sampled_from([32, 128, 256]),
-    num_queries=st.integers(1, 256),
-    steps=st.integers(1, 4),
-    num_dead=st.integers(0, 255),
-)
-def test_what_needs_no_mask_is_seen_by_all(
-    causal, block_q, num_queries, steps, num_dead
-):
-    """The last visible token lies in the last step, whatever the queries are."""
-    step, num_queries = 256, min(num_queries, block_q)
-    size, spec = steps * step, AttentionSpec(causal=causal)
-    visible_end = size - num_dead
-    first_query = visible_end - num_queries
-    count = masking.num_visible_to_all(size, step, block_q, spec)
-    assert count % 128 == 0 and count <= visible_end
-    if causal:
-        assert count <= max(first_query + 1, 0)
-    # Not needlessly few.
-    assert count + 128 > size - step - (block_q if causal else 0)
-
-
-def test_a_window_may_hide_the_start_of_a_block():
-    spec = AttentionSpec(sliding_window=1000)
-    assert masking.num_visible_to_all(1024, 256, 32, spec) == 0
-
-
 def test_half_of_a_row_is_live():
     """The row packs positions 6 and 7, of which 7 is live: its upper half."""
     mask = masking.live_word_mask(6, 1, 2, jnp.int32(7), jnp.int32(9))

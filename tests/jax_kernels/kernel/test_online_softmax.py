@@ -194,3 +194,62 @@ def test_a_soft_cap_bounds_the_scores():
     scores = online_softmax.score_tile(q, k, numerics_of(soft_cap=5.0))
     expected = 5.0 * np.tanh(0.5) * np.log2(np.e)
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def add_anchored(state: SoftmaxState, scores, values, *, is_first) -> SoftmaxState:
+    """One more block at the anchor, which the first one fixes."""
+    anchor = online_softmax.anchor(jnp.asarray(scores), state.m)
+    m = anchor if is_first else state.m
+    p = online_softmax.probabilities_at(jnp.asarray(scores), m)
+    v = jnp.asarray(values)
+    row_sum, weighted = online_softmax.sum_and_weigh(p, v, LANES, v.dtype)
+    return SoftmaxState(m, state.l + row_sum, state.acc + weighted)
+
+
+@pytest.mark.parametrize("shift", [-5000.0, -40.0, 0.0, 20.0, 31.0])
+def test_any_anchor_gives_the_same_softmax_within_range(shift):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(2, ROWS, 128)).astype(np.float32) * 3
+    scores[1] += shift
+    values = rng.normal(size=(2, 128, LANES)).astype(np.float32)
+    state = first_state()
+    for index in range(2):
+        state = add_anchored(state, scores[index], values[index], is_first=index == 0)
+    assert np.isfinite(np.asarray(state.acc)).all()
+    expected, magnitude = dense(np.concatenate(scores, 1), np.concatenate(values))
+    out = np.asarray(online_softmax.normalise(state, 1.0))
+    assert (abs(out - expected) <= 1e-5 * magnitude).all()
+
+
+@pytest.mark.parametrize(
+    "above, is_lost", [(0.0, False), (40.0, False), (80.0, True), (1000.0, True)]
+)
+def test_sums_out_of_range_are_seen(above, is_lost):
+    scores = np.full((ROWS, 128), above, np.float32)
+    state = first_state()._replace(m=jnp.zeros((ROWS, LANES)))
+    state = add_anchored(state, scores, np.ones((128, LANES), np.float32), is_first=0)
+    assert bool(online_softmax.are_in_range(state.l)) == (above == 0.0)
+    assert (np.asarray(online_softmax.is_lost(state)) == is_lost).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_one_sum_that_is_no_number_is_out_of_range(poison):
+    sums = np.ones((8, LANES), np.float32)
+    sums[3, 5] = poison
+    assert not online_softmax.are_in_range(jnp.asarray(sums))
+
+
+@pytest.mark.parametrize("m", [0.0, 1e9, online_softmax.SINK_MAX])
+def test_renormalised_rows_are_the_same(m):
+    total = np.tile(np.array([0.5, 1, 1.5, 2.0**40], np.float32), ROWS)[:ROWS, None]
+    state = SoftmaxState(
+        m=jnp.full((ROWS, LANES), m, jnp.float32),
+        l=jnp.asarray(np.tile(total, LANES)),
+        acc=jnp.asarray(3 * np.tile(total, LANES)),
+    )
+    new = online_softmax.renormalised(state)
+    np.testing.assert_allclose(online_softmax.normalise(new, 1.0), 3.0, rtol=1e-6)
+    moved = np.asarray(new.m, np.float64) - m
+    np.testing.assert_allclose(new.l, state.l / 2.0**moved, rtol=1e-5)
+    if m == 0.0:
+        assert np.asarray(new.l).max() <= 1.01

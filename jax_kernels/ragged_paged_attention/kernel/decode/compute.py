@@ -36,11 +36,9 @@ from jax_kernels.ragged_paged_attention.kernel import (
 )
 from jax_kernels.ragged_paged_attention.kernel.block_loads import (
     largest_divisor,
-    load_keys,
-    load_values,
-    value_words_mask,
 )
 from jax_kernels.ragged_paged_attention.kernel.decode import new_tokens
+from jax_kernels.ragged_paged_attention.kernel.decode.blocks import CellBlock
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
     DecodeContext,
     kv_of_slot,
@@ -57,6 +55,7 @@ MAX_ROUND_HEADS = 8
 MIN_STRETCH_TOKENS = 256
 # Scores that wait for their softmax while the matrix units compute the next ones.
 SCORE_REGISTERS = 32
+MIN_CELLS_AHEAD = 2
 
 
 def lay_out_sinks(context: DecodeContext) -> None:
@@ -175,7 +174,8 @@ def _attend_round(
     registers_per_cell = pl.cdiv(
         len(softmax_tiles) * config.query_rows(phase) * size, SUBLANES * LANES
     )
-    ahead = min(max(SCORE_REGISTERS // registers_per_cell, 1), len(works))
+    ahead = max(SCORE_REGISTERS // registers_per_cell, MIN_CELLS_AHEAD)
+    ahead = min(ahead, len(works))
     scores = [work.scores(softmax_tiles) for work in works[:ahead]]
     # Scalar work is issued beside vector work, so it is cheapest next to most of it.
     progress = None if shadow is None else shadow.plan()
@@ -186,6 +186,8 @@ def _attend_round(
         if shadow is not None:
             shadow.start_pages(index, states[0].m)
         work.store_output(softmax_tiles, states)
+    for work in works:
+        work.block.restore()
     for softmax_tile, state in zip(softmax_tiles, states, strict=True):
         buffers.m[0, softmax_tile], buffers.l[0, softmax_tile] = state.m, state.l
         buffers.acc[0, softmax_tile] = state.acc
@@ -201,20 +203,16 @@ class _CellWork:
       cell: The cell.
       first_token: First token of the step, in the flat arrays.
       slot: Slot of the step.
-      index: Number of the cell within the step.
-      size: Tokens of the block to compute.
       mask: bool[1 or query rows, size], the tokens that a query sees.
-      words_mask: u32[size // packing, 1], see ``value_words_mask``.
+      block: Its keys and values.
     """
 
     context: DecodeContext
     cell: DecodeCell
     first_token: Int
     slot: Int
-    index: int
-    size: int
     mask: jax.Array
-    words_mask: jax.Array
+    block: CellBlock
 
     @classmethod
     def make(
@@ -226,16 +224,23 @@ class _CellWork:
         size: int,
     ) -> "_CellWork":
         config, cell = context.config, step.cells[index]
-        visible = cell.visible_begin, cell.visible_end, size
         return cls(
             context,
             cell,
             step.first_token,
             slot,
-            index,
-            size,
             mask=_mask(context, cell, size),
-            words_mask=value_words_mask(*visible, config),
+            block=CellBlock(
+                config,
+                kv_of_slot(context, slot),
+                first_row=index * context.schedule.block_rows,
+                num_rows=context.schedule.block_rows,
+                size=size,
+                visible_begin=cell.visible_begin,
+                visible_end=cell.visible_end,
+                masks_words=config.spec.sliding_window is not None
+                or context.phase.block_q > 1,
+            ),
         )
 
     @property
@@ -247,21 +252,15 @@ class _CellWork:
         """Key heads of a softmax tile."""
         return self.config.heads_per_softmax_tile(self.context.phase)
 
-    @property
-    def first_row(self) -> int:
-        """Of the cell's block among the rows of the slot."""
-        return self.index * self.context.schedule.block_rows
-
     def scores(self, softmax_tiles: Sequence[Int]) -> list[jax.Array]:
         """f32[query rows, size] of each, masked; merges the new token first."""
-        config, kv = self.config, kv_of_slot(self.context, self.slot)
+        config, per_word = self.config, self.config.new_heads_per_word
         packing = dtype_packing(config.io_dtype)
-        per_word = config.new_heads_per_word
         first_head = softmax_tiles[0] * self.heads_per_tile
         scores = []
-        for offset in range(len(softmax_tiles)):
+        for offset, softmax_tile in enumerate(softmax_tiles):
             rows_before = offset * self.heads_per_tile * config.group
-            q = self._load_query(softmax_tiles[offset], rows_before % packing)
+            x = self._load_query(softmax_tile, rows_before % packing)
             by_head = []
             for head_offset in self._head_offsets(offset):
                 if self._merges and head_offset % per_word == 0:
@@ -269,15 +268,8 @@ class _CellWork:
                     self._merge(
                         (first_head >> log2(per_word)) + head_offset // per_word
                     )
-                k = load_keys(
-                    kv,
-                    first_head + head_offset,
-                    self.size,
-                    config,
-                    few_queries=True,
-                    first_row=self.first_row,
-                )
-                by_head.append(online_softmax.products(q, k))
+                self.block.clear_end(first_head + head_offset)
+                by_head.append(self.block.products(x, first_head + head_offset))
             s = online_softmax.finish_scores(self._own_rows(by_head), config.numerics)
             scores.append(jnp.where(self.mask, s, online_softmax.MASKED_SCORE))
         return scores
@@ -289,32 +281,24 @@ class _CellWork:
         scores: Sequence[jax.Array],
     ) -> list[SoftmaxState]:
         """The states of the softmax tiles with this cell's keys and values added."""
-        config, kv = self.config, kv_of_slot(self.context, self.slot)
-        weighted = []
+        weights = []
         for softmax_tile, state, s in zip(softmax_tiles, states, scores, strict=True):
             state = self._start_state(softmax_tile, state)
             p, m, correction = online_softmax.probabilities(s, state.m)
-            weighted.append((p, correction, state._replace(m=m)))
+            weights.append((p, correction, state._replace(m=m)))
         first_head = softmax_tiles[0] * self.heads_per_tile
         results = []
-        for offset, (p, correction, state) in enumerate(weighted):
-            by_head = []
-            for head_offset in self._head_offsets(offset):
-                v = load_values(
-                    kv,
-                    first_head + head_offset,
-                    self.size,
-                    self.words_mask,
-                    config,
-                    few_queries=True,
-                    first_row=self.first_row,
+        for offset, (p, correction, state) in enumerate(weights):
+            by_head = [
+                self.block.weighted_values(p, first_head + head_offset)
+                for head_offset in self._head_offsets(offset)
+            ]
+            row_sum = jnp.sum(p, axis=1, keepdims=True)
+            results.append(
+                online_softmax.add_block(
+                    state, correction, row_sum, self._own_rows(by_head)
                 )
-                sums = online_softmax.accumulate(
-                    p, v, correction, state.l, state.acc, config.numerics.value_dtype
-                )
-                by_head.append(sums)
-            acc = self._own_rows([acc for _, acc in by_head])
-            results.append(SoftmaxState(state.m, by_head[0][0], acc))
+            )
         return results
 
     def store_output(
@@ -390,11 +374,11 @@ class _CellWork:
 
     def _merge(self, group: Int) -> None:
         new_tokens.merge(
-            self.context, self.cell, self.slot, self.first_token, self.index, group
+            self.context, self.cell, self.slot, self.first_token, group, self.block
         )
 
     def _load_query(self, softmax_tile: Int, parity: int) -> jax.Array:
-        """[query rows, lanes] of one softmax tile: multiplied and cast.
+        """f32[query rows, lanes] of one softmax tile.
 
         The rows past those of the tile belong to other heads or to nobody. Rows never
         mix, so they are computed and ignored.
@@ -417,7 +401,7 @@ class _CellWork:
             words = rows.load(first, num_rows // packing + (SUBLANES if parity else 0))
             x = pltpu.bitcast(words, jnp.bfloat16).astype(jnp.float32)
             x = x[parity : parity + num_rows]
-        return tile_io.prepare_queries(tile_io.widen(x, config.lanes), config)
+        return tile_io.widen(x, config.lanes)
 
     def _load_queries(self, softmax_tile: Int, parity: int) -> jax.Array:
         """``_load_query`` for several tokens: head by head, the rows of all tokens."""
@@ -438,7 +422,7 @@ class _CellWork:
         if num_padding:
             heads.append(jnp.zeros((num_padding, config.io_lanes), jnp.float32))
         x = jnp.concatenate(heads)
-        return tile_io.prepare_queries(tile_io.widen(x, config.lanes), config)
+        return tile_io.widen(x, config.lanes)
 
 
 def _mask(context: DecodeContext, cell: DecodeCell, size: int) -> jax.Array:

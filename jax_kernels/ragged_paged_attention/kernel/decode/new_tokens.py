@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jax import lax
 
-from jax_kernels.ragged_paged_attention.kernel import masking
+from jax_kernels.ragged_paged_attention.kernel import masking, tile_io
+from jax_kernels.ragged_paged_attention.kernel.decode.blocks import CellBlock
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
     DecodeContext,
     kv_of_slot,
@@ -27,8 +28,8 @@ def merge(
     cell: DecodeCell,
     slot: Int,
     first_token: Int,
-    index: int,
     group: Int,
+    block: CellBlock,
 ) -> None:
     """Merges the only new token of a decode cell, if the cell has it.
 
@@ -39,11 +40,10 @@ def merge(
       cell: The cell.
       slot: Slot of its step.
       first_token: First token of the step, in the flat arrays.
-      index: Number of the cell within the step.
       group: Word row of ``keys`` and ``values`` to merge: heads by their packing.
+      block: The keys and values of the cell.
     """
     config, rings = context.config, context.rings
-    num_chunks = context.schedule.block_rows // config.rows_per_chunk
     place = jnp.maximum(cell.new_place, 0)
     chunk = place >> log2(config.tokens_per_chunk)
     is_new = masking.live_word_mask(
@@ -65,9 +65,10 @@ def merge(
         )
         for ring in (rings.keys, rings.values)
     )
-    chunk_of_step = index * num_chunks + chunk
-    kv = kv_of_slot(context, slot)
-    merge_group(kv, chunk_of_step, group, keys, values, is_new, config)
+    first_head = group * config.new_heads_per_word
+    for offset, (key, value) in enumerate(zip(keys, values, strict=True)):
+        for part, new in enumerate(tile_io.pack_tokens(key, value, config)):
+            block.merge(first_head + offset, part, chunk, new, is_new)
 
 
 def merge_several(context: DecodeContext, step: Step, slot: Int, index: int) -> None:

@@ -25,7 +25,6 @@ class Buffers(NamedTuple):
     """VMEM; a slot of ``rings.kv`` holds the block of one cell."""
 
     rings: refs.Rings
-    scores: Any  # f32[softmax rows, block_kv]: of the next softmax tile
     seam: Any  # [heads_per_page, 1, packing, lanes]: the row of old and new tokens
     q: Any  # [2, Hkv, query rows, lanes]: multiplied and cast
     m: Any  # f32[1, Hkv, query rows, 128]
@@ -75,7 +74,6 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             kv=Shaped((phase.num_slots, *block), cache.dtype),
             out=tokens(phase.block_q, config.num_q_heads, config.out_dtype),
         ),
-        scores=Shaped((config.softmax_rows(phase), phase.block_kv), jnp.float32),
         seam=(
             Shaped((cache.heads_per_page, 1, cache.packing, cache.lanes), cache.dtype)
             if updates

@@ -3,76 +3,70 @@
 A tile has *query rows*: those of a key head are its G query heads, each with its
 ``block_q`` tokens, row = g * block_q + t. A *softmax tile* is some of them.
 
-The softmax tiles of all cells are one pipeline: the scores of the next one are
-computed before the softmax and the values of the present one. So a cell is received,
-its queries and new tokens put in place, while the one before it is still to be
-computed.
+A row's maximum is fixed by the first keys that it sees, its *anchor*
+(``online_softmax.anchor``): then probabilities follow scores at once, and nothing waits
+for all scores of a block. ``recovery.py`` serves the rows whose later scores are too
+far above their anchor, which is rare.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jax_kernels.ragged_paged_attention.config import SUBLANES
 from jax_kernels.ragged_paged_attention.kernel import (
+    ints,
     masking,
     online_softmax,
     tile_io,
 )
 from jax_kernels.ragged_paged_attention.kernel.block_loads import (
     largest_divisor,
-    load_keys,
-    load_values,
     value_words_mask,
 )
+from jax_kernels.ragged_paged_attention.kernel.ints import Bool
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
-from jax_kernels.ragged_paged_attention.kernel.schedule import (
-    Cell,
-    Int,
-)
+from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int, log2
+from jax_kernels.ragged_paged_attention.kernel.tiles import recovery, softmax_tiles
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
     ONLY_SLOT,
     TileContext,
+)
+from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import (
+    Place,
+    SoftmaxTile,
+    Tokens,
 )
 from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
 
 # Softmax tiles in one stretch of code, within which the compiler overlaps them.
 MAX_STRETCH_TILES = 16
-# The same where masks are needed, which is rare: less code to compile.
-MAX_MASKED_STRETCH_TILES = 8
-# Masked stretches exist in multiples of this size, in tokens, and up to this number.
-MIN_MASKED_STEP = 256
-MAX_MASKED_STRETCHES = 4
+# The same in float32, whose products take several times as much code.
+MAX_F32_STRETCH_TILES = 4
+# Blocks that need a mask are computed this many tokens at a time: the columns of a
+# matrix unit.
+MASKED_TOKENS = 256
 
 
-class Place(NamedTuple):
-    """Where a received cell is."""
+def prepare_queries(context: TileContext, query_slot: Int, num_queries: Int) -> None:
+    """Splits a tile by key head, applies the multiplier and casts, once per tile.
 
-    slot: Int  # of its keys and values
-    query_slot: Int  # of its prepared queries
-
-
-class SoftmaxTile(NamedTuple):
-    """Some query rows of one key head."""
-
-    head: Int
-    number: int
-
-
-def prepare_queries(context: TileContext, query_slot: Int) -> None:
-    """Splits a tile by key head, applies the multiplier and casts, once per tile."""
+    Rows without a query become zeros: any scores of theirs are in range.
+    """
     config, block_q = context.config, context.phase.block_q
     packing = dtype_packing(config.io_dtype)
     source = context.rings.queries.at[ONLY_SLOT]
     rows = tile_io.WordRows(source, config.interpret)
     stride = source.shape[-3]
+    is_query = lax.broadcasted_iota(jnp.int32, (block_q, 1), 0) < num_queries
     for pair in range(config.num_q_heads // packing):
         words = rows.load(pair, block_q, stride)
+        words = jnp.where(is_query, words, jnp.uint32(0))
         for offset, x in enumerate(tile_io.unpack_heads(words, packing)):
             head, member = divmod(pair * packing + offset, config.group)
             place = pl.ds(member * block_q, block_q)
@@ -104,261 +98,192 @@ def attend(
     context: TileContext,
     cell: Cell,
     here: Place,
-    following: Place,
     plan: Callable[[], Any],
     when_empty: Callable[[], None],
 ) -> Any:
     """Attends the queries of a cell, and plans a later one on the way.
 
-    A cell without queries only starts the pipeline of softmax tiles.
-
     Args:
       context: Of the phase.
       cell: The cell.
       here: Its place.
-      following: The place of the following cell, which has been received.
       plan: Plans a cell; runs in the shadow of the computation.
       when_empty: More to do for a cell without queries.
 
     Returns:
       The result of ``plan``.
     """
-    stretches: list[Callable[[], None]] = [
-        functools.partial(_attend_stretch, context, cell, here, following, stretch)
-        for stretch in _stretches(context)
-    ]
 
-    @stretches.append
-    def _():
+    def do_nothing() -> jax.Array:
         when_empty()
-        _score_ahead(context, following, 0)
+        return _no_sums()
 
-    def with_plan(stretch: Callable[[], None]) -> Any:
-        stretch()
-        # Before the stretch it would delay the addresses of the first keys.
-        return plan()
+    def with_plan(compute: Callable[[], jax.Array]) -> tuple[Any, jax.Array]:
+        sums = compute()
+        # Before the computation it would delay the addresses of the first keys.
+        planned = plan()
+        return planned, online_softmax.are_in_range(sums)
 
-    return lax.switch(
-        jnp.where(
-            cell.num_queries > 0, _choose_stretch(context, cell), len(stretches) - 1
-        ),
-        [functools.partial(with_plan, stretch) for stretch in stretches],
-    )
-
-
-class Stretch(NamedTuple):
-    """Code for the first tokens of a block, within which the compiler overlaps."""
-
-    size: int  # tokens
-    is_masked: bool
-
-
-def _stretches(context: TileContext) -> list[Stretch]:
-    """The stretches that there are; first the most frequent one."""
-    block_kv, step = context.phase.block_kv, _masked_step(context)
-    sizes = range(step, block_kv + 1, step)
-    return [Stretch(block_kv, False)] + [Stretch(size, True) for size in sizes]
-
-
-def _masked_step(context: TileContext) -> int:
-    """Tokens by which the sizes of masked stretches differ."""
-    block_kv = context.phase.block_kv
-    return min(max(MIN_MASKED_STEP, block_kv // MAX_MASKED_STRETCHES), block_kv)
-
-
-def _choose_stretch(context: TileContext, cell: Cell) -> jax.Array:
-    """Index of the stretch for a cell."""
-    extent = cell.visible_end - cell.block_start
-    smallest = jnp.int32(1)
-    for stretch in _stretches(context)[1:-1]:
-        smallest += (extent > stretch.size).astype(jnp.int32)
     is_masked = masking.needs_mask(cell, context.phase.block_kv, context.config.spec)
-    return jnp.where(is_masked, smallest, 0)
-
-
-def _attend_stretch(
-    context: TileContext, cell: Cell, here: Place, following: Place, stretch: Stretch
-) -> None:
-    """Scores, softmax and values of the first tokens of a block, for all heads.
-
-    The source order is the pipeline: the scores of the next softmax tile are
-    computed before the softmax and the values of the present one, so that the
-    matrix units and the vector units have work at the same time. After the last
-    tile of a round, which takes some heads, comes the first of the next round, or of
-    the following cell; its scores wait in a buffer.
-    """
-    config, buffers = context.config, context.buffers
-    size, is_masked = stretch
-    num_softmax_tiles = config.query_rows(context.phase) // buffers.scores.shape[0]
-    most_softmax_tiles = MAX_MASKED_STRETCH_TILES if is_masked else MAX_STRETCH_TILES
-    round_heads = largest_divisor(
-        config.num_kv_heads, max(most_softmax_tiles // num_softmax_tiles, 1)
+    computations = (
+        functools.partial(_attend_block, context, cell, here),
+        functools.partial(_attend_chunks, context, cell, here),
+        do_nothing,
     )
-    is_first = cell.block == 0
-    words_mask, first_masked = None, size
-    if is_masked:
-        first_masked = masking.num_visible_to_all(
-            size,
-            _masked_step(context),
-            context.phase.block_q,
-            config.spec,
+    planned, are_in_range = lax.switch(
+        jnp.where(cell.num_queries > 0, is_masked.astype(jnp.int32), 2),
+        [functools.partial(with_plan, compute) for compute in computations],
+    )
+
+    @pl.when(jnp.logical_not(are_in_range))
+    def _():
+        recovery.recover(context, cell, here)
+
+    return planned
+
+
+def _attend_block(context: TileContext, cell: Cell, here: Place) -> jax.Array:
+    """A block that every query sees. Returns what ``_attend_tiles`` does."""
+    tokens = Tokens(0, context.phase.block_kv)
+    return _attend_tiles(context, here, tokens, cell.block == 0)
+
+
+def _attend_chunks(context: TileContext, cell: Cell, here: Place) -> jax.Array:
+    """The part of a block that some query sees, in chunks with masks.
+
+    Returns what ``_attend_tiles`` does.
+    """
+    config = context.config
+    size = min(MASKED_TOKENS, context.phase.block_kv)
+    begin = cell.visible_begin - cell.block_start
+    end = cell.visible_end - cell.block_start
+    first = ints.maximum(begin, 0) >> log2(size)
+    num_chunks = ints.ceil_div(ints.minimum(end, context.phase.block_kv), size)
+    # Queries without any key need a state all the same.
+    num_chunks = ints.maximum(num_chunks, first + 1)
+
+    def attend_chunk(index: Int, _) -> jax.Array:
+        tokens = Tokens(index * size, size)
+        attend_tiles = functools.partial(
+            _attend_tiles,
+            context,
+            here,
+            tokens,
+            mask=functools.partial(
+                softmax_tiles.visible_pairs, context, cell, tokens=tokens
+            ),
+            words_mask=value_words_mask(
+                begin - tokens.first, end - tokens.first, size, config
+            ),
         )
-        words_mask = value_words_mask(
-            cell.visible_begin - cell.block_start,
-            cell.visible_end - cell.block_start,
-            size,
-            config,
-            first=first_masked,
+        is_first = (cell.block == 0) & (index == first)
+        if config.spec.sliding_window is not None:
+            return attend_tiles(is_first=is_first)
+        # Most chunks are not the first one, and then need no search for an anchor.
+        return lax.cond(
+            is_first,
+            functools.partial(attend_tiles, is_first=True),
+            functools.partial(attend_tiles, is_first=False),
         )
 
-    def run_round(index: Int, _) -> None:
-        first = index * round_heads
-        softmax_tiles = [
-            SoftmaxTile(first + offset, number)
+    return lax.fori_loop(first, num_chunks, attend_chunk, _no_sums())
+
+
+def _attend_tiles(
+    context: TileContext,
+    here: Place,
+    tokens: Tokens,
+    is_first: Bool,
+    mask: Callable[..., jax.Array] | None = None,
+    words_mask: jax.Array | None = None,
+) -> jax.Array:
+    """Scores, softmax and values of some tokens of a block, for all softmax tiles.
+
+    Args:
+      context: Of the phase.
+      here: The place of the cell.
+      tokens: Which.
+      is_first: Whether they are the first ones for their queries.
+      mask: Gives bool[rows, tokens] for a softmax tile, if some query does not see all.
+      words_mask: As in ``block_loads.load_values``.
+
+    Returns:
+      f32[8, 128]: what is finite, and in range, if the sums of all rows are.
+    """
+    config = context.config
+    num_rows = config.softmax_rows(context.phase)
+    tiles_per_head = config.query_rows(context.phase) // num_rows
+    is_f32 = config.numerics.value_dtype == jnp.float32
+    most_tiles = MAX_F32_STRETCH_TILES if is_f32 else MAX_STRETCH_TILES
+    round_heads = largest_divisor(
+        config.num_kv_heads, max(most_tiles // tiles_per_head, 1)
+    )
+    # A row that sees none of the first keys, for a window, has no anchor yet.
+    is_anchored = mask is None or config.spec.sliding_window is None
+    # Softmax tiles whose scores wait: for the mask, but not for the compiler's order of
+    # long stretches, in which they would be spilled.
+    ahead = 0 if mask is None else 1
+
+    def run_round(index: Int, sums: jax.Array) -> jax.Array:
+        tiles = [
+            SoftmaxTile(index * round_heads + offset, number * num_rows, num_rows)
             for offset in range(round_heads)
-            for number in range(num_softmax_tiles)
+            for number in range(tiles_per_head)
         ]
-        next_scores = buffers.scores[:, :size]
-        for softmax_tile, following_tile in zip(
-            softmax_tiles, [*softmax_tiles[1:], None], strict=True
-        ):
-            scores = next_scores
-            if following_tile is not None:
-                next_scores = _scores(context, here, following_tile, size)
-            else:
-                next_head = first + round_heads
-                is_done = next_head == config.num_kv_heads
-                slot, query_slot = (
-                    jnp.where(is_done, after, before)
-                    for before, after in zip(here, following, strict=True)
-                )
-                next_head = jnp.where(is_done, 0, next_head)
-                _score_ahead(context, Place(slot, query_slot), next_head)
-            if is_masked:
-                scores = _masked(context, cell, softmax_tile, first_masked, scores)
-            kv = context.rings.kv.at[here.slot]
-            v = load_values(
-                kv, softmax_tile.head, size, words_mask, config, few_queries=False
+        scores_of = functools.partial(softmax_tiles.scores, context, here, tokens)
+        waiting = [scores_of(softmax_tile) for softmax_tile in tiles[:ahead]]
+        for number, softmax_tile in enumerate(tiles):
+            if number + ahead < len(tiles):
+                waiting.append(scores_of(tiles[number + ahead]))
+            scores = waiting.pop(0)
+            if mask is not None:
+                is_seen = mask(softmax_tile=softmax_tile)
+                scores = jnp.where(is_seen, scores, online_softmax.MASKED_SCORE)
+            v = softmax_tiles.values(
+                context, here, softmax_tile.head, tokens, words_mask
             )
-            _update_state(context, softmax_tile, is_first, scores, v)
+            state = _update_state(
+                context, softmax_tile, is_first, is_anchored, scores, v
+            )
+            softmax_tiles.store_state(context, softmax_tile, state)
+            sums += state.l.reshape(-1, SUBLANES, LANES).sum(axis=0)
+        return sums
 
-    lax.fori_loop(0, config.num_kv_heads // round_heads, run_round, None)
+    return lax.fori_loop(0, config.num_kv_heads // round_heads, run_round, _no_sums())
+
+
+def _no_sums() -> jax.Array:
+    return jnp.zeros((SUBLANES, LANES), jnp.float32)
 
 
 def _update_state(
     context: TileContext,
     softmax_tile: SoftmaxTile,
-    is_first: jax.Array,
+    is_first: Bool,
+    is_anchored: bool,
     scores: jax.Array,
     v: jax.Array,
-) -> None:
-    """Softmax and values of one softmax tile."""
-    config, buffers = context.config, context.buffers
-    state = _load_state(context, softmax_tile, is_first)
-    p, m, correction = online_softmax.probabilities(scores, state.m)
-    if config.numerics.sums_in_matrix_unit:
-        v = online_softmax.with_ones(v)
-    l, acc = online_softmax.accumulate(  # noqa: E741
-        p, v, correction, state.l, state.acc, config.numerics.value_dtype
-    )
-    rows = _state_rows(context, softmax_tile)
-    buffers.m[rows], buffers.l[rows], buffers.acc[rows] = m, l, acc
-
-
-def _load_state(
-    context: TileContext, softmax_tile: SoftmaxTile, is_first: jax.Array
 ) -> SoftmaxState:
-    """The state of a softmax tile, or the one to start from."""
-    config, buffers = context.config, context.buffers
-    rows = _state_rows(context, softmax_tile)
-    start_m, start_l = online_softmax.NO_KEY_MAX, 0.0
-    if config.spec.has_sinks:
-        start_m, start_l = _sink_logits(context, softmax_tile), 1.0
-    return SoftmaxState(
-        m=jnp.where(is_first, start_m, buffers.m[rows]),
-        l=jnp.where(is_first, start_l, buffers.l[rows]),
-        acc=jnp.where(is_first, 0.0, buffers.acc[rows]),
+    """The state of one softmax tile after some keys."""
+    config = context.config
+    before = softmax_tiles.load_state(context, softmax_tile)
+    start = softmax_tiles.start_state(context, softmax_tile)
+    m, l, acc = (  # noqa: E741
+        ints.where(is_first, new, old) for new, old in zip(start, before, strict=True)
     )
-
-
-def _sink_logits(context: TileContext, softmax_tile: SoftmaxTile) -> jax.Array:
-    """f32[rows, 128]: a sink counts as one key with its logit and a zero value."""
-    config, block_q = context.config, context.phase.block_q
-    num_rows = context.buffers.scores.shape[0]
-    # The piece of a query head's rows that one softmax tile has.
-    piece = math.gcd(block_q, num_rows)
-    members = range(
-        softmax_tile.number * num_rows, (softmax_tile.number + 1) * num_rows, piece
-    )
-    logits = [
-        online_softmax.sink_logit(
-            context.inputs.sinks[softmax_tile.head * config.group + row // block_q]
+    value_dtype = config.numerics.value_dtype
+    if not is_anchored:
+        p, m, correction = online_softmax.probabilities(scores, m)
+        l, acc = online_softmax.accumulate(  # noqa: E741
+            p, v, correction, l, acc, value_dtype
         )
-        for row in members
-    ]
-    return jnp.concatenate(
-        [jnp.full((piece, LANES), logit, jnp.float32) for logit in logits]
-    )
-
-
-def _state_rows(context: TileContext, softmax_tile: SoftmaxTile):
-    """Index of a softmax tile in the state."""
-    num_rows = context.buffers.scores.shape[0]
-    return 0, softmax_tile.head, pl.ds(softmax_tile.number * num_rows, num_rows)
-
-
-def _score_ahead(context: TileContext, place: Place, head: Int) -> None:
-    """Scores of the first softmax tile of a head, for the stretch that comes next."""
-    size = context.phase.block_kv
-    context.buffers.scores[...] = _scores(context, place, SoftmaxTile(head, 0), size)
-
-
-def _scores(
-    context: TileContext, place: Place, softmax_tile: SoftmaxTile, size: int
-) -> jax.Array:
-    """f32[rows, size] of one softmax tile."""
-    _, _, rows = _state_rows(context, softmax_tile)
-    return online_softmax.score_tile(
-        context.buffers.q[place.query_slot, softmax_tile.head, rows],
-        load_keys(
-            context.rings.kv.at[place.slot],
-            softmax_tile.head,
-            size,
-            context.config,
-            few_queries=False,
-        ),
-        context.config.numerics,
-    )
-
-
-def _masked(
-    context: TileContext,
-    cell: Cell,
-    softmax_tile: SoftmaxTile,
-    first: int,
-    scores: jax.Array,
-) -> jax.Array:
-    """Scores of one softmax tile, masked from token ``first`` on."""
-    size = scores.shape[1]
-    mask = _visible_pairs(context, cell, softmax_tile, first, size)
-    masked = jnp.where(mask, scores[:, first:], online_softmax.MASKED_SCORE)
-    return jnp.concatenate([scores[:, :first], masked], axis=1) if first else masked
-
-
-def _visible_pairs(
-    context: TileContext, cell: Cell, softmax_tile: SoftmaxTile, first: int, size: int
-) -> jax.Array:
-    """bool[rows, size - first]: the pairs of one softmax tile that are visible."""
-    num_rows = context.buffers.scores.shape[0]
-    row = (
-        lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
-        + softmax_tile.number * num_rows
-    )
-    token = row & (context.phase.block_q - 1)
-    key = first + lax.broadcasted_iota(jnp.int32, (1, size - first), 1)
-    return masking.attention_mask(
-        cell.query_position + token,
-        cell.block_start + key,
-        cell.visible_end,
-        context.config.spec,
-    )
+        return SoftmaxState(m, l, acc)
+    anchor = m
+    if is_first is not False:
+        anchor = ints.where(is_first, online_softmax.anchor(scores, start.m), m)
+    if config.spec.has_sinks and is_first is not False:
+        # Only the sink was summed before the first block.
+        l = l * jnp.exp2(m - anchor)  # noqa: E741
+    p = online_softmax.probabilities_at(scores, anchor)
+    row_sum, weighted = online_softmax.sum_and_weigh(p, v, config.lanes, value_dtype)
+    return SoftmaxState(anchor, l + row_sum, acc + weighted)

@@ -21,13 +21,13 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
     TileContext,
     allocate,
 )
-from jax_kernels.ragged_paged_attention.kernel.tiles.compute import Place
 from jax_kernels.ragged_paged_attention.kernel.tiles.copies import TileCopies
 from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import (
     Fetcher,
     Progress,
     load_cell,
 )
+from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import Place
 
 __all__ = ["allocate", "run"]
 
@@ -110,7 +110,6 @@ def _process(
         context,
         cell,
         here,
-        following,
         plan=functools.partial(fetcher.plan, progress),
         when_empty=when_empty,
     )
@@ -137,7 +136,7 @@ def _receive(
     @pl.when((cell.block == 0) & (cell.num_queries > 0))
     def _():
         copies.wait_queries(cell)
-        compute.prepare_queries(context, here.query_slot)
+        compute.prepare_queries(context, here.query_slot, cell.num_queries)
 
     fetcher.start_queries(progress)
     copies.wait_block(cell, here.slot)

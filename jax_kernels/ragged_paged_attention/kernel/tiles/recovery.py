@@ -1,0 +1,82 @@
+"""Rows whose scores went too far above their anchor.
+
+Their sums are out of range after a block. This is rare, so the code is small rather
+than fast: it has the arithmetic of the running maximum.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jax_kernels.ragged_paged_attention.kernel import online_softmax
+from jax_kernels.ragged_paged_attention.kernel.block_loads import value_words_mask
+from jax_kernels.ragged_paged_attention.kernel.ints import Int
+from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
+from jax_kernels.ragged_paged_attention.kernel.schedule import Cell
+from jax_kernels.ragged_paged_attention.kernel.tiles import softmax_tiles
+from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import TileContext
+from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import (
+    Place,
+    SoftmaxTile,
+    Tokens,
+)
+
+# Query rows at a time.
+MAX_ROWS = 128
+
+
+def recover(context: TileContext, cell: Cell, here: Place) -> None:
+    """Brings all sums of a cell, whose block was just added, into range again.
+
+    Rows whose sum was lost are computed again from this block alone. What they had
+    summed before is less than the rounding of what made the sum overflow.
+    """
+    config = context.config
+    num_rows = math.gcd(config.query_rows(context.phase), MAX_ROWS)
+    pieces = config.query_rows(context.phase) // num_rows
+    block = Tokens(0, context.phase.block_kv)
+    words_mask = value_words_mask(
+        cell.visible_begin - cell.block_start,
+        cell.visible_end - cell.block_start,
+        block.number,
+        config,
+    )
+
+    def piece(index: Int, _) -> None:
+        head = lax.div(index, jnp.int32(pieces))
+        first_row = pl.multiple_of((index - head * pieces) * num_rows, num_rows)
+        softmax_tile = SoftmaxTile(head, first_row, num_rows)
+        state = softmax_tiles.load_state(context, softmax_tile)
+        is_lost = online_softmax.is_lost(state)
+        start = softmax_tiles.start_state(context, softmax_tile)
+        state = SoftmaxState(
+            *(
+                jnp.where(online_softmax.across(is_lost, old.shape[1]) > 0.0, new, old)
+                for new, old in zip(start, state, strict=True)
+            )
+        )
+        takes_part = softmax_tiles.visible_pairs(context, cell, block, softmax_tile)
+        takes_part &= online_softmax.across(is_lost, block.number) > 0.0
+        scores = jnp.where(
+            takes_part,
+            softmax_tiles.scores(context, here, block, softmax_tile),
+            online_softmax.MASKED_SCORE,
+        )
+        p, m, correction = online_softmax.probabilities(scores, state.m)
+        l, acc = online_softmax.accumulate(  # noqa: E741
+            p,
+            softmax_tiles.values(context, here, head, block, words_mask),
+            correction,
+            state.l,
+            state.acc,
+            config.numerics.value_dtype,
+        )
+        softmax_tiles.store_state(
+            context,
+            softmax_tile,
+            online_softmax.renormalised(SoftmaxState(m, l, acc)),
+        )
+
+    lax.fori_loop(0, config.num_kv_heads * pieces, piece, None)
