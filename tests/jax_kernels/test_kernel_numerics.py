@@ -68,6 +68,8 @@ COMBINED = {
     "d72_mqa_3_to_1",
     "e5m2_queries",
     "fused_sinks",
+    "many_cells",
+    "many_cells_fused",
     "page_larger_than_block",
     "q_f32_cache_e4m3",
     "q_f32_cache_int8",
@@ -210,14 +212,29 @@ def test_decode_over_long_blocks(case):
     case.check()
 
 
+# Steps of many small pages.
+SHORT_DECODES = tuple((1, 1 + 37 * n % 190) for n in range(14))
+SMALL_PAGES = BlockSizes(64, 32, 32)
 # Steps of 16 cells: more of them than one of the two rings of blocks has slots.
 MANY_DECODES = tuple((1, 1 + 37 * n % 700) for n in range(48)) + LONG_DECODES
 MANY_PAGES = BlockSizes(256, 32, 32)
 
 
 @cases(
-    split=Case(lengths=MANY_DECODES, blocks=MANY_PAGES, page_size=64, heads=(4, 1)),
+    split=Case(lengths=SHORT_DECODES, blocks=SMALL_PAGES, page_size=8, heads=(4, 1)),
     fused_window_sinks=Case(
+        lengths=SHORT_DECODES,
+        blocks=SMALL_PAGES,
+        page_size=8,
+        head_dim=64,
+        cache_dtype=E4M3,
+        with_sinks=True,
+        options={"sliding_window": 50},
+    ),
+    many_cells=Case(
+        lengths=MANY_DECODES, blocks=MANY_PAGES, page_size=64, heads=(4, 1)
+    ),
+    many_cells_fused=Case(
         lengths=MANY_DECODES,
         blocks=MANY_PAGES,
         page_size=64,
