@@ -303,7 +303,7 @@ def _deployments() -> Iterator[Case]:
     yield from _batches("8x1", shard, "fresh16")
     yield from _batches("16x1", QWEN3_235B_SHARD, "dec256", **batch)
     yield from _batches("32x8", LLAMA3_8B, "spec64x4", decode_q_len=4)
-    yield fitted("deploy-32x8-16-at-8k", LLAMA3_8B, "16/8192", **_MIXED)
+    yield fitted("deploy-32x8-16-at-8k", LLAMA3_8B, "16/8192", decode_q_len=16)
     full, name = GPT_OSS_SHARD_FULL, "gpt-oss-8x1"
     contexts = [f"256x{context}" for context in (129, 300, 1000, 1024, 8100)]
     yield from _batches(name, full, "dec256", "64dec", *contexts, **batch)

@@ -152,6 +152,15 @@ def forget_old_programs() -> None:
         gc.collect()
 
 
+def _quick_compilation() -> dict[str, int | bool]:
+    """Options of XLA: a program runs once or twice, and compiling it takes longer."""
+    options: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
+    if jax.__version_info__ < (0, 11, 1):
+        # A fifth of the time. Later releases have no other emitters.
+        options["xla_cpu_use_fusion_emitters"] = False
+    return options
+
+
 @functools.cache
 def _jitted(copies: CopyTime, **options):
     update_kv_cache = options.get("update_kv_cache", True)
@@ -164,6 +173,5 @@ def _jitted(copies: CopyTime, **options):
         ),
         # In interpret mode a donated cache would be copied all the same.
         donate_argnums=(3,) if HAS_TPU and update_kv_cache else (),
-        # Each program runs once or twice, and compiling it is most of the time.
-        compiler_options=None if HAS_TPU else {"xla_backend_optimization_level": 0},
+        compiler_options=None if HAS_TPU else _quick_compilation(),
     )
