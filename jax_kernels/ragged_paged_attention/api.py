@@ -20,7 +20,6 @@ from jax_kernels.ragged_paged_attention.config import (
 )
 from jax_kernels.ragged_paged_attention.kernel import launch as launch_lib
 from jax_kernels.ragged_paged_attention.kernel import refs
-from jax_kernels.ragged_paged_attention.layout import dtype_packing
 
 
 def ragged_paged_attention(
@@ -163,9 +162,9 @@ def ragged_paged_attention(
     result = launch_lib.launch(
         refs.ScalarRefs(kv_lens, page_indices, cu_q_lens, distribution),
         refs.Inputs(
-            queries=_heads_by_word(q.astype(config.io_dtype), config),
-            keys=_new_tokens_by_word(k, config) if spec.update_kv_cache else None,
-            values=_new_tokens_by_word(v, config) if spec.update_kv_cache else None,
+            queries=_queries(q, config),
+            keys=_new_tokens(k, config) if spec.update_kv_cache else None,
+            values=_new_tokens(v, config) if spec.update_kv_cache else None,
             kv_cache=kv_cache,
             sinks=sinks,
         ),
@@ -173,34 +172,39 @@ def ragged_paged_attention(
         vmem_limit_bytes=vmem_limit_bytes,
         interpret_params=_interpret_params(interpret),
     )
-    out = result.out.reshape(*q.shape[:2], config.io_lanes)
-    out = out[..., : config.head_dim].astype(problem.out_dtype)
+    out = _without_io_heads(config.out_layout.heads(result.out), config)
+    out = out[..., : config.head_dim]
     return out, result.kv_cache if spec.update_kv_cache else kv_cache
 
 
-def _new_tokens_by_word(x: jax.Array | None, config: KernelConfig) -> jax.Array | None:
+def _queries(x: jax.Array, config: KernelConfig) -> jax.Array:
+    """Queries in the view that ``refs.Inputs`` names."""
+    return config.query_layout.view(_with_io_heads(_widen(x, config), config))
+
+
+def _new_tokens(x: jax.Array | None, config: KernelConfig) -> jax.Array | None:
     """New keys or values in the view that ``refs.Inputs`` names."""
-    if x is None:
-        return None
-    if not config.tokens_share_words:
-        return _heads_by_word(x, config)
-    # XLA keeps an array with an odd number of heads by head, with tokens in words:
-    # where T is a multiple of eight this is the same bytes.
-    packing = config.new_tokens_per_word
-    x = _widen(jnp.swapaxes(x, 0, 1), config)
-    num_heads, num_tokens, lanes = x.shape
-    odd_token = -num_tokens % packing
-    if odd_token:
-        x = jnp.pad(x, [(0, 0), (0, odd_token), (0, 0)])
-    return x.reshape(num_heads, -1, packing, lanes)
+    return None if x is None else config.new_token_layout.view(_widen(x, config))
 
 
-def _heads_by_word(x: jax.Array, config: KernelConfig) -> jax.Array:
-    """[T, H, D] as [T, H / packing, packing, D]: the same bytes, heads in words."""
-    packing = dtype_packing(x.dtype)
-    num_tokens, num_heads, _ = x.shape
-    x = _widen(x, config)
-    return x.reshape(num_tokens, num_heads // packing, packing, config.io_lanes)
+def _with_io_heads(x: jax.Array, config: KernelConfig) -> jax.Array:
+    """[T, Hq, lanes] with the heads that are nothing, see ``KernelConfig.io_group``."""
+    missing = config.io_group - config.group
+    if not missing:
+        return x
+    num_tokens, _, lanes = x.shape
+    x = x.reshape(num_tokens, config.num_kv_heads, config.group, lanes)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, missing), (0, 0)])
+    return x.reshape(num_tokens, config.num_io_heads, lanes)
+
+
+def _without_io_heads(x: jax.Array, config: KernelConfig) -> jax.Array:
+    """Inverse of ``_with_io_heads``."""
+    if config.io_group == config.group:
+        return x
+    num_tokens, _, lanes = x.shape
+    x = x.reshape(num_tokens, config.num_kv_heads, config.io_group, lanes)
+    return x[:, :, : config.group].reshape(num_tokens, config.num_q_heads, lanes)
 
 
 def _widen(x: jax.Array, config: KernelConfig) -> jax.Array:

@@ -244,12 +244,6 @@ def make_config(
     chip: Chip = chips.UNKNOWN,
 ) -> KernelConfig:
     """The kernel configuration of a problem at given block sizes."""
-    # Two bf16 query heads share a 32-bit word. An odd head has no partner, so then the
-    # kernel takes f32, which the producer of the array can write as well.
-    is_odd = problem.num_q_heads % 2 == 1
-    float32 = jnp.dtype(jnp.float32)
-    io_dtype = float32 if is_odd else problem.q_dtype
-    out_dtype = float32 if is_odd else problem.out_dtype
     config = KernelConfig(
         spec=spec,
         cache=problem.cache,
@@ -258,8 +252,7 @@ def make_config(
         pages_per_sequence=problem.pages_per_sequence,
         num_q_heads=problem.num_q_heads,
         q_dtype=problem.q_dtype,
-        io_dtype=io_dtype,
-        out_dtype=out_dtype,
+        out_dtype=problem.out_dtype,
         chip=chip,
         interpret=interpret,
     )

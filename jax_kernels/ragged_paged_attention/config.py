@@ -24,6 +24,7 @@ from jax_kernels.ragged_paged_attention.layout import (
     dtype_packing,
 )
 from jax_kernels.ragged_paged_attention.numerics import Numerics
+from jax_kernels.ragged_paged_attention.token_layout import HeadRows, TokenRows
 
 SUBLANES = 8
 # Query rows whose scores are computed while those before go through the softmax.
@@ -139,9 +140,7 @@ class KernelConfig:
       pages_per_sequence: P, width of the page table.
       num_q_heads: Hq.
       q_dtype: Dtype of queries, keys and values as the caller has them.
-      io_dtype: Dtype in which the kernel sees queries: wider when their number of
-        heads is odd.
-      out_dtype: Dtype of the output as the kernel writes it.
+      out_dtype: Dtype of the output.
       chip: What the kernel is compiled for.
       interpret: Run in Pallas TPU interpret mode.
     """
@@ -153,7 +152,6 @@ class KernelConfig:
     pages_per_sequence: int
     num_q_heads: int
     q_dtype: np.dtype
-    io_dtype: np.dtype
     out_dtype: np.dtype
     chip: Chip = chips.UNKNOWN
     interpret: bool = False
@@ -166,6 +164,21 @@ class KernelConfig:
     def group(self) -> int:
         """Query heads per key head (G)."""
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def io_group(self) -> int:
+        """Query heads per key head in the arrays that the kernel sees.
+
+        One more than there are if their number is odd and two of them share words:
+        the last one is nothing.
+        """
+        packing = max(dtype_packing(self.q_dtype), dtype_packing(self.out_dtype))
+        return self.group + (self.num_q_heads % 2 if packing > 1 else 0)
+
+    @property
+    def num_io_heads(self) -> int:
+        """Query heads in the arrays that the kernel sees."""
+        return self.io_group * self.num_kv_heads
 
     @property
     def head_dim(self) -> int:
@@ -185,6 +198,22 @@ class KernelConfig:
         return self.head_dim if self.head_dim < LANES else self.lanes
 
     @property
+    def query_layout(self) -> TokenRows:
+        """Where queries are."""
+        return TokenRows(self.num_io_heads, self.io_lanes, self.q_dtype)
+
+    @property
+    def out_layout(self) -> TokenRows:
+        """Where outputs are."""
+        return TokenRows(self.num_io_heads, self.io_lanes, self.out_dtype)
+
+    @property
+    def new_token_layout(self) -> TokenRows | HeadRows:
+        """Where new keys are, and new values; see ``tokens_share_words``."""
+        layout = HeadRows if self.tokens_share_words else TokenRows
+        return layout(self.num_kv_heads, self.io_lanes, self.q_dtype)
+
+    @property
     def tokens_share_words(self) -> bool:
         """Whether two new tokens of a key head share 32-bit words, not two heads.
 
@@ -196,11 +225,6 @@ class KernelConfig:
     def new_heads_per_word(self) -> int:
         """Key heads that share a word of new keys, and of new values."""
         return 1 if self.tokens_share_words else dtype_packing(self.q_dtype)
-
-    @property
-    def new_tokens_per_word(self) -> int:
-        """New tokens that share a word."""
-        return dtype_packing(self.q_dtype) // self.new_heads_per_word
 
     @functools.cached_property
     def numerics(self) -> Numerics:

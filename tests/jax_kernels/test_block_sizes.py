@@ -288,19 +288,6 @@ def test_a_chunk_size_bounds_the_tile_of_its_loop():
     assert [phase.block_q for phase in config.phases] == [1, 256]
 
 
-@pytest.mark.parametrize("heads", [(3, 1), (5, 5), (7, 7), (4, 1)])
-def test_an_odd_query_head_has_no_partner_in_its_word(heads):
-    """Then the kernel takes queries, and gives outputs, of 32 bits."""
-    num_q_heads, num_kv_heads = heads
-    problem = make_problem(num_kv_heads=num_kv_heads, group=num_q_heads // num_kv_heads)
-    config = block_sizes.make_config(
-        problem, AttentionSpec(), BlockSizes(32, 32, 32), None, False
-    )
-    is_odd = num_q_heads % 2 == 1
-    assert config.io_dtype == (jnp.float32 if is_odd else jnp.bfloat16)
-    assert config.out_dtype == (jnp.float32 if is_odd else jnp.bfloat16)
-
-
 def make_arguments(problem: Problem) -> list[jax.ShapeDtypeStruct]:
     """The arguments of the operator, as shapes."""
     cache = problem.cache

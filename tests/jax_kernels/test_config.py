@@ -63,7 +63,6 @@ def make_config(
         pages_per_sequence=8,
         num_q_heads=heads[0],
         q_dtype=jnp.dtype(q_dtype),
-        io_dtype=jnp.dtype(q_dtype),
         out_dtype=jnp.dtype(q_dtype),
     )
 
@@ -119,6 +118,24 @@ def test_only_rows_longer_than_a_register_are_padded_by_the_caller(
 ):
     config = make_config(head_dim=head_dim)
     assert (config.io_lanes, config.lanes) == (io_lanes, lanes)
+
+
+@pytest.mark.parametrize(
+    "heads, q_dtype, io_group",
+    [
+        ((7, 1), "bfloat16", 8),
+        ((9, 3), "bfloat16", 4),
+        ((6, 2), "bfloat16", 3),
+        ((8, 1), "bfloat16", 8),
+        ((7, 1), "float32", 7),
+    ],
+)
+def test_an_odd_query_head_has_a_partner_that_is_nothing(heads, q_dtype, io_group):
+    """Two bfloat16 heads share a word."""
+    config = make_config(heads=heads, q_dtype=q_dtype)
+    assert config.io_group == io_group
+    assert config.query_layout == config.out_layout
+    assert config.query_layout.num_heads == io_group * heads[1]
 
 
 def test_numerics_follow_from_the_configuration():

@@ -57,9 +57,6 @@ def allowed_around(shapes: Shapes) -> set[str]:
     own, and a bf16 array comes in tiles of up to eight heads and 128 lanes.
     """
     allowed = set()
-    if shapes.head_dim > 128:
-        # The same bytes in both tilings only if a row is a single tile wide.
-        allowed |= {"reshape"}
     if shapes.head_dim > 128 and shapes.head_dim % 128:
         # Only whole registers can be moved of a row longer than one.
         allowed |= {"pad", "constant"}

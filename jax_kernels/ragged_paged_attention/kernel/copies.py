@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax_kernels.ragged_paged_attention.kernel.pages import Pages, wait_for
 from jax_kernels.ragged_paged_attention.kernel.phase import BuffersT, PhaseContext
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
+from jax_kernels.ragged_paged_attention.token_layout import TokenRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,8 @@ def new_tokens(
       num_tokens: How many to copy. Tokens that share words with them come along.
     """
     inputs, rings = context.inputs, context.rings
-    shift = log2(context.config.new_tokens_per_word)
-    if not shift:
+    layout = context.config.new_token_layout
+    if isinstance(layout, TokenRows):
         return [
             (
                 source.at[pl.ds(first, num_tokens)],
@@ -103,15 +104,17 @@ def new_tokens(
                 (inputs.values, rings.values),
             )
         ]
+    shift = log2(layout.tokens_per_piece)
     begin = first >> shift
-    num_words = ((first + num_tokens + 1) >> shift) - begin
+    end = (first + num_tokens + layout.tokens_per_piece - 1) >> shift
     place = begin - (origin_token >> shift)
     return [
         (
-            source.at[:, pl.ds(begin, num_words)],
-            ring.at[slot, :, pl.ds(place, num_words)],
+            source.at[:, pl.ds(begin, end - begin), column],
+            ring.at[slot, :, column, pl.ds(place, end - begin)],
         )
         for source, ring in ((inputs.keys, rings.keys), (inputs.values, rings.values))
+        for column in range(layout.columns)
     ]
 
 

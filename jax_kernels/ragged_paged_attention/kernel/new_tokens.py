@@ -15,22 +15,22 @@ from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.kernel import tile_io
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int
-from jax_kernels.ragged_paged_attention.layout import dtype_packing
+from jax_kernels.ragged_paged_attention.token_layout import HeadRows, TokenRows
 
 
 def ring_shape(config: KernelConfig, slots: int, num_tokens: int) -> Shaped:
     """A ring for consecutive new tokens: of keys, or of values.
 
-    [slots, tokens, word rows, packing, io_lanes], or [slots, Hkv, words, packing,
-    io_lanes] where tokens share words. Then it has room for a token more: the first
-    one may be the second of its word.
+    [slots, tokens, word rows, packing, row_lanes], or where tokens share words the
+    shape of ``HeadRows.buffer_shape``, which has room for more: the first one may be in
+    the middle of a piece.
     """
-    packing = dtype_packing(config.q_dtype)
-    if config.tokens_share_words:
-        rows = config.num_kv_heads, num_tokens // packing + 1
+    layout = config.new_token_layout
+    if isinstance(layout, HeadRows):
+        shape = layout.buffer_shape(num_tokens)
     else:
-        rows = num_tokens, tile_io.io_word_rows(config.num_kv_heads, packing)
-    return Shaped((slots, *rows, packing, config.io_lanes), config.q_dtype)
+        shape = num_tokens, layout.buffer_rows, layout.packing, layout.row_lanes
+    return Shaped((slots, *shape), layout.dtype)
 
 
 def load_tokens(
@@ -49,17 +49,18 @@ def load_tokens(
     Returns:
       [size, io_lanes] of each head: f32, or bf16 where tokens share words.
     """
-    if not config.tokens_share_words:
-        rows, stride = tile_io.WordRows(ring, config.interpret), ring.shape[-3]
-        words = rows.load(first * stride + group, size, stride)
-        return tile_io.unpack_heads(words, dtype_packing(config.q_dtype))
-    rows = tile_io.WordRows(ring.at[group], config.interpret)
-    place = first + (origin_token & 1)
+    layout = config.new_token_layout
+    if isinstance(layout, TokenRows):
+        tokens = tile_io.TokenWords(ring, layout, config.interpret)
+        words = tokens.load(group, first, size)
+        return tile_io.unpack_heads(words, layout.packing)
+    place = first + (origin_token & (layout.tokens_per_piece - 1))
     first, num_words = place >> 1, size // 2
     # From the second half of a word, or none of it, into the next one.
     shift = ((place & 1) << 4).astype(jnp.uint32)
-    lower = rows.load(first, num_words) >> shift
-    upper = rows.load(first + 1, num_words) << jnp.uint32(1) << (jnp.uint32(31) - shift)
+    lower = _load_words(ring, first, num_words, group, config) >> shift
+    upper = _load_words(ring, first + 1, num_words, group, config)
+    upper = upper << jnp.uint32(1) << (jnp.uint32(31) - shift)
     return [pltpu.bitcast(lower | upper, jnp.bfloat16)]
 
 
@@ -67,17 +68,29 @@ def load_token(
     ring, origin_token: Int, number: Int, size: int, group: Int, config: KernelConfig
 ) -> list[jax.Array]:
     """One new token ``size`` times over; otherwise like ``load_tokens``."""
-    if not config.tokens_share_words:
-        rows = tile_io.WordRows(ring.at[number], config.interpret)
-        word = rows.load(group, 1)
+    layout = config.new_token_layout
+    if isinstance(layout, TokenRows):
+        token = tile_io.TokenWords(ring.at[number], layout, config.interpret)
+        word = token.load(group, 0, 1)
         words = jnp.broadcast_to(word, (size, word.shape[1]))
-        return tile_io.unpack_heads(words, dtype_packing(config.q_dtype))
-    rows = tile_io.WordRows(ring.at[group], config.interpret)
-    place = number + (origin_token & 1)
-    word = rows.load(place >> 1, 1) >> ((place & 1) << 4).astype(jnp.uint32)
+        return tile_io.unpack_heads(words, layout.packing)
+    place = number + (origin_token & (layout.tokens_per_piece - 1))
+    word = _load_words(ring, place >> 1, 1, group, config)
+    word = word >> ((place & 1) << 4).astype(jnp.uint32)
     word = (word & jnp.uint32(0xFFFF)) | (word << jnp.uint32(16))
     words = jnp.broadcast_to(word, (size // 2, word.shape[1]))
     return [pltpu.bitcast(words, jnp.bfloat16)]
+
+
+def _load_words(
+    ring, first: Int, size: int, head: Int, config: KernelConfig
+) -> jax.Array:
+    """u32[size, io_lanes]: consecutive words of a head, two tokens each."""
+    columns = [
+        tile_io.WordRows(ring.at[head, column], config.interpret).load(first, size)
+        for column in range(config.new_token_layout.columns)
+    ]
+    return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
 
 
 def merge_group(

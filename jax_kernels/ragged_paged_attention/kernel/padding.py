@@ -11,7 +11,6 @@ from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.kernel.pages import wait_for
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
-from jax_kernels.ragged_paged_attention.layout import dtype_packing
 
 # Tokens of zeros that are copied at once.
 ZERO_TOKENS = 32
@@ -20,17 +19,13 @@ ZERO_TOKENS = 32
 class ZeroScratch(NamedTuple):
     """What clearing needs."""
 
-    zeros: Any  # VMEM, [ZERO_TOKENS, Hq / packing, packing, io_lanes]
+    zeros: Any  # VMEM, [ZERO_TOKENS, word rows, packing, row_lanes]
     semaphore: Any  # one for all copies
 
 
 def zeros_shape(config: KernelConfig) -> Shaped:
     """Shape and dtype of ``ZeroScratch.zeros``."""
-    packing = dtype_packing(config.out_dtype)
-    return Shaped(
-        (ZERO_TOKENS, config.num_q_heads // packing, packing, config.io_lanes),
-        config.out_dtype,
-    )
+    return Shaped(config.out_layout.shape(ZERO_TOKENS), config.out_dtype)
 
 
 def allocate(config: KernelConfig) -> ZeroScratch:

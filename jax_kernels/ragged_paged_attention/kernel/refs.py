@@ -12,7 +12,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig, PhaseConfig
-from jax_kernels.ragged_paged_attention.layout import dtype_packing
 
 # A reference, with the memory space that the launch puts it in. Where it is left to
 # the compiler, large arrays are in HBM.
@@ -30,12 +29,10 @@ class ScalarRefs(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Arrays that are read; ``packing`` is that of their own dtype."""
+    """Arrays that are read, in views of token_layout.py and of layout.py."""
 
-    queries: InHbm  # [T, Hq / packing, packing, io_lanes]
-    # [T, Hkv / packing, packing, io_lanes], or [Hkv, T / packing, packing, io_lanes]
-    # where tokens share words, or None.
-    keys: InHbm
+    queries: InHbm  # KernelConfig.query_layout: [T, word rows, packing, row_lanes]
+    keys: InHbm  # KernelConfig.new_token_layout, or None
     values: InHbm  # the same
     kv_cache: InHbm  # CacheLayout.shape
     sinks: InSmem  # f32[Hq], or None
@@ -44,7 +41,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """Arrays that are written; one with the name of an input is the same memory."""
 
-    out: InHbm  # [T, Hq / packing, packing, io_lanes]
+    out: InHbm  # KernelConfig.out_layout: [T, word rows, packing, row_lanes]
     kv_cache: InHbm  # CacheLayout.shape, or None when nothing is written
 
 
@@ -56,11 +53,10 @@ def memory_spaces(fields: type) -> dict[str, Any]:
 
 def output_shapes(config: KernelConfig) -> Outputs:
     """What the launch returns; None for what this one does not."""
-    packing = dtype_packing(config.out_dtype)
-    heads = config.num_q_heads // packing, packing, config.io_lanes
+    shape = config.out_layout.shape(config.num_tokens)
     cache = jax.ShapeDtypeStruct(config.cache.shape, config.cache.dtype)
     return Outputs(
-        out=jax.ShapeDtypeStruct((config.num_tokens, *heads), config.out_dtype),
+        out=jax.ShapeDtypeStruct(shape, config.out_dtype),
         kv_cache=cache if config.spec.update_kv_cache else None,
     )
 
@@ -79,11 +75,11 @@ class Rings(NamedTuple):
     step, and one more in ``out``, which is never sent.
     """
 
-    queries: Any  # [io slots, tokens, word rows, packing, io_lanes]
+    queries: Any  # [io slots, tokens, word rows, packing, row_lanes]
     keys: Any  # see new_tokens.ring_shape, or None
     values: Any  # the same
     kv: Any  # [slots, heads_per_page, cells * block rows, packing, lanes]
-    out: Any  # [io slots, tokens, word rows, packing, io_lanes]
+    out: Any  # [io slots, tokens, word rows, packing, row_lanes]
 
 
 class Bookkeeping(NamedTuple):

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax_kernels.ragged_paged_attention import jax_versions
 from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.layout import LANES, CacheLayout
+from jax_kernels.ragged_paged_attention.token_layout import TokenRows
 
 # Tests run on the Pallas interpreter, which indexes buffers but cannot reshape or
 # bitcast them. There the twin below does the same to values.
@@ -45,7 +46,7 @@ class WordRows:
             view[pl.ds(start * columns + column, size, stride * columns), :]
             for column in range(columns)
         ]
-        return parts[0] if columns == 1 else jnp.concatenate(parts, axis=1)
+        return _concatenate(parts)
 
     def store(self, words: jax.Array, start, stride: int = 1) -> None:
         """Stores u32[size, lanes] to rows start, start + stride, ..."""
@@ -65,6 +66,81 @@ class WordRows:
         columns = max(self._lanes // LANES, 1)
         view = self._ref.bitcast(jnp.uint32)
         return view.reshape(self._num_rows * columns, min(self._lanes, LANES)), columns
+
+
+class TokenWords:
+    """The heads of tokens in a buffer, addressed by token and word.
+
+    Args:
+      ref: [tokens, word rows, packing, row_lanes] in VMEM; some last word rows of each
+        token may be there for the memory banks. The axis of tokens may be missing.
+      layout: Where the heads of a token are.
+      interpret: As in ``WordRows``.
+    """
+
+    def __init__(self, ref, layout: TokenRows, interpret: bool):
+        self._rows = WordRows(ref, interpret)
+        self._layout = layout
+        self._stride = ref.shape[-3]
+
+    def load(self, word, first_token, num_tokens: int) -> jax.Array:
+        """u32[num_tokens, lanes]: one word of consecutive tokens."""
+        return _concatenate(
+            [
+                self._rows.load(start, num_tokens, self._stride)
+                for start in self._starts(word, first_token)
+            ]
+        )
+
+    def store(self, words: jax.Array, word, first_token) -> None:
+        """Stores u32[num_tokens, lanes] to one word of consecutive tokens."""
+        for column, start in enumerate(self._starts(word, first_token)):
+            self._rows.store(self._of_column(words, column), start, self._stride)
+
+    def load_words(self, first, size: int, multiple: int) -> jax.Array:
+        """u32[size, lanes]: consecutive words of the first token.
+
+        Args:
+          first: The first word.
+          size: How many; those past the last word of the token are anything.
+          multiple: What ``first`` is known to be a multiple of.
+        """
+        step = self._step(size, multiple)
+        parts = [self._starts(first + i, 0) for i in range(0, size, step)]
+        columns = [
+            [self._rows.load(starts[column], step) for starts in parts]
+            for column in range(self._layout.columns)
+        ]
+        return _concatenate([_concatenate(column, axis=0) for column in columns])
+
+    def store_words(self, words: jax.Array, first, multiple: int) -> None:
+        """Stores u32[size, lanes] to consecutive words of the first token."""
+        size = words.shape[0]
+        step = self._step(size, multiple)
+        for i in range(0, size, step):
+            for column, start in enumerate(self._starts(first + i, 0)):
+                part = self._of_column(words[i : i + step], column)
+                self._rows.store(part, start)
+
+    def _starts(self, word, token) -> list:
+        """The word rows of a word, by column."""
+        first = token * self._stride
+        columns = range(self._layout.columns)
+        return [first + self._layout.row(word, column) for column in columns]
+
+    def _of_column(self, words: jax.Array, column: int) -> jax.Array:
+        lanes = self._layout.row_lanes
+        return words[:, column * lanes : (column + 1) * lanes]
+
+    def _step(self, size: int, multiple: int) -> int:
+        """Words whose word rows follow each other, from any multiple on."""
+        if self._layout.columns == 1:
+            return size
+        return math.gcd(self._layout.words_per_piece, multiple, size)
+
+
+def _concatenate(parts: list[jax.Array], axis: int = 1) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
 def to_words(value: jax.Array) -> jax.Array:
@@ -115,15 +191,6 @@ def pack_rows(x: jax.Array, packing: int) -> jax.Array:
     if packing == 1:
         return pltpu.bitcast(x, jnp.uint32)
     return pltpu.bitcast(x.astype(jnp.bfloat16), jnp.uint32)
-
-
-def io_word_rows(num_heads: int, packing: int) -> int:
-    """Word rows per token in a VMEM buffer of queries, keys, values or outputs.
-
-    Made odd: loads with an even stride would hit the same memory bank again and
-    again.
-    """
-    return (num_heads // packing) | 1
 
 
 def widen(x: jax.Array, lanes: int) -> jax.Array:

@@ -8,20 +8,20 @@ import pytest
 from jax_kernels.ragged_paged_attention.config import AttentionSpec, KernelConfig
 from jax_kernels.ragged_paged_attention.kernel import new_tokens
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
+from jax_kernels.ragged_paged_attention.token_layout import HeadRows
 
-ORIGIN, NUM_TOKENS, HEAD_DIM = 6, 16, 128
+ORIGIN, NUM_TOKENS = 6, 16
 
 
-def make_config(num_kv_heads, q_dtype="bfloat16") -> KernelConfig:
+def make_config(num_kv_heads, q_dtype, head_dim) -> KernelConfig:
     return KernelConfig(
         spec=AttentionSpec(),
-        cache=CacheLayout(1, 16, num_kv_heads, HEAD_DIM, "bfloat16"),
+        cache=CacheLayout(1, 16, num_kv_heads, head_dim, "bfloat16"),
         phases=(),
         num_tokens=64,
         pages_per_sequence=1,
         num_q_heads=2 * num_kv_heads,
         q_dtype=jnp.dtype(q_dtype),
-        io_dtype=jnp.dtype(q_dtype),
         out_dtype=jnp.dtype(q_dtype),
         interpret=True,
     )
@@ -52,13 +52,13 @@ def lay_out(tokens: np.ndarray, origin: int, config: KernelConfig) -> np.ndarray
     """
     ring = new_tokens.ring_shape(config, 1, NUM_TOKENS)
     slot = np.full(ring.shape[1:], np.nan, ring.dtype)
-    if config.tokens_share_words:
-        heads, _, _, lanes = slot.shape
-        by_token = slot.reshape(heads, -1, lanes)
-        by_token[:, origin % 2 :][:, :NUM_TOKENS] = tokens.swapaxes(0, 1)
-        return by_token.reshape(slot.shape)
-    word_rows = tokens.shape[1] // slot.shape[2]
-    slot[:, :word_rows] = tokens.reshape(NUM_TOKENS, word_rows, *slot.shape[2:])
+    layout = config.new_token_layout
+    if isinstance(layout, HeadRows):
+        before = [(origin % layout.tokens_per_piece, 0), (0, 0), (0, 0)]
+        view = layout.view(jnp.pad(tokens, before)).swapaxes(1, 2)
+        slot[:, :, : view.shape[2]] = view
+        return slot
+    slot[:, : layout.num_rows] = layout.view(jnp.asarray(tokens))
     return slot
 
 
@@ -72,15 +72,16 @@ def lay_out(tokens: np.ndarray, origin: int, config: KernelConfig) -> np.ndarray
         (2, "float32", False),
     ],
 )
+@pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("origin", [ORIGIN, ORIGIN + 1])
 @pytest.mark.parametrize("first, size", [(0, 16), (4, 8), (3, 4)])
 def test_tokens_are_loaded_from_where_they_lie(
-    num_kv_heads, q_dtype, share, origin, first, size
+    num_kv_heads, q_dtype, share, head_dim, origin, first, size
 ):
-    config = make_config(num_kv_heads, q_dtype)
+    config = make_config(num_kv_heads, q_dtype, head_dim)
     assert config.tokens_share_words == share
     rng = np.random.default_rng(0)
-    tokens = rng.standard_normal((NUM_TOKENS, num_kv_heads, HEAD_DIM))
+    tokens = rng.standard_normal((NUM_TOKENS, num_kv_heads, head_dim))
     tokens = tokens.astype(config.q_dtype)
     slot = jnp.asarray(lay_out(tokens, origin, config))
     per_word = config.new_heads_per_word
@@ -98,5 +99,5 @@ def test_tokens_are_loaded_from_where_they_lie(
     for head in range(num_kv_heads):
         expected = tokens[first : first + size, head].astype(np.float32)
         np.testing.assert_array_equal(several[head].astype(jnp.float32), expected)
-        expected = np.broadcast_to(expected[:1], (8, HEAD_DIM))
+        expected = np.broadcast_to(expected[:1], (8, head_dim))
         np.testing.assert_array_equal(one[head].astype(jnp.float32), expected)

@@ -56,7 +56,6 @@ def make_schedule(
         pages_per_sequence=8,
         num_q_heads=4,
         q_dtype=jnp.dtype(jnp.bfloat16),
-        io_dtype=jnp.dtype(jnp.bfloat16),
         out_dtype=jnp.dtype(jnp.bfloat16),
     )
     return Schedule(config, PhaseConfig(phase, block_q, block_kv, NUM_SLOTS, 2))

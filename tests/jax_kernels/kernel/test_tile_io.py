@@ -13,6 +13,7 @@ from jax_kernels.ragged_paged_attention import layout
 from jax_kernels.ragged_paged_attention.config import AttentionSpec, KernelConfig
 from jax_kernels.ragged_paged_attention.kernel import tile_io
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
+from jax_kernels.ragged_paged_attention.token_layout import TokenRows
 from tests.conftest import HAS_TPU
 from tests.support import oracle
 
@@ -80,6 +81,32 @@ def test_rows_are_loaded_and_stored_by_start_and_stride(dtype, start, size, stri
     np.testing.assert_array_equal(words_of(np.asarray(ref.value)), expected)
 
 
+@pytest.mark.parametrize("lanes", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_words_of_tokens_are_found_and_stored(dtype, lanes):
+    num_tokens, num_heads, packing = 5, 8, PACKINGS[dtype]
+    layout = TokenRows(num_heads, lanes, jnp.dtype(dtype))
+    shape = num_tokens, layout.buffer_rows, packing, layout.row_lanes
+    x = random_buffer((num_tokens, num_heads // packing, packing, lanes), dtype)
+    words = words_of(x).reshape(num_tokens, -1, lanes)
+    view = layout.view(jnp.asarray(x.reshape(num_tokens, num_heads, lanes)))
+    ref = ArrayRef(jnp.zeros(shape, dtype).at[:, : layout.num_rows].set(view))
+
+    tokens = tile_io.TokenWords(ref, layout, interpret=True)
+    np.testing.assert_array_equal(tokens.load(2, 1, 3), words[1:4, 2])
+    # Words 2 and 3 begin at a multiple of 2, and 3 alone at any.
+    np.testing.assert_array_equal(tokens.load_words(2, 2, 2), words[0, 2:4])
+    np.testing.assert_array_equal(tokens.load_words(1, 3, 1), words[0, 1:4])
+
+    other = jnp.asarray(words[::-1])
+    tokens.store(other[1:4, 2], 2, 1)
+    np.testing.assert_array_equal(tokens.load(2, 0, 5)[1:4], other[1:4, 2])
+    np.testing.assert_array_equal(tokens.load(1, 0, 5), words[:, 1])
+    tokens.store_words(other[0, 1:4], 1, 1)
+    np.testing.assert_array_equal(tokens.load_words(1, 3, 1), other[0, 1:4])
+    np.testing.assert_array_equal(tokens.load(0, 0, 5), words[:, 0])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_heads_survive_unpacking_and_packing(dtype):
     packing = PACKINGS[dtype]
@@ -110,15 +137,6 @@ def test_consecutive_rows_share_words(dtype):
     rows = jnp.asarray(buffer.reshape(-1, 128).astype(np.float32))
     words = compiled(tile_io.pack_rows, rows, packing=packing)
     np.testing.assert_array_equal(words, words_of(buffer))
-
-
-@pytest.mark.parametrize("packing", [1, 2])
-@pytest.mark.parametrize("num_heads", [2, 4, 6, 8, 32])
-def test_tokens_in_vmem_are_an_odd_number_of_rows_apart(num_heads, packing):
-    """An even stride would hit the same memory bank again and again."""
-    rows = tile_io.io_word_rows(num_heads, packing)
-    assert rows % 2 == 1
-    assert num_heads // packing <= rows <= num_heads // packing + 1
 
 
 def test_widening_appends_zeros():
@@ -169,7 +187,6 @@ def test_new_tokens_are_packed_as_the_cache_lays_them_out(
         pages_per_sequence=1,
         num_q_heads=1,
         q_dtype=jnp.dtype(q_dtype),
-        io_dtype=jnp.dtype(q_dtype),
         out_dtype=jnp.dtype(q_dtype),
     )
     keys, values = random_buffer((2, num_tokens, head_dim), config.q_dtype)

@@ -21,7 +21,7 @@ from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
 from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int
-from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
+from jax_kernels.ragged_paged_attention.layout import LANES
 
 
 class Buffers(NamedTuple):
@@ -73,19 +73,17 @@ def hold_copies_back(context: DecodeContext, result: jax.Array) -> None:
 
 def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     """``Shaped`` in the place of each buffer, or None."""
-    io_packing = dtype_packing(config.io_dtype)
-    out_packing = dtype_packing(config.out_dtype)
+    queries, out = config.query_layout, config.out_layout
     cache, slots, cells = config.cache, phase.num_slots, phase.cells_per_step
     query_rows, tokens = config.query_rows(phase), tokens_per_step(phase)
     # Whole chunks are loaded from any of the new tokens.
     num_new = tokens + 2 * new_tokens_margin(config, phase)
     updates = config.spec.update_kv_cache
     ring = new_tokens.ring_shape(config, slots, num_new) if updates else None
-    heads = tile_io.io_word_rows(config.num_q_heads, io_packing)
+    word_rows = queries.buffer_rows
     if phase.block_q == 1:
-        # Whole registers are loaded from the first word row of any key head.
-        heads += query_rows + SUBLANES
-    out_heads = tile_io.io_word_rows(config.num_q_heads, out_packing)
+        # Whole registers are loaded from the first word of any key head.
+        word_rows += (query_rows + SUBLANES) * queries.columns
     block_rows = phase.block_kv // cache.packing
     num_softmax_tiles = config.num_kv_heads // config.heads_per_softmax_tile(phase)
     state = num_softmax_tiles, query_rows
@@ -103,7 +101,8 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     return Buffers(
         rings=refs.Rings(
             queries=Shaped(
-                (slots, tokens, heads, io_packing, config.io_lanes), config.io_dtype
+                (slots, tokens, word_rows, queries.packing, queries.row_lanes),
+                queries.dtype,
             ),
             keys=ring,
             values=ring,
@@ -112,11 +111,11 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
                 (
                     slots,
                     tokens + phase.block_q,
-                    out_heads,
-                    out_packing,
-                    config.io_lanes,
+                    out.buffer_rows,
+                    out.packing,
+                    out.row_lanes,
                 ),
-                config.out_dtype,
+                out.dtype,
             ),
         ),
         sinks=Shaped((*state, LANES), jnp.float32) if config.spec.has_sinks else None,

@@ -133,7 +133,7 @@ def _softmax_tiles_per_round(context: DecodeContext, size: int) -> int:
     scores = phase.cells_per_step * config.query_rows(phase) * size
     heads = config.heads_per_softmax_tile(context.phase)
     num_softmax_tiles = config.num_kv_heads // heads
-    packing = max(dtype_packing(config.io_dtype), dtype_packing(config.out_dtype))
+    packing = max(dtype_packing(config.q_dtype), dtype_packing(config.out_dtype))
     if heads % packing == 0 or config.num_kv_heads % packing:
         # Either a softmax tile has whole words, or key heads have words of their own.
         packing = 1
@@ -252,14 +252,19 @@ class _CellWork:
         """Key heads of a softmax tile."""
         return self.config.heads_per_softmax_tile(self.context.phase)
 
+    @property
+    def query_heads(self) -> int:
+        """Query heads of a softmax tile in the arrays of queries and outputs."""
+        return self.heads_per_tile * self.config.io_group
+
     def scores(self, softmax_tiles: Sequence[Int]) -> list[jax.Array]:
         """f32[query rows, size] of each, masked; merges the new token first."""
         config, per_word = self.config, self.config.new_heads_per_word
-        packing = dtype_packing(config.io_dtype)
+        packing = config.query_layout.packing
         first_head = softmax_tiles[0] * self.heads_per_tile
         scores = []
         for offset, softmax_tile in enumerate(softmax_tiles):
-            rows_before = offset * self.heads_per_tile * config.group
+            rows_before = offset * self.query_heads
             x = self._load_query(softmax_tile, rows_before % packing)
             by_head = []
             for head_offset in self._head_offsets(offset):
@@ -311,10 +316,9 @@ class _CellWork:
         """
         config, rings = self.config, self.context.rings
         num_tokens = self.context.phase.block_q
-        packing = dtype_packing(config.out_dtype)
-        word_rows = rings.out.shape[2]
-        rows = tile_io.WordRows(rings.out.at[self.slot], config.interpret)
-        start = self.cell.out * word_rows
+        layout = config.out_layout
+        packing = layout.packing
+        ring = rings.out.at[self.slot]
         outs = [
             tile_io.value_lanes_first(
                 online_softmax.normalise(state, config.numerics.output_scale),
@@ -322,24 +326,38 @@ class _CellWork:
             )[:, : config.io_lanes]
             for state in states
         ]
-        query_heads = self.heads_per_tile * config.group
+        query_heads = self.query_heads
         if num_tokens == 1 and query_heads % packing == 0:
+            token = tile_io.TokenWords(
+                ring.at[self.cell.out], layout, config.interpret
+            )
             words_per_tile = query_heads // packing
             for softmax_tile, out in zip(softmax_tiles, outs, strict=True):
                 words = tile_io.pack_rows(out, packing)[:words_per_tile]
-                rows.store(words, start + softmax_tile * words_per_tile)
+                first = softmax_tile * words_per_tile
+                token.store_words(words, first, words_per_tile)
             return
+        tokens = tile_io.TokenWords(ring, layout, config.interpret)
         # The heads of a word row are in different registers.
         members = [
             out[head * num_tokens : (head + 1) * num_tokens]
             for out in outs
-            for head in range(query_heads)
+            for head in map(self._member, range(query_heads))
         ]
-        first = start + ((softmax_tiles[0] * query_heads) >> log2(packing))
+        first = (softmax_tiles[0] * query_heads) >> log2(packing)
         for index in range(len(members) // packing):
             pair = members[index * packing : (index + 1) * packing]
             words = tile_io.pack_heads(pair, config.interpret)
-            rows.store(words, first + index, word_rows)
+            tokens.store(words, first + index, self.cell.out)
+
+    def _member(self, query_head: int) -> int:
+        """Which rows of a softmax tile a head of the output gets.
+
+        A head that is nothing gets what its neighbour has.
+        """
+        head, member = divmod(query_head, self.config.io_group)
+        group = self.config.group
+        return head * group + min(member, group - 1)
 
     def _head_offsets(self, offset: int) -> range:
         """The key heads of a softmax tile, counted from the first one of the round."""
@@ -388,17 +406,22 @@ class _CellWork:
           parity: Where its first row sits in its word row, known at compile time.
         """
         config = self.config
-        packing = dtype_packing(config.io_dtype)
+        layout = config.query_layout
+        packing = layout.packing
         num_rows = config.query_rows(self.context.phase)
         if self.context.phase.block_q > 1:
             return self._load_queries(softmax_tile, parity)
         source = self.context.rings.queries.at[self.slot, self.cell.query]
-        rows = tile_io.WordRows(source, config.interpret)
-        first = (softmax_tile * self.heads_per_tile * config.group) >> log2(packing)
+        token = tile_io.TokenWords(source, layout, config.interpret)
+        first = (softmax_tile * self.query_heads) >> log2(packing)
+        words, odd_head = divmod(self.query_heads, packing)
+        multiple = 1 if odd_head else words
         if packing == 1:
-            x = pltpu.bitcast(rows.load(first, num_rows), jnp.float32)
+            words = token.load_words(first, num_rows, multiple)
+            x = pltpu.bitcast(words, jnp.float32)
         else:
-            words = rows.load(first, num_rows // packing + (SUBLANES if parity else 0))
+            size = num_rows // packing + (SUBLANES if parity else 0)
+            words = token.load_words(first, size, multiple)
             x = pltpu.bitcast(words, jnp.bfloat16).astype(jnp.float32)
             x = x[parity : parity + num_rows]
         return tile_io.widen(x, config.lanes)
@@ -406,16 +429,15 @@ class _CellWork:
     def _load_queries(self, softmax_tile: Int, parity: int) -> jax.Array:
         """``_load_query`` for several tokens: head by head, the rows of all tokens."""
         config, phase = self.config, self.context.phase
-        packing = dtype_packing(config.io_dtype)
-        source = self.context.rings.queries
-        rows = tile_io.WordRows(source.at[self.slot], config.interpret)
-        word_rows = source.shape[2]
+        layout = config.query_layout
+        packing = layout.packing
+        source = self.context.rings.queries.at[self.slot]
+        tokens = tile_io.TokenWords(source, layout, config.interpret)
         query_heads = self.heads_per_tile * config.group
-        first = self.cell.query * word_rows
-        first += (softmax_tile * query_heads) >> log2(packing)
+        first = (softmax_tile * self.query_heads) >> log2(packing)
         heads = []
         for index in range(pl.cdiv(parity + query_heads, packing)):
-            words = rows.load(first + index, phase.block_q, word_rows)
+            words = tokens.load(first + index, self.cell.query, phase.block_q)
             heads += tile_io.unpack_heads(words, packing)
         heads = heads[parity : parity + query_heads]
         num_padding = config.query_rows(phase) - query_heads * phase.block_q

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig, PhaseConfig
-from jax_kernels.ragged_paged_attention.kernel import new_tokens, refs, tile_io
+from jax_kernels.ragged_paged_attention.kernel import new_tokens, refs
 from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
 from jax_kernels.ragged_paged_attention.kernel.schedule import EMPTY_CELL
-from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
+from jax_kernels.ragged_paged_attention.layout import LANES
+from jax_kernels.ragged_paged_attention.token_layout import TokenRows
 
 # Prepared queries: of the present cell and of the following one.
 NUM_QUERY_SLOTS = 2
@@ -52,10 +53,9 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     cache, slots = config.cache, phase.num_io_slots
     updates = config.spec.update_kv_cache
 
-    def tokens(number: int, num_heads: int, dtype) -> Shaped:
-        packing = dtype_packing(dtype)
-        word_rows = tile_io.io_word_rows(num_heads, packing)
-        return Shaped((slots, number, word_rows, packing, config.io_lanes), dtype)
+    def tokens(layout: TokenRows) -> Shaped:
+        rows = layout.buffer_rows, layout.packing, layout.row_lanes
+        return Shaped((slots, phase.block_q, *rows), layout.dtype)
 
     capacity = new_token_capacity(config, phase)
     ring = new_tokens.ring_shape(config, slots, capacity) if updates else None
@@ -68,11 +68,11 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     state = config.num_kv_heads, config.query_rows(phase)
     return Buffers(
         rings=refs.Rings(
-            queries=tokens(phase.block_q, config.num_q_heads, config.io_dtype),
+            queries=tokens(config.query_layout),
             keys=ring,
             values=ring,
             kv=Shaped((phase.num_slots, *block), cache.dtype),
-            out=tokens(phase.block_q, config.num_q_heads, config.out_dtype),
+            out=tokens(config.out_layout),
         ),
         seam=(
             Shaped((cache.heads_per_page, 1, cache.packing, cache.lanes), cache.dtype)

@@ -42,7 +42,7 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import (
     SoftmaxTile,
     Tokens,
 )
-from jax_kernels.ragged_paged_attention.layout import LANES, dtype_packing
+from jax_kernels.ragged_paged_attention.layout import LANES
 
 # Softmax tiles in one stretch of code, within which the compiler overlaps them.
 MAX_STRETCH_TILES = 16
@@ -59,16 +59,17 @@ def prepare_queries(context: TileContext, query_slot: Int, num_queries: Int) -> 
     Rows without a query become zeros: any scores of theirs are in range.
     """
     config, block_q = context.config, context.phase.block_q
-    packing = dtype_packing(config.io_dtype)
+    layout = config.query_layout
     source = context.rings.queries.at[ONLY_SLOT]
-    rows = tile_io.WordRows(source, config.interpret)
-    stride = source.shape[-3]
+    queries = tile_io.TokenWords(source, layout, config.interpret)
     is_query = lax.broadcasted_iota(jnp.int32, (block_q, 1), 0) < num_queries
-    for pair in range(config.num_q_heads // packing):
-        words = rows.load(pair, block_q, stride)
+    for word in range(config.num_io_heads // layout.packing):
+        words = queries.load(word, 0, block_q)
         words = jnp.where(is_query, words, jnp.uint32(0))
-        for offset, x in enumerate(tile_io.unpack_heads(words, packing)):
-            head, member = divmod(pair * packing + offset, config.group)
+        for offset, x in enumerate(tile_io.unpack_heads(words, layout.packing)):
+            head, member = divmod(word * layout.packing + offset, config.io_group)
+            if member >= config.group:
+                continue
             place = pl.ds(member * block_q, block_q)
             x = tile_io.prepare_queries(tile_io.widen(x, config.lanes), config)
             context.buffers.q[query_slot, head, place, :] = x
@@ -78,20 +79,21 @@ def store_output(context: TileContext) -> None:
     """Normalises a tile and lays it out as ``[tokens, heads, head_dim]``."""
     config, buffers = context.config, context.buffers
     block_q = context.phase.block_q
-    packing = dtype_packing(config.out_dtype)
+    layout = config.out_layout
     target = context.rings.out.at[ONLY_SLOT]
-    rows = tile_io.WordRows(target, config.interpret)
-    stride = target.shape[-3]
-    for pair in range(config.num_q_heads // packing):
+    outputs = tile_io.TokenWords(target, layout, config.interpret)
+    for word in range(config.num_io_heads // layout.packing):
         heads = []
-        for offset in range(packing):
-            head, member = divmod(pair * packing + offset, config.group)
+        for offset in range(layout.packing):
+            head, member = divmod(word * layout.packing + offset, config.io_group)
+            # A head that is nothing gets what its neighbour has.
+            member = min(member, config.group - 1)
             place = 0, head, pl.ds(member * block_q, block_q)
             state = SoftmaxState(buffers.m[place], buffers.l[place], buffers.acc[place])
             out = online_softmax.normalise(state, config.numerics.output_scale)
             heads.append(tile_io.value_lanes_first(out, config.cache))
         words = tile_io.pack_heads(heads, config.interpret)[:, : config.io_lanes]
-        rows.store(words, pair, stride)
+        outputs.store(words, word, 0)
 
 
 def attend(

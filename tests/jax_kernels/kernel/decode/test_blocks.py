@@ -64,7 +64,6 @@ def make_config(dtype: str, head_dim: int, **options) -> KernelConfig:
         pages_per_sequence=1,
         num_q_heads=NUM_HEADS,
         q_dtype=f32,
-        io_dtype=f32,
         out_dtype=f32,
         chip=CHIP,
         interpret=True,

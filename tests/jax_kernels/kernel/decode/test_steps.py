@@ -51,7 +51,6 @@ def make_schedule(
         pages_per_sequence=PAGES_PER_SEQUENCE,
         num_q_heads=4,
         q_dtype=bfloat16,
-        io_dtype=bfloat16,
         out_dtype=bfloat16,
     )
     block_q = 1 << (decode_q_len - 1).bit_length()
