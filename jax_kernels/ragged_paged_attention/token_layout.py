@@ -147,10 +147,9 @@ class HeadRows(_Rows):
         if missing:
             x = jnp.pad(x, [(0, 0), (0, missing), (0, 0)])
         x = x.reshape(self.num_heads, -1, size, self.columns, self.row_lanes)
-        *lead, _, _ = x.swapaxes(2, 3).shape
-        return x.swapaxes(2, 3).reshape(
-            *lead[:3], self.words_per_piece, self.packing, self.row_lanes
-        )
+        x = x.swapaxes(2, 3)
+        words = self.words_per_piece, self.packing
+        return x.reshape(*x.shape[:3], *words, self.row_lanes)
 
     def buffer_shape(self, num_tokens: int) -> tuple[int, ...]:
         """Shape of a buffer in VMEM that has one column after the other.

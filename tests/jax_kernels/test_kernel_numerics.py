@@ -142,7 +142,7 @@ def test_scales_multiply_scores_and_output(case):
     d256_mqa_2_to_1=Case(head_dim=256, heads=(2, 1), cache_dtype=E4M3),
     d96_mha_7_to_7=Case(head_dim=96, heads=(7, 7), with_sinks=True),
     d192=Case(head_dim=192, page_size=8),
-    d256=Case(head_dim=256, heads=(6, 2), page_size=256, with_sinks=True),
+    d256_gqa_24_to_4=Case(head_dim=256, heads=(24, 4), page_size=256, with_sinks=True),
 )
 def test_every_head_layout_finds_its_heads_and_sinks(case):
     """Rule 11: sinks and everything per head are padded together with the group."""

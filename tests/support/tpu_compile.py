@@ -7,8 +7,10 @@ import os
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
 from jax_kernels import chips
@@ -17,6 +19,7 @@ from jax_kernels.ragged_paged_attention import (
     kv_cache_shape,
     ragged_paged_attention,
 )
+from jax_kernels.ragged_paged_attention.token_layout import HeadRows, TokenRows
 from tests.support.optimised_hlo import Operation, OptimisedHlo
 
 # Read when libtpu is loaded, with the first topology.
@@ -143,6 +146,47 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
         temp_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
     )
+
+
+def view_operations(
+    layout: TokenRows | HeadRows,
+    shape: tuple[int, int, int],
+    order: tuple[int, int, int],
+    chip: str,
+) -> list[str]:
+    """Operations of a program that copies the view of an array by a kernel.
+
+    Args:
+      layout: Gives the view.
+      shape: [T, H, lanes]
+      order: Of the axes of the array in memory, the outermost first.
+      chip: A key of ``chips.COMPILED``.
+    """
+
+    def copy(source, target, semaphore):
+        copied = pltpu.make_async_copy(source, target, semaphore)
+        copied.start()
+        copied.wait()
+
+    def call(x):
+        view = layout.view(x)
+        out = pl.pallas_call(
+            copy,
+            out_shape=jax.ShapeDtypeStruct(view.shape, view.dtype),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[pltpu.SemaphoreType.DMA(())],
+        )(view)
+        return layout.heads(out) if isinstance(layout, TokenRows) else out
+
+    device = _device(chip)
+    argument = _row_major(device, shape, layout.dtype.name, order)
+    num_axes = 3 if isinstance(layout, TokenRows) else 6
+    jitted = jax.jit(call, out_shardings=_format(device, num_axes))
+    with jax_versions.byte_code_for_libtpu():
+        text = jitted.lower(argument).compile().as_text()
+    assert text is not None
+    return [operation.name for operation in OptimisedHlo(text).operations()]
 
 
 @functools.cache

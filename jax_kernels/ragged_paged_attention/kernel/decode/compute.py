@@ -328,9 +328,7 @@ class _CellWork:
         ]
         query_heads = self.query_heads
         if num_tokens == 1 and query_heads % packing == 0:
-            token = tile_io.TokenWords(
-                ring.at[self.cell.out], layout, config.interpret
-            )
+            token = tile_io.TokenWords(ring.at[self.cell.out], layout, config.interpret)
             words_per_tile = query_heads // packing
             for softmax_tile, out in zip(softmax_tiles, outs, strict=True):
                 words = tile_io.pack_rows(out, packing)[:words_per_tile]
