@@ -38,7 +38,8 @@ SMEM_RESERVE_BYTES = 128 * 1024
 # so that the fetch of the next one is hidden; shorter steps would start sooner. Short
 # contexts fetch and compute less of a block.
 DECODE_CELL_TOKENS = 512
-MIN_CELL_BYTES, MAX_CELL_BYTES = MIB, 2 * MIB
+# A window is met at once even if that takes a larger cell than others have.
+MIN_CELL_BYTES, MIN_WINDOW_CELL_BYTES, MAX_CELL_BYTES = MIB // 2, MIB, 2 * MIB
 # Small blocks share a step, which is an eighth of VMEM at the most.
 STEP_BYTES, STEP_VMEM_SHARE = 4 * MIB, 8
 MAX_CELLS_PER_STEP = 16
@@ -146,7 +147,10 @@ def preferred(problem: Problem, spec: AttentionSpec) -> BlockSizes:
     """
     least, most = (
         _power_of_two_below(size // problem.cache.token_bytes)
-        for size in (MIN_CELL_BYTES, MAX_CELL_BYTES)
+        for size in (
+            MIN_CELL_BYTES if spec.sliding_window is None else MIN_WINDOW_CELL_BYTES,
+            MAX_CELL_BYTES,
+        )
     )
     cell = min(max(DECODE_CELL_TOKENS, least), most, MAX_BLOCK_KV)
     tile_rows = PREFILL_TILE_ROWS * max(MIN_PREFILL_HEADS // problem.num_kv_heads, 1)

@@ -65,6 +65,42 @@ def needs_mask(cell: Cell, block_kv: int, spec: AttentionSpec) -> Bool:
     return partial
 
 
+def token_word_mask(
+    token: Int, num_rows: int, packing: int
+) -> jax.Array:  # u32[num_rows, 1]
+    """All-ones bits for one token of packed rows; none if it is not in the rows.
+
+    It is arithmetic on vectors, for code in which the scalar unit has more to do.
+
+    Args:
+      token: Its number, counted from the first token of the first row.
+      num_rows: Rows of the mask.
+      packing: Tokens per row, of which the first is in the lowest bits.
+    """
+    place = _place_in_row(token, num_rows, packing)
+    bits = (jnp.uint32(1) << jnp.uint32(32 // packing - 1) << 1) - 1
+    shift = (place << log2(32 // packing)).astype(jnp.uint32)
+    is_in_row = (place & -packing) == 0
+    return jnp.where(is_in_row, bits << shift, jnp.uint32(0))
+
+
+def leading_word_mask(
+    num_tokens: Int, num_rows: int, packing: int
+) -> jax.Array:  # u32[num_rows, 1]
+    """All-ones bits for the first tokens of packed rows, as ``token_word_mask``."""
+    place = _place_in_row(num_tokens, num_rows, packing)
+    shift = (place << log2(32 // packing)).astype(jnp.uint32)
+    partial = (jnp.uint32(1) << shift) - jnp.uint32(1)
+    partial = jnp.where(place > 0, partial, jnp.uint32(0))
+    return jnp.where(place >= packing, jnp.uint32(0xFFFFFFFF), partial)
+
+
+def _place_in_row(token: Int, num_rows: int, packing: int) -> jax.Array:
+    """i32[num_rows, 1]: a token, counted from the first one of each row."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
+    return token - (row << log2(packing))
+
+
 def live_word_mask(
     first_position: Int,
     num_rows: int,

@@ -11,9 +11,13 @@ from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Lengths
 
 def store(notes, slot: Int, value) -> None:
     """Notes the numbers of a cell or of a step, which are a tree, for a slot."""
-    leaves = jax.tree.leaves(value)
-    for index, leaf in enumerate(leaves):
-        notes[slot * len(leaves) + index] = jnp.asarray(leaf, jnp.int32)
+    store_at(notes, slot * len(jax.tree.leaves(value)), value)
+
+
+def store_at(notes, first: Int, value) -> None:
+    """Notes the numbers of a tree from a place on."""
+    for index, leaf in enumerate(jax.tree.leaves(value)):
+        notes[first + index] = jnp.asarray(leaf, jnp.int32)
 
 
 def load(notes, slot: Int, structure) -> Any:

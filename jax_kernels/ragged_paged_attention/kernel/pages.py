@@ -168,8 +168,17 @@ class Pages:
                 pl.when(is_whole)(functools.partial(copy_page, index, page))
         else:
             for_each(first_whole, end_whole, copy_page)
-        tail_begin = jnp.maximum(head_end, end_whole << shift)
-        pl.when((tail_begin < end) & (begin < end))(lambda: copy_part(tail_begin, end))
+        if has_head:
+            tail_begin = jnp.maximum(head_end, end_whole << shift)
+            has_tail = (tail_begin < end) & (begin < end)
+            pl.when(has_tail)(lambda: copy_part(tail_begin, end))
+            return
+        num_rows = end & (rows - 1)
+
+        @pl.when(num_rows > 0)
+        def _():
+            page = self.page_indices[place.table_index + end_whole]
+            copy(page, 0, end_whole << shift, num_rows)
 
 
 def for_each(begin: Int, end: Int, action, unroll: int = 4) -> None:

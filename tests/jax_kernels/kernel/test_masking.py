@@ -153,3 +153,20 @@ def test_word_masks_mark_the_live_tokens(
     ]
     assert mask.dtype == jnp.uint32
     np.testing.assert_array_equal(mask, np.array(expected, np.uint32)[:, None])
+
+
+@pytest.mark.parametrize("packing", [1, 2, 4])
+def test_masks_of_words_by_vectors_are_those_by_scalars(packing):
+    """For every token of the rows, and for some that are not in them."""
+    for token in range(-2, 8 * packing + 2):
+        found = masking.token_word_mask(jnp.int32(token), 8, packing)
+        expected = masking.live_word_mask(0, 8, packing, token, token + 1)
+        if token < 0:
+            expected = np.zeros((8, 1), np.uint32)
+        np.testing.assert_array_equal(found, expected)
+        if token >= 0:
+            found = masking.leading_word_mask(jnp.int32(token), 8, packing)
+            expected = masking.live_word_mask(0, 8, packing, None, token)
+            np.testing.assert_array_equal(found, expected)
+    nothing = masking.leading_word_mask(jnp.int32(-3), 8, packing)
+    np.testing.assert_array_equal(nothing, np.zeros((8, 1), np.uint32))

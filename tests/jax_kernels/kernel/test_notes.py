@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from jax_kernels.ragged_paged_attention.config import Phase, PhaseConfig
 from jax_kernels.ragged_paged_attention.kernel import notes
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import step_structure
 from jax_kernels.ragged_paged_attention.kernel.refs import Bookkeeping, ScalarRefs
 from jax_kernels.ragged_paged_attention.kernel.schedule import EMPTY_CELL, Lengths
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import CELL_STRUCTURE
+from tests.jax_kernels.kernel.decode.test_steps import make_schedule
 
 
 def test_cells_are_loaded_as_they_were_stored():
@@ -20,9 +20,10 @@ def test_cells_are_loaded_as_they_were_stored():
     assert (memory == -1).sum() == 2 * len(cell)
 
 
-@pytest.mark.parametrize("block_q", [1, 4])
-def test_steps_are_loaded_as_they_were_stored(block_q):
-    structure = step_structure(PhaseConfig(Phase.DECODE, block_q, 8, 4, 2, 2))
+@pytest.mark.parametrize("window, decode_q_len", [(None, 1), (5, 4)])
+def test_steps_are_loaded_as_they_were_stored(window, decode_q_len):
+    schedule = make_schedule(window=window, decode_q_len=decode_q_len)
+    structure = step_structure(schedule)
     size = structure.num_leaves
     memory = np.full(2 * size, -1, np.int32)
     step = jax.tree.unflatten(structure, range(size))

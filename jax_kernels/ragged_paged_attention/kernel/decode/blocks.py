@@ -18,6 +18,7 @@ twice::
     scores                 | key a   | key b   |     of queries  | q | 0 |  with a
                                                      and         | 0 | q |  with b
     weighted values        | value b | value a |     by p of a and p of b
+    of those               | by b    | by a    |     are kept, and added at the end
 """
 
 import dataclasses
@@ -147,7 +148,9 @@ class CellBlock:
     def weighted_values(self, p: jax.Array, head: Int) -> jax.Array:
         """f32[rows, lanes], values of a key head by probabilities f32[rows, size].
 
-        Called for the same heads as ``products``, in the same order.
+        In a fused row both halves of the lanes have a part of each sum, which
+        ``added_halves`` adds. Called for the same heads as ``products``, in the same
+        order.
         """
         config = self.config
         dtype = config.numerics.value_dtype
@@ -155,7 +158,11 @@ class CellBlock:
             row_head = self._row_head(head, self._value_part)
             words = self._load_live(row_head, 0, self.size)
             v = to_tokens(self._without_dead(words), dtype, config, few_queries=True)
-            return online_softmax.dot_f32(p.astype(dtype), v, rhs_contract=0)
+            weighted = online_softmax.dot_f32(p.astype(dtype), v, rhs_contract=0)
+            if config.cache.is_fused_kv:
+                # Below are sums of keys.
+                weighted = jnp.where(self._is_low_lane(), 0.0, weighted)
+            return weighted
         num_rows, runs = p.shape[0], []
         for start, size in self._runs():
             first, second = self._load_live(head, start, size), self.swapped.pop(0)
@@ -164,18 +171,21 @@ class CellBlock:
         v = to_tokens(jnp.concatenate(runs), dtype, config, few_queries=True)
         p = jnp.concatenate([p[:, : self._pairs], p[:, self._pairs :]])
         by_half = online_softmax.dot_f32(p.astype(dtype), v, rhs_contract=0)
-        # Lanes below those of values hold sums that belong to nobody.
-        return by_half[:num_rows] + self._swap_halves(by_half[num_rows:])
+        return jnp.where(self._is_low_lane(), by_half[num_rows:], by_half[:num_rows])
+
+    def added_halves(self, weighted: jax.Array) -> jax.Array:
+        """The whole sums of ``weighted_values``, from lane 0 on."""
+        if not self.config.cache.is_fused_kv:
+            return weighted
+        return weighted + self._swap_halves(weighted)
 
     def _store_live(self, row_head: Int, chunk: Int, words: jax.Array) -> None:
         """Stores a chunk with zeros for what is dead."""
         config, row = self.config, self._row_of_chunk(chunk)
-        is_live = masking.live_word_mask(
-            chunk * config.tokens_per_chunk,
+        is_live = masking.leading_word_mask(
+            self.visible_end - chunk * config.tokens_per_chunk,
             config.rows_per_chunk,
             config.cache.packing,
-            None,
-            self.visible_end,
         )
         self._rows(row_head).store(words & is_live, row)
         if config.spec.update_kv_cache:

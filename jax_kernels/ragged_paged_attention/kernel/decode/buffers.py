@@ -20,7 +20,7 @@ from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
 )
 from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
-from jax_kernels.ragged_paged_attention.kernel.schedule import Int
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Schedule
 from jax_kernels.ragged_paged_attention.layout import LANES
 
 
@@ -76,8 +76,10 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     queries, out = config.query_layout, config.out_layout
     cache, slots, cells = config.cache, phase.num_slots, phase.cells_per_step
     query_rows, tokens = config.query_rows(phase), tokens_per_step(phase)
+    # Cells without a query have their place behind those of the others.
+    places = tokens + phase.block_q
     # Whole chunks are loaded from any of the new tokens.
-    num_new = tokens + 2 * new_tokens_margin(config, phase)
+    num_new = places + 2 * new_tokens_margin(config, phase)
     updates = config.spec.update_kv_cache
     ring = new_tokens.ring_shape(config, slots, num_new) if updates else None
     word_rows = queries.buffer_rows
@@ -101,7 +103,7 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     return Buffers(
         rings=refs.Rings(
             queries=Shaped(
-                (slots, tokens, word_rows, queries.packing, queries.row_lanes),
+                (slots, places, word_rows, queries.packing, queries.row_lanes),
                 queries.dtype,
             ),
             keys=ring,
@@ -110,7 +112,7 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             out=Shaped(
                 (
                     slots,
-                    tokens + phase.block_q,
+                    places,
                     out.buffer_rows,
                     out.packing,
                     out.row_lanes,
@@ -138,7 +140,7 @@ def allocate(
     config: KernelConfig, phase: PhaseConfig
 ) -> tuple[Buffers, refs.Bookkeeping, refs.Semaphores]:
     """Scratch types of the phase."""
-    numbers_per_step = step_structure(phase).num_leaves
+    numbers_per_step = step_structure(Schedule(config, phase)).num_leaves
     return (
         refs.allocate_buffers(shapes(config, phase)),
         refs.allocate_bookkeeping(phase, phase.num_slots * numbers_per_step),

@@ -85,8 +85,7 @@ def attend(
       The result of ``shadow.plan``.
     """
     sizes = _stretch_sizes(context.schedule)
-    extent = functools.reduce(jnp.maximum, (cell.visible_end for cell in step.cells))
-    index = sum((extent > size).astype(jnp.int32) for size in sizes[:-1])
+    index = sum((step.extent > size).astype(jnp.int32) for size in sizes[:-1])
     stretches = [
         functools.partial(_compute_stretch, context, step, slot, shadow, size)
         for size in sizes
@@ -203,6 +202,7 @@ class _CellWork:
       cell: The cell.
       first_token: First token of the step, in the flat arrays.
       slot: Slot of the step.
+      num_before: i32[query rows, 128], that of the cell in all lanes.
       mask: bool[1 or query rows, size], the tokens that a query sees.
       block: Its keys and values.
     """
@@ -211,6 +211,7 @@ class _CellWork:
     cell: DecodeCell
     first_token: Int
     slot: Int
+    num_before: jax.Array
     mask: jax.Array
     block: CellBlock
 
@@ -229,6 +230,10 @@ class _CellWork:
             cell,
             step.first_token,
             slot,
+            # Laid out now: later, the scalar unit is busy with the copies of pages.
+            num_before=jnp.full(
+                (config.query_rows(context.phase), LANES), cell.num_before
+            ),
             mask=_mask(context, cell, size),
             block=CellBlock(
                 config,
@@ -320,15 +325,16 @@ class _CellWork:
         packing = layout.packing
         ring = rings.out.at[self.slot]
         outs = [
-            tile_io.value_lanes_first(
-                online_softmax.normalise(state, config.numerics.output_scale),
-                config.cache,
+            self.block.added_halves(
+                online_softmax.normalise(state, config.numerics.output_scale)
             )[:, : config.io_lanes]
             for state in states
         ]
         query_heads = self.query_heads
         if num_tokens == 1 and query_heads % packing == 0:
-            token = tile_io.TokenWords(ring.at[self.cell.out], layout, config.interpret)
+            token = tile_io.TokenWords(
+                ring.at[self.cell.query], layout, config.interpret
+            )
             words_per_tile = query_heads // packing
             for softmax_tile, out in zip(softmax_tiles, outs, strict=True):
                 words = tile_io.pack_rows(out, packing)[:words_per_tile]
@@ -346,7 +352,7 @@ class _CellWork:
         for index in range(len(members) // packing):
             pair = members[index * packing : (index + 1) * packing]
             words = tile_io.pack_heads(pair, config.interpret)
-            tokens.store(words, first + index, self.cell.out)
+            tokens.store(words, first + index, self.cell.query)
 
     def _member(self, query_head: int) -> int:
         """Which rows of a softmax tile a head of the output gets.
@@ -373,14 +379,16 @@ class _CellWork:
 
     def _start_state(self, softmax_tile: Int, state: SoftmaxState) -> SoftmaxState:
         """The state so far or, in the first block of a sequence, that without keys."""
-        sinks, is_first = self.context.buffers.sinks, self.cell.is_first > 0
+        sinks = self.context.buffers.sinks
+        is_first = self.num_before == 0
+        is_first_lanes = online_softmax.across(self.num_before, state.acc.shape[1]) == 0
         # A sink counts as one key with its logit and a zero value.
         start_m = online_softmax.NO_KEY_MAX if sinks is None else sinks[softmax_tile]
         start_l = 0.0 if sinks is None else 1.0
         return SoftmaxState(
             m=jnp.where(is_first, start_m, state.m),
             l=jnp.where(is_first, start_l, state.l),
-            acc=jnp.where(is_first, 0.0, state.acc),
+            acc=jnp.where(is_first_lanes, 0.0, state.acc),
         )
 
     @property

@@ -49,7 +49,7 @@ class StepCopies(PhaseCopies[Buffers]):
         cell = step.cells[index]
         pages_of(self.context).start_fetch(
             cell.place,
-            cell.row_begin,
+            0 if cell.row_begin is None else cell.row_begin,
             cell.row_end,
             _block(self.context, slot, index),
             self.context.semaphores.kv.at[slot],

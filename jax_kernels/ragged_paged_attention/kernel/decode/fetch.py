@@ -21,21 +21,20 @@ from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
 )
 from jax_kernels.ragged_paged_attention.kernel.decode.copies import StepCopies
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
+    DecodeCell,
     Step,
+    StepCursor,
+    cell_structure,
     describe_step,
     step_structure,
 )
-from jax_kernels.ragged_paged_attention.kernel.schedule import (
-    Cursor,
-    Int,
-    next_slot,
-)
+from jax_kernels.ragged_paged_attention.kernel.schedule import Int, next_slot
 
 
 class Progress(NamedTuple):
     """How far the fetching side is."""
 
-    cursor: Cursor  # of the first cell that is not planned
+    cursor: StepCursor  # of the first cell that is not planned
     num_planned: Int  # steps with a live cell
     num_started: Int
     slot: Int  # of the next step to start
@@ -52,19 +51,29 @@ class Fetcher:
     def begin(self, sequence: Int) -> Progress:
         """Nothing is planned; the first step begins at a sequence."""
         zero = jnp.int32(0)
-        return Progress(Cursor(jnp.int32(sequence), zero, zero), zero, zero, zero)
+        return Progress(StepCursor(jnp.int32(sequence), zero), zero, zero, zero)
 
     def plan(self, progress: Progress) -> Progress:
         """Notes the step at the cursor, and moves the cursor behind it."""
         context = self.context
+        numbers = context.bookkeeping.notes
+        per_cell = cell_structure(context.schedule).num_leaves
+        first = progress.slot * step_structure(context.schedule).num_leaves
+
+        def keep(index: int, cell: DecodeCell) -> None:
+            # At once, or the numbers of all cells would be spilled until the end.
+            notes.store_at(numbers, first + index * per_cell, cell)
+
         is_live = progress.cursor.sequence < self.end
         step, cursor = describe_step(
             context.schedule,
             progress.cursor,
             self.end,
             functools.partial(notes.read_lengths, context.scalars),
+            keep,
         )
-        notes.store(context.bookkeeping.notes, progress.slot, step)
+        totals = step._replace(cells=())
+        notes.store_at(numbers, first + len(step.cells) * per_cell, totals)
         return progress._replace(
             cursor=cursor,
             num_planned=progress.num_planned + is_live.astype(jnp.int32),
@@ -146,5 +155,5 @@ class Shadow:
 
 def load_step(context: DecodeContext, slot: Int) -> Step:
     """The step that is noted for a slot."""
-    structure = step_structure(context.phase)
+    structure = step_structure(context.schedule)
     return notes.load(context.bookkeeping.notes, slot, structure)

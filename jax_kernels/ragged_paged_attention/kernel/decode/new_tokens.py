@@ -46,12 +46,10 @@ def merge(
     config, rings = context.config, context.rings
     place = jnp.maximum(cell.new_place, 0)
     chunk = place >> log2(config.tokens_per_chunk)
-    is_new = masking.live_word_mask(
-        chunk * config.tokens_per_chunk,
+    is_new = masking.token_word_mask(
+        cell.new_place - chunk * config.tokens_per_chunk,
         config.rows_per_chunk,
         config.cache.packing,
-        place,
-        cell.new_place + 1,
     )
     # The mask picks one place of the chunk, so the token is laid in all.
     keys, values = (

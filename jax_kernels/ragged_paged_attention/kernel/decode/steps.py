@@ -17,7 +17,10 @@ that many short sequences cost hardly more than a long one. With blocks of 8 tok
           2     3         1      8          yes
           3     -
 
-All functions are arithmetic on scalars (ints.py), as in schedule.py.
+All functions are arithmetic on scalars (ints.py), as in schedule.py, of which this is
+the case of decode: one tile for each sequence, all rows read from the cache, and as few
+operations for a cell as can be, since the scalar unit plans a step while it starts the
+copies of another.
 """
 
 from collections.abc import Callable
@@ -27,29 +30,36 @@ import jax
 
 from jax_kernels.ragged_paged_attention.config import PhaseConfig
 from jax_kernels.ragged_paged_attention.kernel import ints
-from jax_kernels.ragged_paged_attention.kernel.ints import Int
+from jax_kernels.ragged_paged_attention.kernel.ints import Int, floor_to, log2
 from jax_kernels.ragged_paged_attention.kernel.schedule import (
     BlockPlace,
-    Cell,
-    Cursor,
     Lengths,
     Schedule,
 )
 
 
-class DecodeCell(NamedTuple):
-    """One block of a sequence. Tokens and rows count from the start of the block."""
+class StepCursor(NamedTuple):
+    """A place in the list of cells."""
 
-    place: BlockPlace
-    row_begin: Int  # rows fetched
+    sequence: Int
+    num_before: Int  # tokens of the sequence that earlier cells have
+
+
+class DecodeCell(NamedTuple):
+    """One block of a sequence. Tokens and rows count from the start of the block.
+
+    What is the same for all cells of a phase is None.
+    """
+
+    place: BlockPlace  # page_row None: a block starts with a page
+    row_begin: Int | None  # rows fetched; None: from the first one on
     row_end: Int
-    visible_begin: Int  # tokens that some query sees; may be out of the block
-    visible_end: Int
-    new_place: Int  # where the first new token of the block goes, or -1
-    query: Int  # number of its first query among those of the step
-    out: Int  # number of its first output in the buffer; past the queries if none
-    is_first: Int  # 1: the first block of its sequence
-    num_queries: Int | None  # None: one, if it has an output
+    visible_begin: Int | None  # tokens that some query sees; None: from the first on
+    visible_end: Int  # may be out of the block, as the begin
+    new_place: Int  # where the first new token goes, or -1; None: none is kept
+    query: Int  # number of its first query among those of the step; past them if none
+    num_before: Int  # 0: the first block of its sequence
+    num_queries: Int | None  # None: one, if it has any
 
 
 class Step(NamedTuple):
@@ -61,22 +71,42 @@ class Step(NamedTuple):
     num_ended: Int  # queries of the sequences that end in the step
     num_rows: Int  # rows fetched
     num_written: Int  # rows written back
+    extent: Int  # tokens that the longest cell sees; may be out of the block
 
 
-def step_structure(phase: PhaseConfig) -> Any:
-    """How the numbers of a step are laid out: a tree of JAX."""
-    cell = DecodeCell(BlockPlace(0, 0), *range(len(DecodeCell._fields) - 1))
-    if phase.block_q == 1:
-        cell = cell._replace(num_queries=None)
-    return jax.tree.structure(Step((cell,) * phase.cells_per_step, 0, 0, 0, 0, 0))
+def cell_structure(schedule: Schedule) -> Any:
+    """How the numbers of a cell are laid out: a tree of JAX."""
+    spec, phase = schedule.config.spec, schedule.phase
+    has_window = spec.sliding_window is not None
+    cell = DecodeCell(
+        place=BlockPlace(0, 0 if schedule.block_is_one_page_part else None),
+        row_begin=0 if has_window else None,
+        row_end=0,
+        visible_begin=0 if has_window else None,
+        visible_end=0,
+        new_place=0 if spec.update_kv_cache else None,
+        query=0,
+        num_before=0,
+        num_queries=None if phase.block_q == 1 else 0,
+    )
+    return jax.tree.structure(cell)
+
+
+def step_structure(schedule: Schedule) -> Any:
+    """How the numbers of a step are laid out: those of its cells come first."""
+    structure = cell_structure(schedule)
+    cell = jax.tree.unflatten(structure, range(structure.num_leaves))
+    totals = [0] * (len(Step._fields) - 1)
+    return jax.tree.structure(Step((cell,) * schedule.phase.cells_per_step, *totals))
 
 
 def describe_step(
     schedule: Schedule,
-    cursor: Cursor,
+    cursor: StepCursor,
     end: Int,
     read_lengths: Callable[[Int], Lengths],
-) -> tuple[Step, Cursor]:
+    keep: Callable[[int, DecodeCell], None] = lambda index, cell: None,
+) -> tuple[Step, StepCursor]:
     """The step that starts at a cursor, and the cursor of the next one.
 
     Args:
@@ -84,69 +114,118 @@ def describe_step(
       cursor: The first cell.
       end: The sequence after the last one. Cells there have no query and no rows.
       read_lengths: Gives the lengths of a sequence before the end.
+      keep: Called with each cell and its number as soon as it is known.
     """
-    cells, parts = [], []
-    for _ in range(schedule.phase.cells_per_step):
-        lengths = _lengths_or_none(cursor.sequence, end, read_lengths)
-        cell = schedule.describe(cursor, lengths)
-        first = cells[0] if cells else cell
-        cells.append(cell)
-        parts.append(
-            _part_of_step(schedule, cell, cell.query_token - first.query_token)
+    phase = schedule.phase
+    updates = schedule.config.spec.update_kv_cache
+    cells = []
+    first_token = num_tokens = num_ended = num_rows = num_written = extent = 0
+    for index in range(phase.cells_per_step):
+        # Behind the last sequence there is neither a length nor a page table.
+        sequence = ints.minimum(cursor.sequence, end - 1)
+        lengths = read_lengths(sequence)
+        has_query = (cursor.sequence < end) & (lengths.q_len > 0)
+        if index == 0:
+            first_token = lengths.q_start
+        cell = _describe_cell(
+            schedule, sequence, cursor.num_before, lengths, has_query, first_token
         )
-        cursor = schedule.advance(cell)
-    first, last = cells[0], cells[-1]
-    return (
-        Step(
-            cells=tuple(parts),
-            first_token=first.query_token,
-            num_tokens=last.query_token + last.num_queries - first.query_token,
-            num_ended=sum(
-                ints.where(cell.block + 1 >= cell.num_blocks, cell.num_queries, 0)
-                for cell in cells
-            ),
-            num_rows=sum(part.row_end - part.row_begin for part in parts),
-            num_written=sum(
-                cell.write_row_end - cell.write_row_begin for cell in cells
-            ),
-        ),
-        cursor,
+        keep(index, cell)
+        cells.append(cell)
+        is_last = cell.visible_end <= phase.block_kv
+        cursor = StepCursor(
+            ints.where(is_last, cursor.sequence + 1, cursor.sequence),
+            ints.where(is_last, 0, cursor.num_before + phase.block_kv),
+        )
+        # The sequences follow each other in the flat arrays.
+        num_tokens = lengths.q_start + lengths.q_len - first_token
+        num_ended = ints.where(is_last, num_tokens, lengths.q_start - first_token)
+        num_rows += _num_rows(cell)
+        extent = ints.maximum(extent, cell.visible_end)
+        if updates:
+            num_written += _num_new_rows(schedule, cell)
+    step = Step(
+        tuple(cells),
+        first_token,
+        num_tokens,
+        num_ended,
+        num_rows,
+        num_written,
+        extent,
     )
+    return step, cursor
 
 
-def _lengths_or_none(
-    sequence: Int, end: Int, read_lengths: Callable[[Int], Lengths]
-) -> Lengths:
-    """The lengths of a sequence or, past the end, of one that is empty."""
-    own = read_lengths(ints.minimum(sequence, end - 1))
-    is_live = sequence < end
-    return Lengths(
-        q_start=own.q_start + ints.where(is_live, 0, own.q_len),
-        q_len=ints.where(is_live, own.q_len, 0),
-        kv_len=ints.where(is_live, own.kv_len, 0),
-    )
-
-
-def _part_of_step(schedule: Schedule, cell: Cell, query: Int) -> DecodeCell:
-    phase, place = schedule.phase, schedule.block_place(cell)
-    # Behind the last sequence there is no page table.
-    table_index = ints.where(cell.num_queries > 0, place.table_index, 0)
+def _describe_cell(
+    schedule: Schedule,
+    sequence: Int,
+    num_before: Int,
+    lengths: Lengths,
+    has_query: ints.Bool,
+    first_token: Int,
+) -> DecodeCell:
+    """One cell of a step; without a query it sees nothing."""
+    config, phase = schedule.config, schedule.phase
+    spec, shift = config.spec, log2(config.cache.packing)
+    kv_len = ints.where(has_query, lengths.kv_len, 0)
+    num_queries = 1
+    if phase.block_q > 1:
+        num_queries = ints.minimum(lengths.q_len, spec.decode_q_len)
+        num_queries = ints.where(has_query, num_queries, 0)
+    start, row_begin, visible_begin = num_before, None, None
+    if spec.sliding_window is not None:
+        begin = kv_len - (num_queries + (spec.sliding_window - 1))
+        begin = ints.maximum(begin, 0)
+        start += floor_to(begin, schedule.anchor_step)
+        visible_begin = begin - start
+        row_begin = ints.maximum(visible_begin, 0) >> shift
+    visible_end = kv_len - start
+    block_end = ints.minimum(visible_end, phase.block_kv)
+    new_place = None
+    if spec.update_kv_cache:
+        new_place = ints.maximum(visible_end - num_queries, 0)
+        if phase.block_q == 1:
+            is_new, new_place = visible_end <= phase.block_kv, visible_end - 1
+        else:
+            is_new = new_place < block_end
+        new_place = ints.where(is_new, new_place, -1)
     return DecodeCell(
-        place=place._replace(table_index=table_index),
-        row_begin=cell.cache_row_begin,
-        row_end=cell.cache_row_end,
-        visible_begin=cell.visible_begin - cell.block_start,
-        visible_end=cell.visible_end - cell.block_start,
-        new_place=ints.where(
-            cell.write_row_end > cell.write_row_begin,
-            cell.new_begin - cell.block_start,
-            -1,
+        place=_block_place(schedule, sequence, start),
+        row_begin=row_begin,
+        row_end=(block_end + (config.cache.packing - 1)) >> shift,
+        visible_begin=visible_begin,
+        visible_end=visible_end,
+        new_place=new_place,
+        query=ints.where(
+            has_query, lengths.q_start - first_token, tokens_per_step(phase)
         ),
-        query=query,
-        out=ints.where(cell.num_queries > 0, query, tokens_per_step(phase)),
-        is_first=ints.where(cell.block == 0, 1, 0),
-        num_queries=None if phase.block_q == 1 else cell.num_queries,
+        num_before=num_before,
+        num_queries=None if phase.block_q == 1 else num_queries,
     )
+
+
+def _block_place(schedule: Schedule, sequence: Int, start: Int) -> BlockPlace:
+    """Where the block that starts at a position is among the pages."""
+    config = schedule.config
+    layout = config.cache
+    index = sequence * config.pages_per_sequence + (start >> log2(layout.page_size))
+    row = None
+    if schedule.block_is_one_page_part:
+        row = (start & (layout.page_size - 1)) >> log2(layout.packing)
+    return BlockPlace(index, row)
+
+
+def _num_rows(cell: DecodeCell) -> Int:
+    return cell.row_end if cell.row_begin is None else cell.row_end - cell.row_begin
+
+
+def _num_new_rows(schedule: Schedule, cell: DecodeCell) -> Int:
+    """Rows of a cell that hold new tokens."""
+    num_rows = 1
+    if schedule.phase.block_q > 1:
+        # The last row that is fetched has the last new token.
+        num_rows = cell.row_end - (cell.new_place >> log2(schedule.packing))
+    return ints.where(cell.new_place >= 0, num_rows, 0)
 
 
 def new_end(phase: PhaseConfig, cell: DecodeCell) -> Int:

@@ -18,12 +18,13 @@ from jax_kernels.ragged_paged_attention.config import (
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
     DecodeCell,
     Step,
+    StepCursor,
     describe_step,
     new_end,
     step_structure,
     tokens_per_step,
 )
-from jax_kernels.ragged_paged_attention.kernel.schedule import Cursor, Lengths, Schedule
+from jax_kernels.ragged_paged_attention.kernel.schedule import Lengths, Schedule
 from jax_kernels.ragged_paged_attention.layout import CacheLayout
 
 BLOCK_KV, PAGE_SIZE, PAGES_PER_SEQUENCE = 8, 8, 8
@@ -66,12 +67,20 @@ def steps_of(schedule: Schedule, sequences: list[tuple[int, int]]) -> list[Step]
     def read_lengths(sequence: int) -> Lengths:
         return Lengths(starts[sequence], *sequences[sequence])
 
-    steps, cursor = [], Cursor(0, 0, 0)
+    steps, cursor = [], StepCursor(0, 0)
     while cursor.sequence < len(sequences):
         step, cursor = describe_step(schedule, cursor, len(sequences), read_lengths)
         steps.append(step)
         assert len(steps) < 1000
     return steps
+
+
+def row_begin(cell: DecodeCell) -> int:
+    return cell.row_begin or 0
+
+
+def has_new_token(cell: DecodeCell) -> bool:
+    return cell.new_place is not None and cell.new_place >= 0
 
 
 def cells_of(schedule: Schedule, sequences) -> list[DecodeCell]:
@@ -81,15 +90,15 @@ def cells_of(schedule: Schedule, sequences) -> list[DecodeCell]:
 def test_the_example_of_the_module():
     first, second = steps_of(make_schedule(), [(1, 5), (1, 20), (1, 6), (1, 9)])
     assert [cell.visible_end for cell in first.cells] == [5, 20, 12, 4]
-    assert [cell.is_first for cell in first.cells] == [1, 1, 0, 0]
+    assert [cell.num_before for cell in first.cells] == [0, 0, 8, 16]
     assert [cell.query for cell in first.cells] == [0, 1, 1, 1]
     assert (first.first_token, first.num_tokens, first.num_ended) == (0, 2, 2)
     assert [cell.visible_end for cell in second.cells] == [6, 9, 1, 0]
     assert (second.first_token, second.num_tokens, second.num_ended) == (2, 2, 2)
+    assert (first.extent, second.extent) == (20, 9)
     # Past the end: no rows, and an output that is never sent.
     last = second.cells[3]
-    assert last.row_begin == last.row_end
-    assert (last.new_place, last.out) == (-1, 4)
+    assert (last.row_end, last.new_place, last.query) == (0, -1, 4)
 
 
 def test_an_unfinished_sequence_sends_its_output_from_a_later_step():
@@ -103,9 +112,8 @@ def test_an_unfinished_sequence_sends_its_output_from_a_later_step():
 def test_a_sequence_without_a_query_takes_a_cell_and_no_token():
     (step,) = steps_of(make_schedule(), [(1, 3), (0, 7), (1, 4)])
     assert (step.num_tokens, step.num_ended) == (2, 2)
-    assert [cell.query for cell in step.cells[:3]] == [0, 1, 1]
-    assert [cell.out for cell in step.cells[:3]] == [0, 4, 1]
-    assert step.cells[1].row_begin == step.cells[1].row_end
+    assert [cell.query for cell in step.cells[:3]] == [0, 4, 1]
+    assert step.cells[1].row_end == 0
 
 
 def test_blocks_smaller_than_a_page_start_within_it():
@@ -134,8 +142,9 @@ def test_every_visible_token_is_met_once(
     steps = steps_of(schedule, sequences)
     cells = [cell for step in steps for cell in step.cells]
     for step in steps:
-        assert step.num_rows == sum(c.row_end - c.row_begin for c in step.cells)
-        assert step.num_written == sum(c.new_place >= 0 for c in step.cells)
+        assert step.num_rows == sum(c.row_end - row_begin(c) for c in step.cells)
+        assert step.num_written == sum(has_new_token(c) for c in step.cells)
+        assert step.extent == max(c.visible_end for c in step.cells)
         assert 0 <= step.num_ended <= step.num_tokens <= cells_per_step
 
     # The outputs that are sent are all tokens, in order, each once.
@@ -149,19 +158,19 @@ def test_every_visible_token_is_met_once(
             token = step.first_token + cell.query
             first_page = cell.place.table_index % PAGES_PER_SEQUENCE
             start = first_page * PAGE_SIZE
-            begin = max(cell.visible_begin if window else 0, 0)
+            begin = max(cell.visible_begin or 0, 0)
             end = min(cell.visible_end, BLOCK_KV)
-            if cell.out < cells_per_step:
+            if cell.query < cells_per_step:
                 met.setdefault(token, []).extend(range(start + begin, start + end))
                 # What is seen is fetched or new, whole packed rows at a time.
                 for position in range(begin, end):
                     row = position // packing
-                    is_fetched = cell.row_begin <= row < cell.row_end
+                    is_fetched = row_begin(cell) <= row < cell.row_end
                     assert is_fetched or position == cell.new_place
-            if cell.new_place >= 0:
+            if has_new_token(cell):
                 row = cell.new_place // packing
                 # The other tokens of the row must be there to be written back.
-                assert cell.row_begin <= row < cell.row_end
+                assert row_begin(cell) <= row < cell.row_end
                 written.setdefault(token, []).append(start + cell.new_place)
 
     live = [kv_len for q_len, kv_len in sequences if q_len]
@@ -216,13 +225,12 @@ def test_several_new_tokens_are_sent_and_written_once(
             start = cell.place.table_index % PAGES_PER_SEQUENCE * PAGE_SIZE
             sequence = cell.place.table_index // PAGES_PER_SEQUENCE
             end = new_end(schedule.phase, cell)
-            begin = max(cell.visible_begin if window else 0, 0)
+            begin = max(cell.visible_begin or 0, 0)
             if cell.num_queries:
                 assert cell.query + cell.num_queries <= step.num_tokens
-                assert cell.out == cell.query
                 met |= {(sequence, start + place) for place in range(begin, end)}
             # All rows with a visible token are fetched, those of new tokens too.
-            assert cell.row_begin * packing <= begin or end <= begin
+            assert row_begin(cell) * packing <= begin or end <= begin
             assert cell.row_end * packing >= end or not cell.num_queries
             if cell.new_place >= 0:
                 written += [(sequence, start + i) for i in range(cell.new_place, end)]
@@ -254,7 +262,7 @@ def test_traced_steps_are_those_of_plain_ints(update):
 
         return describe_step(schedule, cursor, jnp.int32(5), read_lengths)
 
-    cursor = Cursor(0, 0, 0)
+    cursor = StepCursor(0, 0)
     steps = steps_of(schedule, sequences)
     assert all(type(number) is int for number in jax.tree.leaves(steps))
     for plain in steps:
@@ -264,6 +272,6 @@ def test_traced_steps_are_those_of_plain_ints(update):
 
 def test_a_step_is_kept_as_a_flat_list_of_numbers():
     (step,) = steps_of(make_schedule(), [(1, 5)])
-    structure = step_structure(make_schedule().phase)
+    structure = step_structure(make_schedule())
     assert jax.tree.structure(step) == structure
     assert jax.tree.unflatten(structure, jax.tree.leaves(step)) == step
