@@ -30,7 +30,7 @@ VMEM_LIMIT_SHARE = 0.95
 DEFAULT_BUFFER_SHARE = 0.97
 # Softmax tiles, as f32 scores, that the compiler keeps in VMEM besides the buffers: as
 # seen in its reports, rounded up.
-SPILLED_TILES, DECODE_SPILLED_TILES = 7.5, 4
+SPILLED_TILES, DECODE_SPILLED_TILES = 6.5, 4
 # The compiler keeps some SMEM for itself and needs more for spilled scalars.
 SMEM_RESERVE_BYTES = 128 * 1024
 

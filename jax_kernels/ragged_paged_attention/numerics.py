@@ -8,6 +8,7 @@ import numpy as np
 
 from jax_kernels.chips import E4M3FN_BIAS, Chip
 from jax_kernels.contract import AttentionOptions
+from jax_kernels.ragged_paged_attention.layout import dtype_packing
 
 LOG2_E = math.log2(math.e)
 
@@ -51,6 +52,14 @@ class Numerics:
     packs_16_bits: bool
     rounds_in_16_bits: bool
     sums_in_matrix_unit: bool
+
+    @property
+    def masked_packing(self) -> int:
+        """Probabilities that share a word when those of unseen keys become zeros.
+
+        The vector units sum them in float32, the matrix units as they meet values.
+        """
+        return dtype_packing(self.value_dtype) if self.sums_in_matrix_unit else 1
 
 
 def choose(

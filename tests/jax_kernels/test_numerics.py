@@ -165,3 +165,18 @@ def test_new_tokens_are_rounded_as_the_chip_can(
     )
     assert values.rounds_in_software == in_software
     assert values.rounds_in_16_bits == in_16_bits
+
+
+@pytest.mark.parametrize(
+    "chip, lanes, q_dtype, packing",
+    [
+        (chips.TPU7X, 128, "bfloat16", 2),
+        (chips.TPU7X, 256, "bfloat16", 1),
+        (chips.TPU7X, 128, "float32", 1),
+        (chips.V5E, 128, "bfloat16", 1),
+    ],
+)
+def test_probabilities_are_masked_as_they_are_summed(chip, lanes, q_dtype, packing):
+    """In float32 where the vector units sum them."""
+    values = numerics_of(chip=chip, lanes=lanes, q_dtype=q_dtype)
+    assert values.masked_packing == packing

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from jax_kernels.ragged_paged_attention.layout import LANES
@@ -30,13 +31,15 @@ ANCHOR_KEYS = LANES
 # second one, which they can only pass within one block, they may be infinite. What was
 # summed before is then less than 2**-32 of the sum.
 MAX_SUM, MAX_WHOLE_SUM = 2.0**32, 2.0**64
+# Less than the sum of any row that saw a key, or has a sink; its inverse is finite.
+MIN_SUM = 2.0**-100
 
 
 class SoftmaxState(NamedTuple):
     """Running state of some query rows; f32 whatever the output is."""
 
     m: jax.Array  # f32[rows, 128], all lanes equal
-    l: jax.Array  # noqa: E741  f32[rows, 128], all lanes equal
+    l: jax.Array  # noqa: E741  f32[rows, 128], all lanes equal, or see spread_sums
     acc: jax.Array  # f32[rows, lanes]
 
 
@@ -165,18 +168,62 @@ def accumulate(
 
 
 def sum_and_weigh(
-    p: jax.Array, v: jax.Array, lanes: int, dtype: DTypeLike
+    p: jax.Array,
+    v: jax.Array,
+    lanes: int,
+    dtype: DTypeLike,
+    visible_bits: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of the probabilities and the weighted values of one block.
 
-    Arguments are as in ``accumulate``.
+    The sum is spread (``spread_sums``), unless ``v`` has columns of ones.
+
+    Arguments are as in ``accumulate`` and in ``only_visible``. Bits may fit the
+    probabilities, or, if ``v`` has columns of ones, those of ``dtype``.
     """
-    products = dot_f32(p.astype(dtype), v, rhs_contract=0)
+    if visible_bits is not None and visible_bits.shape == p.shape:
+        p = only_visible(p, visible_bits)
+        visible_bits = None
+    weights = p.astype(dtype)
+    if visible_bits is not None:
+        weights = only_visible(weights, visible_bits)
+    products = dot_f32(weights, v, rhs_contract=0)
     if v.shape[1] > lanes:
         row_sum = products[:, lanes:]
     else:
-        row_sum = jnp.sum(p, axis=1, keepdims=True)
+        row_sum = spread_sums(p)
     return row_sum, products[:, :lanes]
+
+
+def only_visible(p: jax.Array, visible_bits: jax.Array) -> jax.Array:
+    """Zeros in the place of probabilities of keys that a query does not see.
+
+    Whatever stood there, infinity and NaN too, is gone.
+
+    Args:
+      p: [rows, keys].
+      visible_bits: u32[rows // packing, keys], all ones in the place of the others.
+    """
+    return pltpu.bitcast(pltpu.bitcast(p, jnp.uint32) & visible_bits, p.dtype)
+
+
+def spread_sums(p: jax.Array) -> jax.Array:
+    """The sums of rows as the means over 128 lanes, f32[rows, 128].
+
+    To add lanes takes the slow way through the cross-lane units: state is kept so, and
+    they are added once, by ``whole_sums``. The largest lane of a row is at least its
+    sum.
+    """
+    if p.shape[1] % LANES:
+        return across(jnp.sum(p, axis=1, keepdims=True), LANES)
+    first, *others = (p[:, i : i + LANES] for i in range(0, p.shape[1], LANES))
+    return LANES * sum(others, start=first)
+
+
+def whole_sums(state: SoftmaxState) -> SoftmaxState:
+    """The state with all lanes of ``l`` equal, for sums that are spread or not."""
+    l = jnp.sum(state.l, axis=1, keepdims=True) * (1.0 / LANES)  # noqa: E741
+    return state._replace(l=across(l, LANES))
 
 
 def add_block(
@@ -205,10 +252,10 @@ def normalise(state: SoftmaxState, scale: float) -> jax.Array:
 
     ``scale`` is a factor of the values.
     """
-    inverse = jnp.where(state.l > 0.0, 1.0 / state.l, 0.0)
+    # One operation instead of two: acc is zero where l is.
+    inverse = 1.0 / jnp.maximum(state.l, MIN_SUM)
     if scale != 1.0:
         inverse = inverse * scale
-    # Rows without a key hold acc = 0 unless a sink alone made l positive.
     return state.acc * across(inverse, state.acc.shape[1])
 
 

@@ -1,5 +1,6 @@
 """The running softmax equals the softmax of everything at once."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def fold(state: SoftmaxState, scores, values, *, with_ones=False) -> SoftmaxStat
     total, acc = online_softmax.accumulate(
         p, v, correction, state.l, state.acc, v.dtype
     )
-    return SoftmaxState(m, total, acc)
+    return online_softmax.whole_sums(SoftmaxState(m, total, acc))
 
 
 def dense(scores, values, sink=None):
@@ -216,6 +217,7 @@ def test_any_anchor_gives_the_same_softmax_within_range(shift):
     for index in range(2):
         state = add_anchored(state, scores[index], values[index], is_first=index == 0)
     assert np.isfinite(np.asarray(state.acc)).all()
+    state = online_softmax.whole_sums(state)
     expected, magnitude = dense(np.concatenate(scores, 1), np.concatenate(values))
     out = np.asarray(online_softmax.normalise(state, 1.0))
     assert (abs(out - expected) <= 1e-5 * magnitude).all()
@@ -253,3 +255,36 @@ def test_renormalised_rows_are_the_same(m):
     np.testing.assert_allclose(new.l, state.l / 2.0**moved, rtol=1e-5)
     if m == 0.0:
         assert np.asarray(new.l).max() <= 1.01
+
+
+@pytest.mark.parametrize("keys", [32, 128, 384])
+def test_spread_sums_have_the_sum_as_their_mean_and_no_larger_one(keys):
+    p = np.random.default_rng(0).uniform(size=(ROWS, keys)).astype(np.float32)
+    p[0] = 0.0
+    p[0, 7] = 3.0
+    spread = online_softmax.spread_sums(jnp.asarray(p))
+    assert spread.shape == (ROWS, LANES)
+    total = p.sum(axis=1, dtype=np.float64)
+    state = first_state()._replace(l=spread)
+    whole = np.asarray(online_softmax.whole_sums(state).l)
+    np.testing.assert_allclose(whole, np.tile(total[:, None], LANES), rtol=1e-6)
+    assert (np.asarray(spread).max(axis=1) >= total * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype, packing", [("float32", 1), ("bfloat16", 2)])
+def test_whatever_an_unseen_key_has_becomes_zero(dtype, packing):
+    rng = np.random.default_rng(0)
+    p = rng.uniform(size=(16, LANES)).astype(np.float32)
+    is_seen = rng.uniform(size=p.shape) < 0.5
+    p[~is_seen] = rng.choice([np.nan, np.inf, -np.inf, 2.0], size=(~is_seen).sum())
+    # The first of the rows that share a word has its low bits.
+    ones = np.uint64(2 ** (32 // packing) - 1)
+    bits = np.where(is_seen, ones, 0).astype(np.uint64)
+    places = [bits[i::packing] << np.uint64(32 // packing * i) for i in range(packing)]
+    words = np.bitwise_or.reduce(places)
+    seen = jax.jit(online_softmax.only_visible)(
+        jnp.asarray(p, dtype), jnp.asarray(words.astype(np.uint32))
+    )
+    expected = np.where(is_seen, np.asarray(jnp.asarray(p, dtype), np.float32), 0.0)
+    np.testing.assert_array_equal(np.asarray(seen, np.float32), expected)
+    assert seen.dtype == dtype

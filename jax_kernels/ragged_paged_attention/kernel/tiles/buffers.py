@@ -13,10 +13,12 @@ from jax_kernels.ragged_paged_attention.kernel.schedule import EMPTY_CELL
 from jax_kernels.ragged_paged_attention.layout import LANES
 from jax_kernels.ragged_paged_attention.token_layout import TokenRows
 
-# Prepared queries: of the present cell and of the following one.
-NUM_QUERY_SLOTS = 2
 # Fetched queries, new tokens and outputs: each is used up before the next is needed.
 ONLY_SLOT = 0
+
+# Blocks that need a mask are computed this many tokens at a time: the columns of a
+# matrix unit.
+MASKED_TOKENS = 256
 
 # How the numbers of a cell are noted.
 CELL_STRUCTURE = jax.tree.structure(EMPTY_CELL)
@@ -27,25 +29,32 @@ class Buffers(NamedTuple):
 
     rings: refs.Rings
     seam: Any  # [heads_per_page, 1, packing, lanes]: the row of old and new tokens
-    q: Any  # [2, Hkv, query rows, lanes]: multiplied and cast
+    q: Any  # [Hkv, query rows, lanes]: multiplied and cast
     m: Any  # f32[1, Hkv, query rows, 128]
     l: Any  # noqa: E741  f32[1, Hkv, query rows, 128]
     acc: Any  # f32[1, Hkv, query rows, lanes]
+    waiting: Any  # f32[chunks of a block, rows, tokens]: scores of a softmax tile
+    visible: Any  # u32[block_q // packing, tokens of a chunk]: bits that take part
 
 
 TileContext: TypeAlias = PhaseContext[Buffers]
+
+
+def chunk_tokens(phase: PhaseConfig) -> int:
+    """Tokens of a block that are computed at once where it needs a mask."""
+    return min(MASKED_TOKENS, phase.block_kv)
 
 
 def new_token_capacity(config: KernelConfig, phase: PhaseConfig) -> int:
     """Tokens that there is room for in ``keys`` and in ``values``.
 
     A tile brings block_q new tokens to a block, and up to twice as many of earlier
-    tiles whose writes have not been seen to end. More of them come in pieces, as they
-    do in wide rows, which are dear to keep.
+    tiles whose writes have not been seen to end. More of them, as there are without a
+    causal mask, come in pieces if rows are wide and so dear to keep.
     """
     if config.lanes <= LANES:
         return phase.block_kv
-    return min(phase.block_kv, 2 * phase.block_q)
+    return min(phase.block_kv, 3 * phase.block_q)
 
 
 def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
@@ -66,6 +75,9 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
         cache.lanes,
     )
     state = config.num_kv_heads, config.query_rows(phase)
+    chunk = chunk_tokens(phase)
+    waiting = phase.block_kv // chunk, config.softmax_rows(phase), chunk
+    visible = phase.block_q // config.numerics.masked_packing, chunk
     return Buffers(
         rings=refs.Rings(
             queries=tokens(config.query_layout),
@@ -79,12 +91,14 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             if updates
             else None
         ),
-        q=Shaped(
-            (NUM_QUERY_SLOTS, *state, config.lanes), config.numerics.multiply_dtype
-        ),
+        q=Shaped((*state, config.lanes), config.numerics.multiply_dtype),
         m=Shaped((1, *state, LANES), jnp.float32),
         l=Shaped((1, *state, LANES), jnp.float32),
         acc=Shaped((1, *state, config.lanes), jnp.float32),
+        waiting=Shaped(waiting, jnp.float32),
+        visible=(
+            Shaped(visible, jnp.uint32) if config.spec.sliding_window is None else None
+        ),
     )
 
 

@@ -11,7 +11,7 @@ far above their anchor, which is rare.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +30,18 @@ from jax_kernels.ragged_paged_attention.kernel.block_loads import (
     value_words_mask,
 )
 from jax_kernels.ragged_paged_attention.kernel.ints import Bool
-from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
+from jax_kernels.ragged_paged_attention.kernel.online_softmax import (
+    ANCHOR_KEYS,
+    SoftmaxState,
+)
 from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int, log2
 from jax_kernels.ragged_paged_attention.kernel.tiles import recovery, softmax_tiles
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
     ONLY_SLOT,
     TileContext,
+    chunk_tokens,
 )
 from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import (
-    Place,
     SoftmaxTile,
     Tokens,
 )
@@ -48,12 +51,9 @@ from jax_kernels.ragged_paged_attention.layout import LANES
 MAX_STRETCH_TILES = 16
 # The same in float32, whose products take several times as much code.
 MAX_F32_STRETCH_TILES = 4
-# Blocks that need a mask are computed this many tokens at a time: the columns of a
-# matrix unit.
-MASKED_TOKENS = 256
 
 
-def prepare_queries(context: TileContext, query_slot: Int, num_queries: Int) -> None:
+def prepare_queries(context: TileContext, num_queries: Int) -> None:
     """Splits a tile by key head, applies the multiplier and casts, once per tile.
 
     Rows without a query become zeros: any scores of theirs are in range.
@@ -72,7 +72,7 @@ def prepare_queries(context: TileContext, query_slot: Int, num_queries: Int) -> 
                 continue
             place = pl.ds(member * block_q, block_q)
             x = tile_io.prepare_queries(tile_io.widen(x, config.lanes), config)
-            context.buffers.q[query_slot, head, place, :] = x
+            context.buffers.q[head, place, :] = x
 
 
 def store_output(context: TileContext) -> None:
@@ -90,6 +90,8 @@ def store_output(context: TileContext) -> None:
             member = min(member, config.group - 1)
             place = 0, head, pl.ds(member * block_q, block_q)
             state = SoftmaxState(buffers.m[place], buffers.l[place], buffers.acc[place])
+            if not config.numerics.sums_in_matrix_unit:
+                state = online_softmax.whole_sums(state)
             out = online_softmax.normalise(state, config.numerics.output_scale)
             heads.append(tile_io.value_lanes_first(out, config.cache))
         words = tile_io.pack_heads(heads, config.interpret)[:, : config.io_lanes]
@@ -99,7 +101,8 @@ def store_output(context: TileContext) -> None:
 def attend(
     context: TileContext,
     cell: Cell,
-    here: Place,
+    slot: Int,
+    following_slot: Int,
     plan: Callable[[], Any],
     when_empty: Callable[[], None],
 ) -> Any:
@@ -108,7 +111,8 @@ def attend(
     Args:
       context: Of the phase.
       cell: The cell.
-      here: Its place.
+      slot: Of its keys and values.
+      following_slot: Of those of the next cell, which has been received.
       plan: Plans a cell; runs in the shadow of the computation.
       when_empty: More to do for a cell without queries.
 
@@ -126,37 +130,72 @@ def attend(
         planned = plan()
         return planned, online_softmax.are_in_range(sums)
 
-    is_masked = masking.needs_mask(cell, context.phase.block_kv, context.config.spec)
     computations = (
-        functools.partial(_attend_block, context, cell, here),
-        functools.partial(_attend_chunks, context, cell, here),
+        functools.partial(_attend_block, context, cell, slot, following_slot),
+        functools.partial(_attend_chunks, context, cell, slot),
         do_nothing,
     )
     planned, are_in_range = lax.switch(
-        jnp.where(cell.num_queries > 0, is_masked.astype(jnp.int32), 2),
+        jnp.where(cell.num_queries > 0, jnp.where(is_whole(context, cell), 0, 1), 2),
         [functools.partial(with_plan, compute) for compute in computations],
     )
 
     @pl.when(jnp.logical_not(are_in_range))
     def _():
-        recovery.recover(context, cell, here)
+        recovery.recover(context, cell, slot)
 
     return planned
 
 
-def _attend_block(context: TileContext, cell: Cell, here: Place) -> jax.Array:
-    """A block that every query sees. Returns what ``_attend_tiles`` does."""
-    tokens = Tokens(0, context.phase.block_kv)
-    return _attend_tiles(context, here, tokens, cell.block == 0)
+def is_whole(context: TileContext, cell: Cell) -> jax.Array:
+    """bool: whether there are queries, and all of them see all of the block."""
+    spec, block_kv = context.config.spec, context.phase.block_kv
+    is_masked = masking.needs_mask(cell, block_kv, spec)
+    return (cell.num_queries > 0) & jnp.logical_not(is_masked)
 
 
-def _attend_chunks(context: TileContext, cell: Cell, here: Place) -> jax.Array:
+def score_ahead(context: TileContext, slot: Int, head: Int = 0) -> None:
+    """Computes the scores that the code of a cell, or of a round, begins with.
+
+    With them the softmax and the products of the next scores begin at once.
+
+    Args:
+      context: Of the phase.
+      slot: Of the keys and values.
+      head: The first key head of the round.
+    """
+    softmax_tile = SoftmaxTile(head, 0, context.config.softmax_rows(context.phase))
+    block = Tokens(0, context.phase.block_kv)
+    scores = softmax_tiles.scores(context, slot, block, softmax_tile)
+    softmax_tiles.store_waiting_scores(context, scores)
+
+
+def _attend_block(
+    context: TileContext, cell: Cell, slot: Int, following_slot: Int
+) -> jax.Array:
+    """A block that every query sees; then the first scores of the following cell.
+
+    Returns what ``_attend_tiles`` does.
+    """
+    block = Tokens(0, context.phase.block_kv)
+    num_rounds = context.config.num_kv_heads // _round_heads(context)
+
+    def score_next_round(index: Int) -> None:
+        is_last = index + 1 == num_rounds
+        next_slot = ints.where(is_last, following_slot, slot)
+        head = ints.where(is_last, 0, (index + 1) * _round_heads(context))
+        score_ahead(context, next_slot, head)
+
+    return _attend_tiles(context, slot, block, cell.block == 0, score_next_round)
+
+
+def _attend_chunks(context: TileContext, cell: Cell, slot: Int) -> jax.Array:
     """The part of a block that some query sees, in chunks with masks.
 
     Returns what ``_attend_tiles`` does.
     """
     config = context.config
-    size = min(MASKED_TOKENS, context.phase.block_kv)
+    size = chunk_tokens(context.phase)
     begin = cell.visible_begin - cell.block_start
     end = cell.visible_end - cell.block_start
     first = ints.maximum(begin, 0) >> log2(size)
@@ -166,92 +205,109 @@ def _attend_chunks(context: TileContext, cell: Cell, here: Place) -> jax.Array:
 
     def attend_chunk(index: Int, _) -> jax.Array:
         tokens = Tokens(index * size, size)
+        if not _has_running_maximum(context):
+            softmax_tiles.store_visible_bits(context, cell, tokens)
+        words_mask = value_words_mask(
+            begin - tokens.first, end - tokens.first, size, config
+        )
         attend_tiles = functools.partial(
-            _attend_tiles,
-            context,
-            here,
-            tokens,
-            mask=functools.partial(
-                softmax_tiles.visible_pairs, context, cell, tokens=tokens
-            ),
-            words_mask=value_words_mask(
-                begin - tokens.first, end - tokens.first, size, config
-            ),
+            _attend_tiles, context, slot, tokens, mask=Mask(cell, words_mask)
         )
         is_first = (cell.block == 0) & (index == first)
-        if config.spec.sliding_window is not None:
-            return attend_tiles(is_first=is_first)
+        if _has_running_maximum(context):
+            return attend_tiles(is_first)
         # Most chunks are not the first one, and then need no search for an anchor.
         return lax.cond(
             is_first,
-            functools.partial(attend_tiles, is_first=True),
-            functools.partial(attend_tiles, is_first=False),
+            functools.partial(attend_tiles, True),
+            functools.partial(attend_tiles, False),
         )
 
     return lax.fori_loop(first, num_chunks, attend_chunk, _no_sums())
 
 
+class Mask(NamedTuple):
+    """What of some tokens takes part."""
+
+    cell: Cell  # whose queries see some of them
+    words: jax.Array  # as in ``block_loads.load_values``
+
+
+def _has_running_maximum(context: TileContext) -> bool:
+    """Whether blocks with a mask have one: their first keys may give no anchor."""
+    return context.config.spec.sliding_window is not None
+
+
+def _round_heads(context: TileContext) -> int:
+    """Key heads of one round."""
+    config = context.config
+    is_f32 = config.numerics.value_dtype == jnp.float32
+    most_tiles = MAX_F32_STRETCH_TILES if is_f32 else MAX_STRETCH_TILES
+    num_rows = config.softmax_rows(context.phase)
+    tiles_per_head = config.query_rows(context.phase) // num_rows
+    return largest_divisor(config.num_kv_heads, max(most_tiles // tiles_per_head, 1))
+
+
 def _attend_tiles(
     context: TileContext,
-    here: Place,
+    slot: Int,
     tokens: Tokens,
     is_first: Bool,
-    mask: Callable[..., jax.Array] | None = None,
-    words_mask: jax.Array | None = None,
+    score_next_round: Callable[[Int], None] | None = None,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Scores, softmax and values of some tokens of a block, for all softmax tiles.
 
+    Scores are computed one softmax tile ahead.
+
     Args:
       context: Of the phase.
-      here: The place of the cell.
+      slot: Of the keys and values.
       tokens: Which.
       is_first: Whether they are the first ones for their queries.
-      mask: Gives bool[rows, tokens] for a softmax tile, if some query does not see all.
-      words_mask: As in ``block_loads.load_values``.
+      score_next_round: Computes the scores that wait for what comes after a round.
+      mask: If some query does not see all of them.
 
     Returns:
-      f32[8, 128]: what is finite, and in range, if the sums of all rows are.
+      f32[8, 128]: what is in range only if the sums of all rows are.
     """
     config = context.config
     num_rows = config.softmax_rows(context.phase)
-    tiles_per_head = config.query_rows(context.phase) // num_rows
-    is_f32 = config.numerics.value_dtype == jnp.float32
-    most_tiles = MAX_F32_STRETCH_TILES if is_f32 else MAX_STRETCH_TILES
-    round_heads = largest_divisor(
-        config.num_kv_heads, max(most_tiles // tiles_per_head, 1)
-    )
-    # A row that sees none of the first keys, for a window, has no anchor yet.
-    is_anchored = mask is None or config.spec.sliding_window is None
-    # Softmax tiles whose scores wait: for the mask, but not for the compiler's order of
-    # long stretches, in which they would be spilled.
-    ahead = 0 if mask is None else 1
+    tile_rows = range(0, config.query_rows(context.phase), num_rows)
+    round_heads = _round_heads(context)
+    num_rounds = config.num_kv_heads // round_heads
+    # Only the first scores of a cell wait for its chunks.
+    are_waiting = score_next_round is not None or num_rounds == 1
 
     def run_round(index: Int, sums: jax.Array) -> jax.Array:
+        first_head = index * round_heads
         tiles = [
-            SoftmaxTile(index * round_heads + offset, number * num_rows, num_rows)
+            SoftmaxTile(first_head + offset, row, num_rows)
             for offset in range(round_heads)
-            for number in range(tiles_per_head)
+            for row in tile_rows
         ]
-        scores_of = functools.partial(softmax_tiles.scores, context, here, tokens)
-        waiting = [scores_of(softmax_tile) for softmax_tile in tiles[:ahead]]
+        scores_of = functools.partial(softmax_tiles.scores, context, slot, tokens)
+        later_scores = (
+            softmax_tiles.waiting_scores(context, tokens)
+            if are_waiting
+            else scores_of(tiles[0])
+        )
         for number, softmax_tile in enumerate(tiles):
-            if number + ahead < len(tiles):
-                waiting.append(scores_of(tiles[number + ahead]))
-            scores = waiting.pop(0)
-            if mask is not None:
-                is_seen = mask(softmax_tile=softmax_tile)
-                scores = jnp.where(is_seen, scores, online_softmax.MASKED_SCORE)
+            scores = later_scores
+            is_end = number + 1 == len(tiles)
+            if not is_end:
+                later_scores = scores_of(tiles[number + 1])
+            elif score_next_round is not None:
+                score_next_round(index)
             v = softmax_tiles.values(
-                context, here, softmax_tile.head, tokens, words_mask
+                context, slot, softmax_tile.head, tokens, mask and mask.words
             )
-            state = _update_state(
-                context, softmax_tile, is_first, is_anchored, scores, v
+            sums += _update_state(
+                context, softmax_tile, tokens, is_first, scores, v, mask, is_end
             )
-            softmax_tiles.store_state(context, softmax_tile, state)
-            sums += state.l.reshape(-1, SUBLANES, LANES).sum(axis=0)
         return sums
 
-    return lax.fori_loop(0, config.num_kv_heads // round_heads, run_round, _no_sums())
+    return lax.fori_loop(0, num_rounds, run_round, _no_sums())
 
 
 def _no_sums() -> jax.Array:
@@ -261,31 +317,68 @@ def _no_sums() -> jax.Array:
 def _update_state(
     context: TileContext,
     softmax_tile: SoftmaxTile,
+    tokens: Tokens,
     is_first: Bool,
-    is_anchored: bool,
     scores: jax.Array,
     v: jax.Array,
-) -> SoftmaxState:
-    """The state of one softmax tile after some keys."""
+    mask: Mask | None,
+    is_end: bool,
+) -> jax.Array:
+    """Adds some keys to the state of a softmax tile.
+
+    Args:
+      context: Of the phase.
+      softmax_tile: Which.
+      tokens: The keys.
+      is_first: Whether they are the first ones for their queries.
+      scores: f32[rows, tokens], not masked.
+      v: Their values.
+      mask: If some query does not see all of them.
+      is_end: Whether the code of a round ends with it.
+
+    Returns:
+      f32[8, 128]: what is in range only if the sums of all rows are.
+    """
     config = context.config
     before = softmax_tiles.load_state(context, softmax_tile)
     start = softmax_tiles.start_state(context, softmax_tile)
     m, l, acc = (  # noqa: E741
         ints.where(is_first, new, old) for new, old in zip(start, before, strict=True)
     )
+
+    def masked(scores: jax.Array, tokens: Tokens) -> jax.Array:
+        if mask is None:
+            return scores
+        is_seen = softmax_tiles.visible_pairs(context, mask.cell, tokens, softmax_tile)
+        return jnp.where(is_seen, scores, online_softmax.MASKED_SCORE)
+
     value_dtype = config.numerics.value_dtype
-    if not is_anchored:
-        p, m, correction = online_softmax.probabilities(scores, m)
+    if mask is not None and _has_running_maximum(context):
+        p, m, correction = online_softmax.probabilities(masked(scores, tokens), m)
         l, acc = online_softmax.accumulate(  # noqa: E741
             p, v, correction, l, acc, value_dtype
         )
-        return SoftmaxState(m, l, acc)
-    anchor = m
-    if is_first is not False:
-        anchor = ints.where(is_first, online_softmax.anchor(scores, start.m), m)
-    if config.spec.has_sinks and is_first is not False:
-        # Only the sink was summed before the first block.
-        l = l * jnp.exp2(m - anchor)  # noqa: E741
-    p = online_softmax.probabilities_at(scores, anchor)
-    row_sum, weighted = online_softmax.sum_and_weigh(p, v, config.lanes, value_dtype)
-    return SoftmaxState(anchor, l + row_sum, acc + weighted)
+        checked = l
+    else:
+        anchor = m
+        if is_first is not False:
+            first_keys = tokens._replace(number=min(ANCHOR_KEYS, tokens.number))
+            first_scores = masked(scores[:, : first_keys.number], first_keys)
+            anchor = ints.where(
+                is_first, online_softmax.anchor(first_scores, start.m), m
+            )
+        if config.spec.has_sinks and is_first is not False:
+            # Only the sink was summed before the first block.
+            l = l * jnp.exp2(m - anchor)  # noqa: E741
+        p = online_softmax.probabilities_at(scores, anchor)
+        visible_bits = mask and softmax_tiles.visible_bits(context, softmax_tile)
+        row_sum, weighted = online_softmax.sum_and_weigh(
+            p, v, config.lanes, value_dtype, visible_bits
+        )
+        # The last products of a round come late, and a branch waits for the check: so
+        # it is given what is known before, and at least as large.
+        is_early = is_end and mask is None and config.numerics.sums_in_matrix_unit
+        checked = l + (online_softmax.spread_sums(p) if is_early else row_sum)
+        m, l, acc = anchor, l + row_sum, acc + weighted  # noqa: E741
+    softmax_tiles.store_state(context, softmax_tile, SoftmaxState(m, l, acc))
+    return checked.reshape(-1, SUBLANES, LANES).sum(axis=0)

@@ -80,20 +80,11 @@ class Fetcher:
             stored_end=jnp.where(following.sequence == sequence, stored_end, 0),
         )
 
-    def start_queries(self, progress: Progress) -> None:
-        """Starts the fetch of the queries that the planned cell brings, if any.
-
-        Apart from the rest, since their buffer is free again before that of new tokens.
-        """
-        cell = load_cell(self.context, self._planned)
-        is_live = progress.num_live > 0
-
-        @pl.when(is_live & (cell.block == 0) & (cell.num_queries > 0))
-        def _():
-            self.copies.start_queries(cell)
-
     def start(self, progress: Progress) -> None:
-        """Starts the other DMAs of the planned cell, if there is one, and notes it."""
+        """Starts the DMAs of the planned cell, if there is one, and notes it.
+
+        Its queries are not among them.
+        """
         context, copies, slot = self.context, self.copies, progress.slot
         if context.updates:
             copies.wait_write_back(slot)
@@ -105,6 +96,18 @@ class Fetcher:
             if context.updates:
                 copies.start_new_tokens(cell)
             copies.start_block(cell, slot)
+
+    def start_queries(self, progress: Progress) -> None:
+        """Starts the fetch of the queries that a started cell brings, if any.
+
+        Apart from the rest, since their buffer is free later.
+        """
+        cell = load_cell(self.context, progress.slot)
+        is_live = progress.num_live > 0
+
+        @pl.when(is_live & (cell.block == 0) & (cell.num_queries > 0))
+        def _():
+            self.copies.start_queries(cell)
 
     @property
     def _planned(self) -> int:

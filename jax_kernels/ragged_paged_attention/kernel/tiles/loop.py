@@ -16,7 +16,6 @@ from jax_kernels.ragged_paged_attention.kernel.schedule import (
 )
 from jax_kernels.ragged_paged_attention.kernel.tiles import compute, new_tokens
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
-    NUM_QUERY_SLOTS,
     ONLY_SLOT,
     TileContext,
     allocate,
@@ -27,7 +26,6 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import (
     Progress,
     load_cell,
 )
-from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import Place
 
 __all__ = ["allocate", "run"]
 
@@ -48,12 +46,12 @@ def run(
         return num_done < progress.num_cells
 
     def run_step(carry):
-        num_done, here, progress = carry
+        num_done, slot, progress = carry
         following, progress = _process(
             context,
             copies,
             fetcher,
-            here,
+            slot,
             progress,
             has_following=num_done + 1 < progress.num_cells,
             when_empty=functools.partial(pl.when(num_done < 0), after_first_fetches),
@@ -62,12 +60,11 @@ def run(
 
     last_slot = jnp.int32(context.phase.num_slots - 1)
     notes.store(context.bookkeeping.notes, last_slot, EMPTY_CELL)
-    here = Place(slot=last_slot, query_slot=jnp.int32(0))
     progress = fetcher.begin(begin)
-    fetcher.start_queries(progress)
     fetcher.start(progress)
+    fetcher.start_queries(progress)
     progress = fetcher.plan(progress)
-    lax.while_loop(is_unfinished, run_step, (jnp.int32(-1), here, progress))
+    lax.while_loop(is_unfinished, run_step, (jnp.int32(-1), last_slot, progress))
     copies.wait_all_writes()
 
 
@@ -75,85 +72,90 @@ def _process(
     context: TileContext,
     copies: TileCopies,
     fetcher: Fetcher,
-    here: Place,
+    slot: Int,
     progress: Progress,
     has_following: jax.Array,
     when_empty: Callable[[], None],
-) -> tuple[Place, Progress]:
-    """Receives the following cell, then computes the one that is here.
+) -> tuple[Int, Progress]:
+    """Receives the block of the following cell, then computes the cell in a slot.
 
     Args:
       context: Of the phase.
       copies: Its copies.
       fetcher: Starts the cell after the following one, and plans the one after that.
-      here: The place of a received cell.
+      slot: That of a received cell.
       progress: That of the fetcher.
       has_following: Whether there is one more.
       when_empty: More to do for a cell without queries.
 
     Returns:
-      The place of the following cell, and the progress of the fetcher.
+      The slot of the following cell, and the progress of the fetcher.
     """
-    cell = load_cell(context, here.slot)
+    cell = load_cell(context, slot)
     is_last = (cell.num_queries > 0) & (cell.block + 1 >= cell.num_blocks)
-    following = Place(
-        next_slot(here.slot, context.phase.num_slots),
-        next_slot(here.query_slot, NUM_QUERY_SLOTS, is_last),
-    )
+    following_slot = next_slot(slot, context.phase.num_slots)
 
     @pl.when(has_following)
     def _():
-        _receive(context, copies, fetcher, following, progress)
+        _receive_block(context, copies, following_slot)
 
     fetcher.start(progress)
     planned = compute.attend(
         context,
         cell,
-        here,
+        slot,
+        following_slot,
         plan=functools.partial(fetcher.plan, progress),
         when_empty=when_empty,
     )
 
+    following = load_cell(context, following_slot)
+    begins = has_following & (following.block == 0) & (following.num_queries > 0)
+
+    @pl.when(begins)
+    def _():
+        copies.wait_queries(following)
+
     @pl.when(is_last)
     def _():
         copies.wait_output(ONLY_SLOT)
+        # One stretch for three things, of which the scores take the matrix units. What
+        # there is no following tile for is not used.
+        compute.prepare_queries(context, following.num_queries)
+        compute.score_ahead(context, following_slot)
         compute.store_output(context)
         copies.start_output(ONLY_SLOT, cell.query_token, cell.num_queries)
 
-    return following, planned
-
-
-def _receive(
-    context: TileContext,
-    copies: TileCopies,
-    fetcher: Fetcher,
-    here: Place,
-    progress: Progress,
-) -> None:
-    """Waits for a fetched cell and puts its queries and new tokens in place."""
-    cell = load_cell(context, here.slot)
-
-    @pl.when((cell.block == 0) & (cell.num_queries > 0))
+    @pl.when(jnp.logical_not(is_last | compute.is_whole(context, cell)))
     def _():
-        copies.wait_queries(cell)
-        compute.prepare_queries(context, here.query_slot, cell.num_queries)
+        @pl.when(begins)
+        def _():
+            compute.prepare_queries(context, following.num_queries)
+
+        compute.score_ahead(context, following_slot)
 
     fetcher.start_queries(progress)
-    copies.wait_block(cell, here.slot)
+    return following_slot, planned
+
+
+def _receive_block(context: TileContext, copies: TileCopies, slot: Int) -> None:
+    """Waits for the block of a fetched cell and puts its new tokens in place."""
+    cell = load_cell(context, slot)
+    copies.wait_block(cell, slot)
     if context.carries:
 
         @pl.when(cell.new_begin > cell.carried_begin)
         def _():
-            new_tokens.carry(context, cell, here.slot)
+            new_tokens.carry(context, cell, slot)
 
     if context.updates:
 
         @pl.when(cell.new_end > cell.new_begin)
         def _():
-            new_tokens.merge(context, copies, cell, here.slot)
+            new_tokens.merge(context, copies, cell, slot)
 
-        new_tokens.carry_seam(context, cell, here.slot)
+        new_tokens.carry_seam(context, cell, slot)
 
         @pl.when(cell.write_row_end > cell.write_row_begin)
         def _():
-            copies.start_write_back(cell, here.slot)
+            copies.start_write_back(cell, slot)

@@ -18,7 +18,6 @@ from jax_kernels.ragged_paged_attention.kernel.schedule import Cell
 from jax_kernels.ragged_paged_attention.kernel.tiles import softmax_tiles
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import TileContext
 from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import (
-    Place,
     SoftmaxTile,
     Tokens,
 )
@@ -27,7 +26,7 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import (
 MAX_ROWS = 128
 
 
-def recover(context: TileContext, cell: Cell, here: Place) -> None:
+def recover(context: TileContext, cell: Cell, slot: Int) -> None:
     """Brings all sums of a cell, whose block was just added, into range again.
 
     Rows whose sum was lost are computed again from this block alone. What they had
@@ -49,6 +48,7 @@ def recover(context: TileContext, cell: Cell, here: Place) -> None:
         first_row = pl.multiple_of((index - head * pieces) * num_rows, num_rows)
         softmax_tile = SoftmaxTile(head, first_row, num_rows)
         state = softmax_tiles.load_state(context, softmax_tile)
+        state = online_softmax.whole_sums(state)
         is_lost = online_softmax.is_lost(state)
         start = softmax_tiles.start_state(context, softmax_tile)
         state = SoftmaxState(
@@ -61,22 +61,20 @@ def recover(context: TileContext, cell: Cell, here: Place) -> None:
         takes_part &= online_softmax.across(is_lost, block.number) > 0.0
         scores = jnp.where(
             takes_part,
-            softmax_tiles.scores(context, here, block, softmax_tile),
+            softmax_tiles.scores(context, slot, block, softmax_tile),
             online_softmax.MASKED_SCORE,
         )
         p, m, correction = online_softmax.probabilities(scores, state.m)
         l, acc = online_softmax.accumulate(  # noqa: E741
             p,
-            softmax_tiles.values(context, here, head, block, words_mask),
+            softmax_tiles.values(context, slot, head, block, words_mask),
             correction,
             state.l,
             state.acc,
             config.numerics.value_dtype,
         )
-        softmax_tiles.store_state(
-            context,
-            softmax_tile,
-            online_softmax.renormalised(SoftmaxState(m, l, acc)),
-        )
+        state = online_softmax.whole_sums(SoftmaxState(m, l, acc))
+        state = online_softmax.renormalised(state)
+        softmax_tiles.store_state(context, softmax_tile, state)
 
     lax.fori_loop(0, config.num_kv_heads * pieces, piece, None)

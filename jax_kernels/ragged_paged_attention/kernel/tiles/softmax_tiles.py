@@ -20,13 +20,6 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import TileContext
 from jax_kernels.ragged_paged_attention.layout import LANES
 
 
-class Place(NamedTuple):
-    """Where a received cell is."""
-
-    slot: Int  # of its keys and values
-    query_slot: Int  # of its prepared queries
-
-
 class SoftmaxTile(NamedTuple):
     """Some query rows of one key head."""
 
@@ -43,15 +36,15 @@ class Tokens(NamedTuple):
 
 
 def scores(
-    context: TileContext, place: Place, tokens: Tokens, softmax_tile: SoftmaxTile
+    context: TileContext, slot: Int, tokens: Tokens, softmax_tile: SoftmaxTile
 ) -> jax.Array:
     """f32[rows, tokens], not masked."""
     config = context.config
     _, head, rows = _state_index(softmax_tile)
     return online_softmax.score_tile(
-        context.buffers.q[place.query_slot, head, rows],
+        context.buffers.q[head, rows],
         load_keys(
-            context.rings.kv.at[place.slot],
+            context.rings.kv.at[slot],
             head,
             tokens.number,
             config,
@@ -62,9 +55,26 @@ def scores(
     )
 
 
+def waiting_scores(context: TileContext, tokens: Tokens) -> jax.Array:
+    """f32[rows, tokens]: what ``store_waiting_scores`` kept, of whole chunks."""
+    waiting = context.buffers.waiting
+    size = waiting.shape[-1]
+    first = tokens.first >> log2(size)
+    chunks = [waiting[first + index] for index in range(tokens.number // size)]
+    return jnp.concatenate(chunks, axis=1)
+
+
+def store_waiting_scores(context: TileContext, scores: jax.Array) -> None:
+    """Keeps the scores of a softmax tile with a whole block, not masked."""
+    waiting = context.buffers.waiting
+    chunks, _, size = waiting.shape
+    for index in range(chunks):
+        waiting[index] = scores[:, index * size : (index + 1) * size]
+
+
 def values(
     context: TileContext,
-    place: Place,
+    slot: Int,
     head: Int,
     tokens: Tokens,
     words_mask: jax.Array | None,
@@ -74,7 +84,7 @@ def values(
     Arguments are as in ``block_loads.load_values``.
     """
     v = load_values(
-        context.rings.kv.at[place.slot],
+        context.rings.kv.at[slot],
         head,
         tokens.number,
         words_mask,
@@ -120,6 +130,41 @@ def visible_pairs(
     """
     row = lax.broadcasted_iota(jnp.int32, (softmax_tile.num_rows, 1), 0)
     token = (row + softmax_tile.first_row) & (context.phase.block_q - 1)
+    return _visible(context, cell, tokens, token)
+
+
+def store_visible_bits(context: TileContext, cell: Cell, tokens: Tokens) -> None:
+    """Keeps which query of a tile sees which of some tokens, as bits of its words.
+
+    They are the same for all heads.
+    """
+    visible = context.buffers.visible
+    num_words = visible.shape[0]
+    packing = context.phase.block_q // num_words
+    word = lax.broadcasted_iota(jnp.int32, (num_words, 1), 0)
+    bits = jnp.zeros(visible.shape, jnp.uint32)
+    for place in range(packing):
+        ones = jnp.uint32((2 ** (32 // packing) - 1) << (place * 32 // packing))
+        is_seen = _visible(context, cell, tokens, word * packing + place)
+        bits |= jnp.where(is_seen, ones, jnp.uint32(0))
+    visible[...] = bits
+
+
+def visible_bits(context: TileContext, softmax_tile: SoftmaxTile) -> jax.Array:
+    """u32[rows // packing, tokens]: those that are kept, for the rows of a tile."""
+    visible, block_q = context.buffers.visible, context.phase.block_q
+    packing = block_q // visible.shape[0]
+    pieces = [
+        visible[pl.ds((row & (block_q - 1)) // packing, number // packing)]
+        for row, number in _pieces(softmax_tile, block_q)
+    ]
+    return jnp.concatenate(pieces)
+
+
+def _visible(
+    context: TileContext, cell: Cell, tokens: Tokens, token: jax.Array
+) -> jax.Array:
+    """bool[n, tokens] for i32[n, 1], numbers of queries in the tile."""
     key = lax.broadcasted_iota(jnp.int32, (1, tokens.number), 1)
     return masking.attention_mask(
         cell.query_position + jnp.minimum(token, cell.num_queries - 1),
@@ -144,14 +189,17 @@ def _first_row(context: TileContext, tokens: Tokens) -> Int:
 def _sink_logits(context: TileContext, softmax_tile: SoftmaxTile) -> jax.Array:
     """f32[rows, 128]: a sink counts as one key with its logit and a zero value."""
     config, block_q = context.config, context.phase.block_q
-    head, first_row, num_rows = softmax_tile
-    # The piece of a query head's rows that one softmax tile has.
-    piece = math.gcd(block_q, num_rows)
-    members = [(first_row + row) >> log2(block_q) for row in range(0, num_rows, piece)]
-    logits = [
-        online_softmax.sink_logit(context.inputs.sinks[head * config.group + member])
-        for member in members
-    ]
-    return jnp.concatenate(
-        [jnp.full((piece, LANES), logit, jnp.float32) for logit in logits]
-    )
+    first = softmax_tile.head * config.group
+    pieces = []
+    for row, number in _pieces(softmax_tile, block_q):
+        sink = context.inputs.sinks[first + (row >> log2(block_q))]
+        logit = online_softmax.sink_logit(sink)
+        pieces.append(jnp.full((number, LANES), logit, jnp.float32))
+    return jnp.concatenate(pieces)
+
+
+def _pieces(softmax_tile: SoftmaxTile, block_q: int) -> list[tuple[int, int]]:
+    """First row and number of the rows that a softmax tile has of each query head."""
+    _, first_row, num_rows = softmax_tile
+    number = math.gcd(block_q, num_rows)
+    return [(first_row + row, number) for row in range(0, num_rows, number)]
