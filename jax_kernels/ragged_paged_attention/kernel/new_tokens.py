@@ -47,12 +47,15 @@ def load_tokens(
       config: Gives dtypes and geometry.
 
     Returns:
-      [size, io_lanes] of each head: f32, or bf16 where tokens share words.
+      [size, io_lanes] of each head: f32, or bf16 where tokens share words or need not
+      be widened.
     """
     layout = config.new_token_layout
     if isinstance(layout, TokenRows):
         tokens = tile_io.TokenWords(ring, layout, config.interpret)
         words = tokens.load(group, first, size)
+        if config.numerics.packs_16_bits:
+            return tile_io.unpack_bfloat16(words)
         return tile_io.unpack_heads(words, layout.packing)
     place = first + (origin_token & (layout.tokens_per_piece - 1))
     first, num_words = place >> 1, size // 2

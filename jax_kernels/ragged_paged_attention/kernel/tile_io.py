@@ -172,6 +172,13 @@ def unpack_heads(words: jax.Array, packing: int) -> list[jax.Array]:
     return [low, high]
 
 
+def unpack_bfloat16(words: jax.Array) -> list[jax.Array]:
+    """The two heads that share a word row, as bf16 arrays."""
+    words = pltpu.bitcast(words, jnp.int32)
+    halves = words, words >> 16
+    return [pltpu.bitcast(half.astype(jnp.int16), jnp.bfloat16) for half in halves]
+
+
 def pack_heads(heads: list[jax.Array], interpret: bool) -> jax.Array:
     """Inverse of ``unpack_heads``, rounding to bf16 when there are two heads."""
     if len(heads) == 1:
@@ -280,24 +287,27 @@ def bfloat16_to_e4m3fn(x: jax.Array) -> jax.Array:
         return pltpu.bitcast(value, jnp.bfloat16)
 
     bits = pairs(x)
-    sign = (bits >> jnp.uint32(8)) & jnp.uint32(0x00800080)
     magnitude = bits & jnp.uint32(0x7FFF7FFF)
-    # What lies above infinity carries into the sign.
-    is_nan = pairs(int16(magnitude) + jnp.int16(0x7F)) >> jnp.uint32(8)
-    is_nan &= jnp.uint32(0x00800080)
-    nan = is_nan - (is_nan >> jnp.uint32(7))  # 0x7F
 
     limits = jnp.finfo(jnp.float8_e4m3fn)
-    a = jnp.minimum(bfloat16(magnitude), jnp.bfloat16(limits.max))
+    a = jnp.minimum(bfloat16(magnitude), jnp.bfloat16(limits.max))  # NaN stays NaN
     e = bfloat16(pairs(a) & jnp.uint32(0x7F807F80))
     e = int16(jnp.maximum(e, jnp.bfloat16(limits.smallest_normal)))
     # 0x200 multiplies by 16. 0x38 is -8 * 121 in the low byte: the smallest normal has
     # the exponent field 121, eight eighths and the code 8. An even number of eighths
     # leaves ties to even.
-    rounded = int16(a + bfloat16(e + jnp.int16(0x200 + 0x38)))
-    code = (rounded - e) + int16(pairs(e) >> jnp.uint32(4))
-    code = int16(pairs(code) | sign | nan)
-    return pltpu.bitcast(code.astype(jnp.int8), jnp.uint32)
+    rounded = pairs(a + bfloat16(e + jnp.int16(0x200 + 0x38)))
+    rounded &= jnp.uint32(0x7FFF7FFF)  # the sign of a NaN is not known
+    code = (int16(rounded) - e) + int16(pairs(e) >> jnp.uint32(4))
+    # The low byte is the code, and the high byte is 6. NaN gives more than any number,
+    # also as bfloat16, whose smaller one the chip can take.
+    nan = jax.lax.bitcast_convert_type(jnp.int16(0x67F), jnp.bfloat16)
+    code = int16(jnp.minimum(bfloat16(pairs(code)), nan))
+    codes, upper = (
+        pltpu.bitcast(value.astype(jnp.int8), jnp.uint32)
+        for value in (code, int16(bits >> jnp.uint32(8)))
+    )
+    return codes | (upper & jnp.uint32(0x80808080))
 
 
 def words_to_tokens(
