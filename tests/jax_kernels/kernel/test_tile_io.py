@@ -121,6 +121,13 @@ def test_heads_survive_unpacking_and_packing(dtype):
     )
 
 
+def test_heads_of_16_bits_are_taken_apart_as_they_are():
+    buffer = random_buffer((8, 2, 128), "bfloat16")
+    heads = compiled(tile_io.unpack_bfloat16, jnp.asarray(words_of(buffer)))
+    for index, head in enumerate(heads):
+        np.testing.assert_array_equal(np.asarray(head), buffer[:, index])
+
+
 def test_packing_heads_rounds_to_nearest_even():
     """bf16 has 8 bits: 1 + 1/256 lies halfway between 1 and 1 + 1/128."""
     low = jnp.full((1, 128), 1 + 1 / 256, jnp.float32)
