@@ -65,6 +65,7 @@ class StaticShape:
       causal: Whether queries see only keys up to their own position.
       chunk_prefill_size: New tokens of each sequence that is not a decode, if fixed.
       decode_q_len: Most new tokens of a sequence that counts as a decode.
+      probabilities_dtype: To which those of prefill may be rounded, if given.
       q_scale: Quantises queries to the dtype of the cache, if given.
       k_scale: Of the keys in the cache.
       v_scale: Of the values in the cache.
@@ -80,6 +81,7 @@ class StaticShape:
     causal: bool = True
     chunk_prefill_size: int | None = None
     decode_q_len: int = 1
+    probabilities_dtype: str | None = None
     q_scale: float | None = None
     k_scale: float | None = None
     v_scale: float | None = None
@@ -99,6 +101,7 @@ class StaticShape:
             "soft_cap": self.model.soft_cap,
             "chunk_prefill_size": self.chunk_prefill_size,
             "decode_q_len": self.decode_q_len,
+            "probabilities_dtype": self.probabilities_dtype,
             "q_scale": self.q_scale,
             "k_scale": self.k_scale,
             "v_scale": self.v_scale,

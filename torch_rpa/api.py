@@ -36,6 +36,7 @@ def ragged_paged_attention(
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
     decode_q_len: int = 1,
+    probabilities_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     block_sizes: Sequence[int] | None = None,
     impl: str | None = None,
@@ -97,6 +98,11 @@ def ragged_paged_attention(
             ``[j, k)`` serves several times slower: drafts to verify, last chunks of a
             prefill, short suffixes. All sequences of ``[0, i)`` have the work of so
             many tokens, so take the least that serves.
+        probabilities_dtype: ``torch.float8_e4m3fn`` lets prefill round probabilities to
+            it before they meet the values, for which the cache must be of that dtype
+            too. TPU7x then multiplies at twice the rate; other devices round nothing. A
+            weight is off by up to about 2**-4 of itself, or 2**-14 of the largest. None
+            never rounds so.
         out_dtype: bfloat16 or float32; None is the dtype of ``q``.
         block_sizes: Tile sizes of the kernel, ``(decode_block_kv, block_q, block_kv)``,
             powers of two: tokens of the cache that decode fetches at once, query tokens
@@ -134,6 +140,7 @@ def ragged_paged_attention(
         "update_kv_cache": update_kv_cache,
         "chunk_prefill_size": chunk_prefill_size,
         "decode_q_len": decode_q_len,
+        "probabilities_dtype": probabilities_dtype,
         "out_dtype": out_dtype,
         "block_sizes": check_block_sizes(block_sizes),
     }

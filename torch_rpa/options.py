@@ -40,13 +40,13 @@ def make_options(keywords: dict[str, Any]) -> AttentionOptions:
     """Returns checked options.
 
     Args:
-        keywords: As the operator takes them, ``out_dtype`` a ``torch.dtype``. Those
+        keywords: As the operator takes them, dtypes as ``torch.dtype``. Those
             that are left out have their defaults. ``block_sizes`` is checked, and is no
             part of what comes back.
 
     Raises:
         ValueError: A value breaks its rule.
-        NotImplementedError: An output dtype that is not supported.
+        NotImplementedError: A dtype that is not supported.
     """
     try:
         return _known_options(tuple(keywords), *keywords.values())
@@ -64,11 +64,14 @@ def _known_options(names: tuple[str, ...], *values: Any) -> AttentionOptions:
 def _checked_options(keywords: dict[str, Any]) -> AttentionOptions:
     keywords = dict(keywords)
     check_block_sizes(keywords.pop("block_sizes", None))
-    out_dtype = keywords.pop("out_dtype", None)
-    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
-        raise ValueError(f"out_dtype must be a torch.dtype or None, got {out_dtype!r}")
-    name = None if out_dtype is None else dtype_name(out_dtype)
-    return AttentionOptions(**keywords, out_dtype=name)
+    for name in ("probabilities_dtype", "out_dtype"):
+        dtype = keywords.get(name)
+        if dtype is None:
+            continue
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{name} must be a torch.dtype or None, got {dtype!r}")
+        keywords[name] = dtype_name(dtype)
+    return AttentionOptions(**keywords)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

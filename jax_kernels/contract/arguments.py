@@ -103,6 +103,12 @@ def check_arguments(
             f"q must have a multiple of the {geometry.num_kv_heads} key heads of "
             f"kv_cache, got {num_q_heads} heads"
         )
+    narrow = options.probabilities_dtype
+    if narrow is not None and narrow != geometry.dtype_name:
+        raise NotImplementedError(
+            f"probabilities_dtype {narrow} is not supported with a "
+            f"{geometry.dtype_name} cache: pass None, or use a cache of {narrow}"
+        )
     if options.q_scale is not None and not geometry.is_quantized:
         raise NotImplementedError(
             f"q_scale is not supported with a {geometry.dtype_name} cache: pass "

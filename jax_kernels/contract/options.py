@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 INPUT_DTYPES = ("bfloat16", "float32")
+# Those of probabilities that are narrower than the values' need.
+PROBABILITIES_DTYPES = ("float8_e4m3fn",)
 
 # Factors and their inverses must be normal float32 numbers, also after the few powers
 # of two that the kernel may add to them (numerics.py).
@@ -56,6 +58,9 @@ class AttentionOptions:
         distribution. None treats them like the mixed ones.
       decode_q_len: Most new tokens of each of the sequences ``[0, i)`` of the
         distribution, from 1 to 16. It changes the speed, never the meaning.
+      probabilities_dtype: Name of the dtype to which probabilities may be rounded
+        before they meet the values: float8_e4m3fn, with a cache of that dtype, or
+        None, which keeps at least bfloat16. It is used in prefill where it is faster.
       out_dtype: Name of the dtype of the output, bfloat16 or float32. None is that of
         the queries.
 
@@ -74,6 +79,7 @@ class AttentionOptions:
     update_kv_cache: bool = True
     chunk_prefill_size: int | None = None
     decode_q_len: int = 1
+    probabilities_dtype: str | None = None
     out_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +92,11 @@ class AttentionOptions:
         for name in ("soft_cap", "q_scale", "k_scale", "v_scale"):
             object.__setattr__(self, name, _factor(name, getattr(self, name)))
         self._check_factor_of_scores()
+        if self.probabilities_dtype not in (None, *PROBABILITIES_DTYPES):
+            raise NotImplementedError(
+                f"probabilities_dtype {self.probabilities_dtype} is not supported: use "
+                f"{' or '.join(PROBABILITIES_DTYPES)} or None"
+            )
         if self.out_dtype is not None and self.out_dtype not in INPUT_DTYPES:
             raise NotImplementedError(
                 f"out_dtype {self.out_dtype} is not supported: use bfloat16, float32 "

@@ -43,6 +43,7 @@ def ragged_paged_attention(
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
     decode_q_len: int = 1,
+    probabilities_dtype: DTypeLike | None = None,
     out_dtype: DTypeLike | None = None,
     validate: bool = False,
     block_sizes: BlockSizes | None = None,
@@ -106,6 +107,11 @@ def ragged_paged_attention(
         one is for sequences of few new tokens at long contexts: drafts to verify, last
         chunks of a prefill, short suffixes. All have the rows of as many tokens, so
         take the least that serves.
+      probabilities_dtype: float8_e4m3fn lets prefill round probabilities to it before
+        they meet the values, for which the cache must be of that dtype too. TPU7x then
+        multiplies at twice the rate; other chips round nothing. A weight is off by up
+        to about 2**-4 of itself, or 2**-14 of the largest. None, the default, never
+        rounds so.
       out_dtype: bf16 or f32; that of ``q`` by default.
       validate: Also check the numbers in lengths, page table and distribution, such as
         a slot that one sequence writes and another reads. It waits for the arrays, so
@@ -127,7 +133,14 @@ def ragged_paged_attention(
         message names another way.
     """
     options = AttentionOptions.named_in(
-        locals() | {"out_dtype": validation.dtype_name(out_dtype)}
+        locals()
+        | {
+            name: validation.dtype_name(name, dtype)
+            for name, dtype in (
+                ("probabilities_dtype", probabilities_dtype),
+                ("out_dtype", out_dtype),
+            )
+        }
     )
     arguments = Arguments(
         q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks

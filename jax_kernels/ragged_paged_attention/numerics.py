@@ -31,6 +31,8 @@ class Numerics:
         quantised.
       value_dtype: Dtype in which probabilities meet values: the wider of queries and
         cache.
+      float8_probabilities: Dtype in which those of prefill do where it is float8; None
+        if they are of ``value_dtype``.
       reads_e4m3_shifted: Whether e4m3fn is multiplied as e4m3b11fnuz, the e4m3 of the
         chip. The same bits are a power of two less there. Other factors make up for
         it, which the compiler would apply to every score and every product instead.
@@ -39,6 +41,10 @@ class Numerics:
       packs_16_bits: Whether new tokens in bfloat16 are packed without being widened.
       rounds_in_16_bits: Whether ``tile_io.bfloat16_to_e4m3fn`` packs the new tokens.
       sums_in_matrix_unit: Whether the matrix units have columns to spare for sums.
+      sums_are_parts: Whether each lane of a row's sum holds a part of it, not all: the
+        vector units add float8 probabilities, and lanes are added at the end.
+      exponent_multiplier: Factor of the products of queries and keys that float8
+        probabilities apply to exponents in bfloat16; 1 if scores have it already.
     """
 
     query_multiplier: float
@@ -47,11 +53,14 @@ class Numerics:
     output_scale: float
     multiply_dtype: np.dtype
     value_dtype: np.dtype
+    float8_probabilities: np.dtype | None
     reads_e4m3_shifted: bool
     rounds_in_software: bool
     packs_16_bits: bool
     rounds_in_16_bits: bool
     sums_in_matrix_unit: bool
+    sums_are_parts: bool
+    exponent_multiplier: float
 
     @property
     def masked_packing(self) -> int:
@@ -98,6 +107,10 @@ def choose(
     else:
         query_multiplier, score_multiplier = score_factor, 1.0
 
+    float8 = _float8_probabilities(options, chip, cache_dtype) if is_bfloat16 else None
+    sums_in_matrix_unit = is_bfloat16 and lanes < chip.matrix_columns
+    is_folded = float8 is not None and options.soft_cap is None and options.sm_scale
+
     in_software = is_e4m3fn and not chip.rounds_to_e4m3fn
     has_scale = options.k_scale is not None or options.v_scale is not None
     is_16_bits = q_dtype == jnp.bfloat16 and not has_scale
@@ -109,9 +122,26 @@ def choose(
         output_scale=(options.v_scale or 1.0) * shift,
         multiply_dtype=cache_dtype if options.q_scale else value_dtype,
         value_dtype=value_dtype,
+        float8_probabilities=float8,
         reads_e4m3_shifted=is_shifted,
         rounds_in_software=in_software,
         packs_16_bits=rounds_in_16_bits or (is_16_bits and cache_dtype == q_dtype),
         rounds_in_16_bits=rounds_in_16_bits,
-        sums_in_matrix_unit=is_bfloat16 and lanes < chip.matrix_columns,
+        sums_in_matrix_unit=sums_in_matrix_unit,
+        sums_are_parts=float8 is not None and not sums_in_matrix_unit,
+        exponent_multiplier=score_multiplier if is_folded else 1.0,
     )
+
+
+def _float8_probabilities(
+    options: AttentionOptions, chip: Chip, cache_dtype: np.dtype
+) -> np.dtype | None:
+    """Those that are allowed, where products with values are faster with them.
+
+    A window is short, and its rows have no anchors.
+    """
+    if options.probabilities_dtype is None or options.sliding_window is not None:
+        return None
+    dtype = jnp.dtype(options.probabilities_dtype)
+    is_native = chip.multiplies_float8 and chip.rounds_to_e4m3fn
+    return dtype if is_native and dtype == cache_dtype else None

@@ -103,14 +103,15 @@ def ragged_paged_attention_reference(
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
     decode_q_len: int = 1,
+    probabilities_dtype: DTypeLike | None = None,
     out_dtype: DTypeLike | None = None,
     validate: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Appends new keys and values to a paged cache and attends to it, without Pallas.
 
     The arguments mean what they mean for ``api.ragged_paged_attention``, where each is
-    described; ``chunk_prefill_size``, ``decode_q_len`` and the first two numbers of
-    ``distribution`` do not affect the result.
+    described; ``chunk_prefill_size``, ``decode_q_len``, ``probabilities_dtype`` and the
+    first two numbers of ``distribution`` do not affect the result.
 
     Args:
       q: [T, Hq, D]. Rows at or past ``cu_q_lens[k]`` are padding.
@@ -136,6 +137,7 @@ def ragged_paged_attention_reference(
       update_kv_cache: Whether keys and values are written to the cache first.
       chunk_prefill_size: Ignored.
       decode_q_len: Ignored.
+      probabilities_dtype: Ignored: nothing is rounded.
       out_dtype: Dtype of the output, that of ``q`` by default.
       validate: Also check the numbers in the metadata; not under ``jax.jit``.
 
@@ -148,7 +150,14 @@ def ragged_paged_attention_reference(
       NotImplementedError: An argument that has a meaning but is not supported.
     """
     options = AttentionOptions.named_in(
-        locals() | {"out_dtype": validation.dtype_name(out_dtype)}
+        locals()
+        | {
+            name: validation.dtype_name(name, dtype)
+            for name, dtype in (
+                ("probabilities_dtype", probabilities_dtype),
+                ("out_dtype", out_dtype),
+            )
+        }
     )
     arguments = Arguments(
         q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks

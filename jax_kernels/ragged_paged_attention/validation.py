@@ -70,12 +70,12 @@ class Problem:
         return self.cache.head_dim
 
 
-def dtype_name(dtype: DTypeLike | None) -> str | None:
-    """The name by which the contract knows the dtype of an output."""
+def dtype_name(option: str, dtype: DTypeLike | None) -> str | None:
+    """The name by which the contract knows the dtype that an option is."""
     try:
         return None if dtype is None else jnp.dtype(dtype).name
     except TypeError as error:
-        raise ValueError(f"out_dtype must be a dtype or None, got {dtype!r}") from error
+        raise ValueError(f"{option} must be a dtype or None, got {dtype!r}") from error
 
 
 def validate_static(arguments: Arguments[Any], options: AttentionOptions) -> Problem:

@@ -58,6 +58,15 @@ def test_sizes_come_from_the_shapes():
     assert check(make_arguments()).out_dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e5m2"])
+def test_float8_probabilities_need_a_cache_of_their_dtype(cache_dtype):
+    options = {"probabilities_dtype": "float8_e4m3fn"}
+    assert check(make_arguments("float8_e4m3fn"), **options)
+    message = f"probabilities_dtype .* a {cache_dtype} cache: pass None, or use"
+    with pytest.raises(NotImplementedError, match=message):
+        check(make_arguments(cache_dtype), **options)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_heads_come_from_the_cache_when_there_are_no_keys(head_dim):
     shape = CacheGeometry(10, 16, 2, head_dim, "int8").shape

@@ -71,6 +71,12 @@ def test_another_output_dtype_names_the_alternative(name):
         AttentionOptions(out_dtype=name)
 
 
+def test_another_dtype_of_probabilities_names_the_alternative():
+    message = "probabilities_dtype float8_e5m2 .*use float8_e4m3fn or None"
+    with pytest.raises(NotImplementedError, match=message):
+        AttentionOptions(probabilities_dtype="float8_e5m2")
+
+
 @pytest.mark.parametrize("window", [64, 65, 2**40, 2**63 - 1])
 def test_a_window_as_long_as_the_context_is_none(window):
     options = AttentionOptions(sliding_window=window, causal=False)

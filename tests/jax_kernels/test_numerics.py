@@ -180,3 +180,45 @@ def test_probabilities_are_masked_as_they_are_summed(chip, lanes, q_dtype, packi
     """In float32 where the vector units sum them."""
     values = numerics_of(chip=chip, lanes=lanes, q_dtype=q_dtype)
     assert values.masked_packing == packing
+
+
+FLOAT8 = {
+    "chip": chips.TPU7X,
+    "cache_dtype": "float8_e4m3fn",
+    "probabilities_dtype": "float8_e4m3fn",
+}
+
+
+@pytest.mark.parametrize(
+    "changes, is_used",
+    [
+        ({}, True),
+        ({"probabilities_dtype": None}, False),
+        ({"q_dtype": "float32"}, False),
+        ({"chip": chips.V6E}, False),
+        ({"chip": chips.V5E}, False),
+        ({"sliding_window": 100}, False),
+    ],
+    ids=str,
+)
+def test_probabilities_are_float8_where_that_is_allowed_and_faster(changes, is_used):
+    values = numerics_of(**FLOAT8 | changes)
+    assert (values.float8_probabilities is not None) == is_used
+    assert not values.sums_are_parts
+    assert values.value_dtype == changes.get("q_dtype", "bfloat16")
+
+
+def test_sums_of_float8_probabilities_are_parts_where_the_vector_unit_adds_them():
+    assert numerics_of(**FLOAT8, lanes=256).sums_are_parts
+    assert not numerics_of(lanes=256, chip=chips.TPU7X).sums_are_parts
+
+
+@pytest.mark.parametrize("sm_scale", [0.125, -0.125, 0.0])
+@pytest.mark.parametrize("options", SPEC_OPTIONS, ids=str)
+def test_exponents_take_what_is_left_of_the_factors(sm_scale, options):
+    """But not what a soft cap needs before, nor zero, by which anchors are divided."""
+    values = numerics_of(sm_scale=sm_scale, **FLOAT8, **options)
+    is_left = "q_scale" in options and "soft_cap" not in options and sm_scale
+    expected = values.score_multiplier if is_left else 1.0
+    assert values.exponent_multiplier == expected
+    assert numerics_of(sm_scale=sm_scale, **options).exponent_multiplier == 1.0

@@ -192,6 +192,16 @@ VARIANTS = {
     "int8": ("v6e", {"cache_dtype": "int8"}, {"k_scale": 0.1, "v_scale": 0.1}),
     "int8_queries": ("v5e", {"cache_dtype": "int8"}, {"q_scale": 0.1, "k_scale": 0.1}),
     "e4m3_queries": ("tpu7x", {"cache_dtype": "float8_e4m3fn"}, {"q_scale": 0.1}),
+    "e4m3_probabilities": (
+        "tpu7x",
+        {"cache_dtype": "float8_e4m3fn"},
+        {"q_scale": 0.1, "probabilities_dtype": "float8_e4m3fn"},
+    ),
+    "e4m3_probabilities_d256": (
+        "tpu7x",
+        {"cache_dtype": "float8_e4m3fn", "head_dim": 256, "num_tokens": 128},
+        {"soft_cap": 30.0, "probabilities_dtype": "float8_e4m3fn"},
+    ),
     "e5m2": ("tpu7x", {"cache_dtype": "float8_e5m2"}, {"k_scale": 0.5}),
     "f32_cache": ("v6e", {"cache_dtype": "float32"}, {}),
     "f32_queries": ("tpu7x", {"q_dtype": "float32", "num_tokens": 32}, {}),

@@ -48,11 +48,15 @@ def emulate_low_precision(
     q_scale: float | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    probabilities_dtype: str | None = None,
 ) -> np.ndarray:
     """Attention float32[T, Hq, D] rounded where a kernel rounds.
 
     Args:
       kv_cache: The cache after the update.
+      probabilities_dtype: As given to the operator. The exponents of such
+        probabilities are bfloat16. The largest is 16, which leaves room above it and
+        is a bound on what is lost below, and the weights have a sum of one.
     """
     num_tokens, num_q_heads, head_dim = queries.shape
     q_dtype = queries.dtype
@@ -96,9 +100,16 @@ def emulate_low_precision(
             row_max = np.maximum(row_max, sink)
             total = np.exp2(sink - row_max)
         row_max = np.where(np.isneginf(row_max), np.float32(0), row_max)
-        weights = np.exp2(scores - row_max)
-        total = total + weights.sum(axis=-1, keepdims=True)
-        weights = weights.astype(q_dtype).astype(np.float32)
+        exponents = scores - row_max
+        if probabilities_dtype is None:
+            weights = np.exp2(exponents)
+            total = total + weights.sum(axis=-1, keepdims=True)
+            weights = weights.astype(q_dtype).astype(np.float32)
+        else:
+            exponents = exponents.astype(ml_dtypes.bfloat16).astype(np.float32)
+            weights = (np.exp2(exponents) * 16).astype(np.dtype(probabilities_dtype))
+            weights = weights.astype(np.float32) / 16
+            total = total + weights.sum(axis=-1, keepdims=True)
         tile = weights.reshape(num_kv_heads, -1, sequence.kv_len) @ values
         tile = tile.reshape(num_q_heads, sequence.q_len, head_dim)
         tile = tile * np.float32(v_scale or 1.0) / np.where(total == 0, 1, total)
@@ -114,8 +125,8 @@ def error_budget(
     Args:
       expected: The truth.
       emulated: Output of ``emulate_low_precision`` for the same arguments.
-      q_dtype: Dtype of the queries. One rounding to it is always allowed: a small
-        batch can be lucky.
+      q_dtype: Dtype of the queries, or a narrower one of probabilities. One rounding
+        to it is always allowed: a small batch can be lucky.
       out_dtype: Dtype of the output that will be judged.
     """
     magnitude = expected.magnitude
@@ -172,7 +183,13 @@ def assert_same_bytes(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 def assert_matches_oracle(
-    out, kv_cache, arguments: tuple, *, update_kv_cache: bool = True, **options
+    out,
+    kv_cache,
+    arguments: tuple,
+    *,
+    update_kv_cache: bool = True,
+    probabilities_dtype: str | None = None,
+    **options,
 ) -> oracle.Expected:
     """Fails unless an output is within budget and the cache is right in every byte.
 
@@ -181,6 +198,7 @@ def assert_matches_oracle(
       kv_cache: Cache that it returned.
       arguments: ``RaggedBatch.arguments``, in the state before the call.
       update_kv_cache: As given to the operator.
+      probabilities_dtype: As given to the operator.
       **options: Options that change the result, as given to the operator: sm_scale,
         causal, sliding_window, soft_cap, q_scale, k_scale, v_scale.
 
@@ -192,9 +210,16 @@ def assert_matches_oracle(
     )
     assert_same_bytes(kv_cache, expected.kv_cache)
     queries, _, _, _, *metadata = arguments
-    emulated = emulate_low_precision(queries, expected.kv_cache, *metadata, **options)
+    emulated = emulate_low_precision(
+        queries,
+        expected.kv_cache,
+        *metadata,
+        probabilities_dtype=probabilities_dtype,
+        **options,
+    )
     out = np.asarray(out)
-    budget = error_budget(expected, emulated, queries.dtype, out.dtype)
+    narrowest = probabilities_dtype or queries.dtype
+    budget = error_budget(expected, emulated, narrowest, out.dtype)
     assert_output_within_budget(out, expected, budget)
     return expected
 

@@ -26,6 +26,7 @@ MISTAKES = [
     ("decode_q_len", None),
     ("causal", 1),
     ("update_kv_cache", 0),
+    ("probabilities_dtype", "nonsense"),
     ("out_dtype", "nonsense"),
     ("block_sizes", "abc"),
 ]
@@ -51,7 +52,8 @@ def test_an_option_of_another_type_is_the_same_error_in_torch_and_jax(
         torch_rpa.ragged_paged_attention(*moved, **options)
     with pytest.raises(ValueError, match=f"^{name} must be .* got ") as theirs:
         rpa.ragged_paged_attention(*in_jax(call), **options, interpret=True)
-    if name not in ("out_dtype", "block_sizes"):  # of the framework's own types
+    # Dtypes are of the framework's own types, and so are block sizes.
+    if name not in ("probabilities_dtype", "out_dtype", "block_sizes"):
         assert str(ours.value) == str(theirs.value)
     assert torch.equal(call.kv_cache, before)
 

@@ -103,6 +103,7 @@ def rpa_attention(
         k_scale=rpa.k_scale,
         v_scale=rpa.v_scale,
         decode_q_len=rpa.decode_q_len,
+        probabilities_dtype=rpa.probabilities_dtype,
     )
     return out[None], None
 

@@ -47,6 +47,7 @@ class RPAContext:
         v_scale: The caches store ``value / v_scale``; None is 1.
         decode_q_len: Most new tokens of a sequence of the decode range of the batch.
             More than one serves drafts that a model checks.
+        probabilities_dtype: To which probabilities may be rounded in prefill.
         attention: The operator, or a function of the same arguments, such as
             ``torch_rpa.spmd.sharded_ragged_paged_attention`` with its mesh.
         layers_done: Layers that the present model call has computed.
@@ -57,6 +58,7 @@ class RPAContext:
     k_scale: float | None = None
     v_scale: float | None = None
     decode_q_len: int = 1
+    probabilities_dtype: torch.dtype | None = None
     attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention
     layers_done: set[int] = dataclasses.field(default_factory=set, init=False)
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.kernel import masking, tile_io
@@ -43,14 +44,18 @@ def load_values(
     *,
     few_queries: bool,
     first_row: Int = 0,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """[size, lanes], with zeros at dead positions. Arguments as in ``load_keys``."""
+    """[size, lanes], with zeros at dead positions. Arguments as in ``load_keys``.
+
+    ``dtype`` is that of the probabilities that they meet, by default ``value_dtype``.
+    """
     first = 0 if config.cache.is_fused_kv else config.num_kv_heads
     words = load_words(kv, first + head, size, config, first_row)
     if words_mask is not None:
         words &= words_mask
     return to_tokens(
-        words, config.numerics.value_dtype, config, few_queries=few_queries
+        words, dtype or config.numerics.value_dtype, config, few_queries=few_queries
     )
 
 

@@ -6,6 +6,7 @@ query row (here just *row*) the state holds the running maximum ``m``, the sum `
 1805.02867.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,12 @@ ANCHOR_KEYS = LANES
 MAX_SUM, MAX_WHOLE_SUM = 2.0**32, 2.0**64
 # Less than the sum of any row that saw a key, or has a sink; its inverse is finite.
 MIN_SUM = 2.0**-100
+# Float8 probabilities are this power of two times those of an anchor that is a
+# maximum: e4m3fn has numbers up to 448, and all bits of them down to 2**-6. So a row's
+# scores may lie 4.8 above its anchor, and lose bits from 10 below it.
+FLOAT8_DOUBLINGS = 4.0
+# Of probabilities in bfloat16, one after the other, before their sum is f32.
+BFLOAT16_ADDITIONS = 3
 
 
 class SoftmaxState(NamedTuple):
@@ -112,6 +119,59 @@ def probabilities_at(scores: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.exp2(scores - across(m, scores.shape[1]))
 
 
+def float8_probabilities_at(
+    scores: jax.Array,  # f32[rows, keys]
+    m: jax.Array,  # f32[rows, 128]
+    numerics: Numerics,
+) -> jax.Array:
+    """float8[rows, keys]: the same, rounded.
+
+    Scores and anchors lack ``exponent_multiplier``. The exponents are bfloat16: they
+    are off by less than 2**-7 of their size, which changes a probability by less than
+    the rounding to e4m3fn does, as long as it counts. What is too large for e4m3fn
+    becomes NaN, and its row is served again.
+    """
+    exponents = (scores - across(m, scores.shape[1])).astype(jnp.bfloat16)
+    if numerics.exponent_multiplier != 1.0:
+        exponents = exponents * jnp.bfloat16(numerics.exponent_multiplier)
+    return jnp.exp2(exponents).astype(numerics.float8_probabilities)
+
+
+def sum_float8(p: jax.Array) -> jax.Array:
+    """Sums of rounded probabilities, the weights of the values, in parts.
+
+    Eight of them are added in bfloat16, whose roundings are a fraction of theirs.
+
+    Args:
+      p: float8[rows, keys].
+
+    Returns:
+      f32[rows, 128], of which a row's sum is the sum.
+    """
+    num_rows, num_keys = p.shape
+    if num_keys % LANES:
+        row_sum = jnp.sum(p.astype(jnp.float32), axis=1, keepdims=True)
+        return jnp.broadcast_to(row_sum * (1.0 / LANES), (num_rows, LANES))
+    parts = jnp.split(p.astype(jnp.bfloat16), num_keys // LANES, axis=1)
+    for _ in range(BFLOAT16_ADDITIONS):
+        if len(parts) % 2:
+            break
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
+
+
+def whole_sum(l: jax.Array, numerics: Numerics) -> jax.Array:  # noqa: E741
+    """f32[rows, 128], all lanes equal: sums from those of a state."""
+    if not numerics.sums_are_parts:
+        return l
+    return jnp.broadcast_to(jnp.sum(l, axis=1, keepdims=True), l.shape)
+
+
+def part_sum(l: jax.Array, numerics: Numerics) -> jax.Array:  # noqa: E741
+    """Inverse of ``whole_sum``: equal parts."""
+    return l * (1.0 / LANES) if numerics.sums_are_parts else l
+
+
 def anchor(scores: jax.Array, m_start: jax.Array) -> jax.Array:
     """The anchor of rows, f32[rows, 128]: of the first keys that they see.
 
@@ -134,9 +194,9 @@ def are_in_range(sums: jax.Array) -> jax.Array:
     return jnp.max(sums) <= MAX_SUM
 
 
-def is_lost(state: SoftmaxState) -> jax.Array:
+def is_lost(l: jax.Array) -> jax.Array:  # noqa: E741
     """f32[rows, 128]: 1 for anchored rows whose last block has to be computed again."""
-    return jnp.where(state.l <= MAX_WHOLE_SUM, 0.0, 1.0)
+    return jnp.where(l <= MAX_WHOLE_SUM, 0.0, 1.0)
 
 
 def renormalised(state: SoftmaxState) -> SoftmaxState:
@@ -191,7 +251,7 @@ def sum_and_weigh(
     if v.shape[1] > lanes:
         row_sum = products[:, lanes:]
     else:
-        row_sum = spread_sums(p)
+        row_sum = sum_float8(p) if p.dtype.itemsize == 1 else spread_sums(p)
     return row_sum, products[:, :lanes]
 
 

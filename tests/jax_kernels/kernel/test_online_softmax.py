@@ -1,5 +1,7 @@
 """The running softmax equals the softmax of everything at once."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,7 +233,7 @@ def test_sums_out_of_range_are_seen(above, is_lost):
     state = first_state()._replace(m=jnp.zeros((ROWS, LANES)))
     state = add_anchored(state, scores, np.ones((128, LANES), np.float32), is_first=0)
     assert bool(online_softmax.are_in_range(state.l)) == (above == 0.0)
-    assert (np.asarray(online_softmax.is_lost(state)) == is_lost).all()
+    assert (np.asarray(online_softmax.is_lost(state.l)) == is_lost).all()
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
@@ -288,3 +290,38 @@ def test_whatever_an_unseen_key_has_becomes_zero(dtype, packing):
     expected = np.where(is_seen, np.asarray(jnp.asarray(p, dtype), np.float32), 0.0)
     np.testing.assert_array_equal(np.asarray(seen, np.float32), expected)
     assert seen.dtype == dtype
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.37, -0.37])
+def test_float8_probabilities_are_rounded_and_their_sum_is_theirs(multiplier):
+    float8 = jnp.dtype(jnp.float8_e4m3fn)
+    values = dataclasses.replace(
+        numerics_of(),
+        float8_probabilities=float8,
+        exponent_multiplier=multiplier,
+    )
+    rng = np.random.default_rng(0)
+    exponents = rng.uniform(-20.0, 8.0, (ROWS, 256)).astype(np.float32)
+    scores = (exponents + 5.0) / multiplier
+    m = jnp.full((ROWS, LANES), 5.0 / multiplier, jnp.float32)
+    p = online_softmax.float8_probabilities_at(jnp.asarray(scores), m, values)
+    assert p.dtype == float8
+    rounded, exact = np.asarray(p, np.float64), np.exp2(exponents.astype(np.float64))
+    # To bfloat16: the exponent, the multiplier and their product, and exp2 of it.
+    relative = abs(exponents) * 3 * 2.0**-8 * np.log(2) + 2.0**-8
+    bound = exact * relative * 1.1
+    bound += np.maximum((exact + bound) * 2.0**-4, 2.0**-10)
+    assert (abs(rounded - exact) <= bound).all()
+    sums = np.asarray(online_softmax.sum_float8(p)).sum(axis=1)
+    np.testing.assert_allclose(sums, rounded.sum(axis=1), rtol=2.0**-8)
+
+
+def test_a_probability_that_is_too_large_for_float8_loses_its_row_alone():
+    p = np.ones((ROWS, 256), np.float32)
+    p[3, 200] = 500.0
+    sums = online_softmax.sum_float8(jnp.asarray(p).astype(jnp.float8_e4m3fn))
+    row_sums = jnp.broadcast_to(sums.sum(axis=1, keepdims=True), sums.shape)
+    is_lost = np.asarray(online_softmax.is_lost(row_sums))
+    assert (is_lost[3] == 1.0).all()
+    assert is_lost.sum() == LANES
+    assert not online_softmax.are_in_range(sums)

@@ -35,6 +35,8 @@ class Buffers(NamedTuple):
     acc: Any  # f32[1, Hkv, query rows, lanes]
     waiting: Any  # f32[chunks of a block, rows, tokens]: scores of a softmax tile
     visible: Any  # u32[block_q // packing, tokens of a chunk]: bits that take part
+    pending_l: Any  # like ``l``, with float8 probabilities: see float8.py
+    pending_acc: Any  # like ``acc``
 
 
 TileContext: TypeAlias = PhaseContext[Buffers]
@@ -78,6 +80,9 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     chunk = chunk_tokens(phase)
     waiting = phase.block_kv // chunk, config.softmax_rows(phase), chunk
     visible = phase.block_q // config.numerics.masked_packing, chunk
+    sums = Shaped((1, *state, LANES), jnp.float32)
+    accumulator = Shaped((1, *state, config.lanes), jnp.float32)
+    has_pending = config.numerics.float8_probabilities is not None
     return Buffers(
         rings=refs.Rings(
             queries=tokens(config.query_layout),
@@ -93,12 +98,14 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
         ),
         q=Shaped((*state, config.lanes), config.numerics.multiply_dtype),
         m=Shaped((1, *state, LANES), jnp.float32),
-        l=Shaped((1, *state, LANES), jnp.float32),
-        acc=Shaped((1, *state, config.lanes), jnp.float32),
+        l=sums,
+        acc=accumulator,
         waiting=Shaped(waiting, jnp.float32),
         visible=(
             Shaped(visible, jnp.uint32) if config.spec.sliding_window is None else None
         ),
+        pending_l=sums if has_pending else None,
+        pending_acc=accumulator if has_pending else None,
     )
 
 

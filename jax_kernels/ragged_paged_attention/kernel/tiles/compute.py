@@ -35,7 +35,11 @@ from jax_kernels.ragged_paged_attention.kernel.online_softmax import (
     SoftmaxState,
 )
 from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int, log2
-from jax_kernels.ragged_paged_attention.kernel.tiles import recovery, softmax_tiles
+from jax_kernels.ragged_paged_attention.kernel.tiles import (
+    float8,
+    recovery,
+    softmax_tiles,
+)
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
     ONLY_SLOT,
     TileContext,
@@ -77,8 +81,9 @@ def prepare_queries(context: TileContext, num_queries: Int) -> None:
 
 def store_output(context: TileContext) -> None:
     """Normalises a tile and lays it out as ``[tokens, heads, head_dim]``."""
-    config, buffers = context.config, context.buffers
-    block_q = context.phase.block_q
+    config, block_q = context.config, context.phase.block_q
+    has_pending = float8.is_used(context)
+    load_state = float8.final_state if has_pending else softmax_tiles.load_state
     layout = config.out_layout
     target = context.rings.out.at[ONLY_SLOT]
     outputs = tile_io.TokenWords(target, layout, config.interpret)
@@ -88,9 +93,9 @@ def store_output(context: TileContext) -> None:
             head, member = divmod(word * layout.packing + offset, config.io_group)
             # A head that is nothing gets what its neighbour has.
             member = min(member, config.group - 1)
-            place = 0, head, pl.ds(member * block_q, block_q)
-            state = SoftmaxState(buffers.m[place], buffers.l[place], buffers.acc[place])
-            if not config.numerics.sums_in_matrix_unit:
+            softmax_tile = SoftmaxTile(head, member * block_q, block_q)
+            state = load_state(context, softmax_tile)
+            if not (config.numerics.sums_in_matrix_unit or has_pending):
                 state = online_softmax.whole_sums(state)
             out = online_softmax.normalise(state, config.numerics.output_scale)
             heads.append(tile_io.value_lanes_first(out, config.cache))
@@ -130,9 +135,19 @@ def attend(
         planned = plan()
         return planned, online_softmax.are_in_range(sums)
 
+    attend_block = functools.partial(_attend_block, following_slot=following_slot)
+    attend_chunks, recover = _attend_chunks, recovery.recover
+    if float8.is_used(context):
+        attend_block, attend_chunks = float8.attend_block, float8.attend_chunks
+        recover = float8.recover
+
+        @pl.when((cell.block == 0) & (cell.num_queries > 0))
+        def _():
+            float8.start(context, cell, slot)
+
     computations = (
-        functools.partial(_attend_block, context, cell, slot, following_slot),
-        functools.partial(_attend_chunks, context, cell, slot),
+        functools.partial(attend_block, context, cell, slot),
+        functools.partial(attend_chunks, context, cell, slot),
         do_nothing,
     )
     planned, are_in_range = lax.switch(
@@ -142,7 +157,7 @@ def attend(
 
     @pl.when(jnp.logical_not(are_in_range))
     def _():
-        recovery.recover(context, cell, slot)
+        recover(context, cell, slot)
 
     return planned
 
@@ -164,6 +179,8 @@ def score_ahead(context: TileContext, slot: Int, head: Int = 0) -> None:
       slot: Of the keys and values.
       head: The first key head of the round.
     """
+    if float8.is_used(context):
+        return
     softmax_tile = SoftmaxTile(head, 0, context.config.softmax_rows(context.phase))
     block = Tokens(0, context.phase.block_kv)
     scores = softmax_tiles.scores(context, slot, block, softmax_tile)

@@ -49,7 +49,7 @@ def recover(context: TileContext, cell: Cell, slot: Int) -> None:
         softmax_tile = SoftmaxTile(head, first_row, num_rows)
         state = softmax_tiles.load_state(context, softmax_tile)
         state = online_softmax.whole_sums(state)
-        is_lost = online_softmax.is_lost(state)
+        is_lost = online_softmax.is_lost(state.l)
         start = softmax_tiles.start_state(context, softmax_tile)
         state = SoftmaxState(
             *(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from jax_kernels.ragged_paged_attention.kernel import masking, online_softmax
 from jax_kernels.ragged_paged_attention.kernel.block_loads import load_keys, load_values
@@ -39,9 +40,18 @@ def scores(
     context: TileContext, slot: Int, tokens: Tokens, softmax_tile: SoftmaxTile
 ) -> jax.Array:
     """f32[rows, tokens], not masked."""
+    return online_softmax.finish_scores(
+        products(context, slot, tokens, softmax_tile), context.config.numerics
+    )
+
+
+def products(
+    context: TileContext, slot: Int, tokens: Tokens, softmax_tile: SoftmaxTile
+) -> jax.Array:
+    """f32[rows, tokens]: of queries and keys, nothing more."""
     config = context.config
     _, head, rows = _state_index(softmax_tile)
-    return online_softmax.score_tile(
+    return online_softmax.products(
         context.buffers.q[head, rows],
         load_keys(
             context.rings.kv.at[slot],
@@ -51,7 +61,6 @@ def scores(
             few_queries=False,
             first_row=_first_row(context, tokens),
         ),
-        config.numerics,
     )
 
 
@@ -78,6 +87,7 @@ def values(
     head: Int,
     tokens: Tokens,
     words_mask: jax.Array | None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """[tokens, lanes], with columns of ones behind them where those give the sums.
 
@@ -91,6 +101,7 @@ def values(
         context.config,
         few_queries=False,
         first_row=_first_row(context, tokens),
+        dtype=dtype,
     )
     is_summed = context.config.numerics.sums_in_matrix_unit
     return online_softmax.with_ones(v) if is_summed else v
@@ -130,7 +141,7 @@ def visible_pairs(
     """
     row = lax.broadcasted_iota(jnp.int32, (softmax_tile.num_rows, 1), 0)
     token = (row + softmax_tile.first_row) & (context.phase.block_q - 1)
-    return _visible(context, cell, tokens, token)
+    return visible(context, cell, tokens, token)
 
 
 def store_visible_bits(context: TileContext, cell: Cell, tokens: Tokens) -> None:
@@ -145,7 +156,7 @@ def store_visible_bits(context: TileContext, cell: Cell, tokens: Tokens) -> None
     bits = jnp.zeros(visible.shape, jnp.uint32)
     for place in range(packing):
         ones = jnp.uint32((2 ** (32 // packing) - 1) << (place * 32 // packing))
-        is_seen = _visible(context, cell, tokens, word * packing + place)
+        is_seen = visible(context, cell, tokens, word * packing + place)
         bits |= jnp.where(is_seen, ones, jnp.uint32(0))
     visible[...] = bits
 
@@ -161,7 +172,7 @@ def visible_bits(context: TileContext, softmax_tile: SoftmaxTile) -> jax.Array:
     return jnp.concatenate(pieces)
 
 
-def _visible(
+def visible(
     context: TileContext, cell: Cell, tokens: Tokens, token: jax.Array
 ) -> jax.Array:
     """bool[n, tokens] for i32[n, 1], numbers of queries in the tile."""
