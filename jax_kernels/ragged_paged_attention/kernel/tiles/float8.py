@@ -197,7 +197,7 @@ def _visible_bits(context: TileContext, cell: Cell, tokens: Tokens) -> dict:
         for place in range(packing):
             row = softmax_tile.first_row + packing * word + place
             token = row & (context.phase.block_q - 1)
-            is_seen = softmax_tiles.visible(context, cell, tokens, token)
+            is_seen = softmax_tiles.is_visible(context, cell, tokens, token)
             ones = jnp.uint32(0xFF << 8 * place)
             words |= jnp.where(is_seen, ones, jnp.uint32(0))
         return words

@@ -141,7 +141,7 @@ def visible_pairs(
     """
     row = lax.broadcasted_iota(jnp.int32, (softmax_tile.num_rows, 1), 0)
     token = (row + softmax_tile.first_row) & (context.phase.block_q - 1)
-    return visible(context, cell, tokens, token)
+    return is_visible(context, cell, tokens, token)
 
 
 def store_visible_bits(context: TileContext, cell: Cell, tokens: Tokens) -> None:
@@ -156,7 +156,7 @@ def store_visible_bits(context: TileContext, cell: Cell, tokens: Tokens) -> None
     bits = jnp.zeros(visible.shape, jnp.uint32)
     for place in range(packing):
         ones = jnp.uint32((2 ** (32 // packing) - 1) << (place * 32 // packing))
-        is_seen = visible(context, cell, tokens, word * packing + place)
+        is_seen = is_visible(context, cell, tokens, word * packing + place)
         bits |= jnp.where(is_seen, ones, jnp.uint32(0))
     visible[...] = bits
 
@@ -172,7 +172,7 @@ def visible_bits(context: TileContext, softmax_tile: SoftmaxTile) -> jax.Array:
     return jnp.concatenate(pieces)
 
 
-def visible(
+def is_visible(
     context: TileContext, cell: Cell, tokens: Tokens, token: jax.Array
 ) -> jax.Array:
     """bool[n, tokens] for i32[n, 1], numbers of queries in the tile."""
