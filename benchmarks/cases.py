@@ -323,7 +323,11 @@ def _deployments() -> Iterator[Case]:
     ):
         yield fitted(f"deploy-32x4-d256-prefill-{name}", GROUPED_256, lengths)
     for heads, model in (("32x8", LLAMA3_8B), ("32x4-d256", GROUPED_256)):
-        for dtype, static in (("", {}), ("-fp8", _QUANTISED)):
+        for dtype, static in (
+            ("", {}),
+            ("-fp8", _QUANTISED),
+            ("-all-fp8", {**_QUANTISED, "probabilities_dtype": "float8_e4m3fn"}),
+        ):
             name = f"deploy-{heads}-prefill-2k-at-8k{dtype}"
             yield fitted(name, model, "2048/8192", **_PREFILL, **static)
 
