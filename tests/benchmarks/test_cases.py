@@ -69,7 +69,7 @@ def test_drawn_lengths_are_always_the_same():
 def test_deployments_share_programs():
     """Each program is a compilation: as few as there are shapes of servers."""
     shapes = cases.by_shape(cases.DEPLOYMENTS)
-    assert len(shapes) < len(cases.DEPLOYMENTS) / 2
+    assert len(shapes) < len(cases.DEPLOYMENTS) * 0.6
     names = {case.name for case in shapes[cases.BY_NAME["deploy-8x1-dec256"].shape]}
     assert names == {"deploy-8x1-dec256", "deploy-8x1-64dec", "deploy-8x1-256x300"}
 
