@@ -1,4 +1,4 @@
-"""The order of work: a flat list of cells, and everything one cell needs to know.
+"""The order of work of tiles: a list of cells, and everything one cell needs to know.
 
 A cell is one block of keys and values met by one tile of queries of one sequence.
 The list is never stored. A cursor walks it, ``describe`` turns a cursor into a
@@ -176,7 +176,7 @@ def slot_before(slot: Int, distance: int, num_slots: int) -> Int:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Cell arithmetic of one phase."""
+    """Cell arithmetic of one phase. Decode has cells of its own (decode/steps.py)."""
 
     config: KernelConfig
     phase: PhaseConfig
@@ -226,7 +226,7 @@ class Schedule:
           recent: What the slots of earlier cells hold when this one is received.
         """
         new = Range(lengths.kv_len - lengths.q_len, lengths.kv_len)
-        tile = self._tile(cursor.tile, new, lengths.q_len)
+        tile = self._tile(cursor.tile, new)
         visible = self._visible(tile, new)
         block = self._block(cursor.block, visible)
         readable_end = self._readable_end(tile, new, visible, stored_end)
@@ -260,11 +260,8 @@ class Schedule:
             write_row_end=write_back.row_end,
         )
 
-    def _tile(self, index: Int, new: Range, q_len: Int) -> Tile:
+    def _tile(self, index: Int, new: Range) -> Tile:
         """Cuts the new tokens at packed rows, so that no row belongs to two tiles."""
-        if self.phase.is_decode:
-            num_queries = ints.minimum(q_len, self.config.spec.decode_q_len)
-            return Tile(index, 1, new.begin, num_queries, new.end)
         block_q = self.phase.block_q
         origin = floor_to(new.begin, self.packing)
         num_tiles = ints.maximum(ints.ceil_div(new.end - origin, block_q), 1)
@@ -299,9 +296,6 @@ class Schedule:
         """The position up to which a tile may read rows of the cache."""
         if not self.config.spec.update_kv_cache:
             return ceil_to(visible.end, self.packing)
-        if self.phase.is_decode:
-            # The few rows that hold new or dead positions are read with the rest.
-            return ceil_to(new.end, self.packing)
         # Only the first tile reads the seam. It keeps it for the others.
         return ints.where(
             tile.index == 0,
@@ -353,13 +347,13 @@ class Schedule:
         begin = ints.maximum(owned.begin, block.start)
         end = ints.minimum(owned.end, block.end)
         writes = end > begin
-        tail_row = NO_WRITE_BACK.tail_row
-        if not self.phase.is_decode:
-            tail = floor_to(new.end, self.packing)
-            has_tail = writes & (end == new.end) & (tail < new.end)
-            tail_row = ints.where(
-                has_tail & (tail >= readable_end), self._row(block, tail), tail_row
-            )
+        tail = floor_to(new.end, self.packing)
+        has_tail = writes & (end == new.end) & (tail < new.end)
+        tail_row = ints.where(
+            has_tail & (tail >= readable_end),
+            self._row(block, tail),
+            NO_WRITE_BACK.tail_row,
+        )
         return WriteBack(
             ints.where(writes, self._row(block, begin), 0),
             ints.where(writes, self._row(block, ceil_to(end, self.packing)), 0),

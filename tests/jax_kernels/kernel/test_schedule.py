@@ -34,7 +34,6 @@ CACHE_DTYPES = {1: "float32", 2: "bfloat16", 4: "float8_e4m3fn"}
 
 
 def make_schedule(
-    phase: Phase,
     *,
     packing: int = 2,
     page_size: int = 8,
@@ -44,8 +43,6 @@ def make_schedule(
     window: int | None = None,
     update: bool = True,
 ) -> Schedule:
-    if phase is Phase.DECODE:
-        block_q = 1
     config = KernelConfig(
         spec=AttentionSpec(
             causal=causal, sliding_window=window, update_kv_cache=update
@@ -58,7 +55,7 @@ def make_schedule(
         q_dtype=jnp.dtype(jnp.bfloat16),
         out_dtype=jnp.dtype(jnp.bfloat16),
     )
-    return Schedule(config, PhaseConfig(phase, block_q, block_kv, NUM_SLOTS, 2))
+    return Schedule(config, PhaseConfig(Phase.MIXED, block_q, block_kv, NUM_SLOTS, 2))
 
 
 @dataclasses.dataclass
@@ -311,15 +308,7 @@ def chunks(draw):
 @settings(deadline=None, max_examples=80)
 @given(sequences=st.lists(chunks(), min_size=1, max_size=3), carries=st.booleans())
 def test_mixed_cells_cover_every_pair_once_and_never_race(static, sequences, carries):
-    check(make_schedule(Phase.MIXED, **static), sequences, carries=carries)
-
-
-@pytest.mark.parametrize("static", STATIC_CASES.values(), ids=STATIC_CASES)
-@settings(deadline=None, max_examples=80)
-@given(kv_lens=st.lists(st.integers(0, 70), min_size=1, max_size=6))
-def test_decode_cells_cover_every_pair_once_and_never_race(static, kv_lens):
-    sequences = [(int(kv_len % 7 != 0), kv_len) for kv_len in kv_lens]
-    check(make_schedule(Phase.DECODE, **static), sequences)
+    check(make_schedule(**static), sequences, carries=carries)
 
 
 @pytest.mark.parametrize(
@@ -327,11 +316,9 @@ def test_decode_cells_cover_every_pair_once_and_never_race(static, kv_lens):
     [[1], [7], [8], [9], [0, 1, 0, 7, 8, 9, 0], [0, 0, 0], [9] * 20],
     ids=str,
 )
-@pytest.mark.parametrize("phase", Phase)
-def test_empty_and_short_sequences_in_any_order(phase, lengths):
+def test_empty_and_short_sequences_in_any_order(lengths):
     """Rule 4: an empty sequence is one idle cell, so nobody waits for it."""
-    q_lens = [min(n, 1) if phase is Phase.DECODE else n for n in lengths]
-    found = check(make_schedule(phase), list(zip(q_lens, lengths, strict=True)))
+    found = check(make_schedule(), list(zip(lengths, lengths, strict=True)))
     for s, length in enumerate(lengths):
         if length == 0:
             assert sum(cell.sequence == s for cell in found.cells) == 1
@@ -339,7 +326,7 @@ def test_empty_and_short_sequences_in_any_order(phase, lengths):
 
 def test_the_worked_example_of_the_docstring():
     """Rows are counted from the block: row 2 of cell 3 is the tail 12 | 13."""
-    cells = walk(make_schedule(Phase.MIXED), [(6, 13), (1, 3)]).cells
+    cells = walk(make_schedule(), [(6, 13), (1, 3)]).cells
 
     def rows_fetched(cell):
         tail = [cell.tail_row] if cell.tail_row >= 0 else []
@@ -365,17 +352,15 @@ def test_the_worked_example_of_the_docstring():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize(
     "static",
     ["f32", "e4m3", "full", "window_across_blocks", "window_full", "no_update"],
 )
-def test_traced_cells_are_those_of_plain_ints(phase, static):
+def test_traced_cells_are_those_of_plain_ints(static):
     """The kernel traces what the other tests run in Python."""
-    q_len = 1 if phase is Phase.DECODE else 21
-    sequences = [(q_len, 45), (0, 0), (q_len, 24), (q_len, 0), (0, 9)]
-    schedule = make_schedule(phase, **STATIC_CASES[static])
-    found = walk(schedule, sequences, carries=phase is not Phase.DECODE)
+    sequences = [(21, 45), (0, 0), (21, 24), (21, 0), (0, 9)]
+    schedule = make_schedule(**STATIC_CASES[static])
+    found = walk(schedule, sequences, carries=True)
 
     @jax.jit
     @jax.vmap
@@ -403,20 +388,20 @@ def test_traced_cells_are_those_of_plain_ints(phase, static):
 
 def test_a_window_skips_the_blocks_before_it():
     """10000 tokens and a window of 20: 3 blocks of 8 at the most, not 1250."""
-    found = check(make_schedule(Phase.DECODE, window=20), [(1, 10_000)])
+    found = check(make_schedule(window=20), [(1, 10_000)])
     assert len(found.cells) <= 4
     assert all(cell.block_start >= 10_000 - 20 - 8 for cell in found.cells)
 
 
 def test_a_causal_tile_skips_the_blocks_after_it():
-    cells = check(make_schedule(Phase.MIXED), [(32, 32)]).cells
+    cells = check(make_schedule(), [(32, 32)]).cells
     blocks_of_tile = [sum(c.tile == tile for c in cells) for tile in range(8)]
     assert blocks_of_tile == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_later_tiles_read_stored_tokens_from_the_cache():
     """Otherwise long chunks would fetch and pack the same tokens again and again."""
-    found = check(make_schedule(Phase.MIXED), [(64, 64)])
+    found = check(make_schedule(), [(64, 64)])
     last = [c for c in found.cells if c.tile == found.cells[-1].tile]
     from_arrays = sum(c.new_end - c.new_begin for c in last)
     from_cache = sum(c.cache_row_end - c.cache_row_begin for c in last) * 2
@@ -429,7 +414,7 @@ def test_later_tiles_read_stored_tokens_from_the_cache():
 def test_each_new_token_is_packed_once_if_later_cells_carry_it(
     lengths, packing, causal
 ):
-    schedule = make_schedule(Phase.MIXED, packing=packing, block_kv=16, causal=causal)
+    schedule = make_schedule(packing=packing, block_kv=16, causal=causal)
     found = check(schedule, [lengths], carries=True)
     assert sum(c.new_end - c.new_begin for c in found.cells) == lengths[0]
     again = check(schedule, [lengths])
@@ -438,6 +423,6 @@ def test_each_new_token_is_packed_once_if_later_cells_carry_it(
 
 def test_positions_beyond_int16_stay_exact():
     """Rule 1."""
-    found = check(make_schedule(Phase.DECODE, window=100), [(1, 70_001)])
+    found = check(make_schedule(window=100), [(1, 70_001)])
     assert found.cells[-1].visible_end == 70_001
     assert found.cells[0].visible_begin == 69_901

@@ -122,6 +122,16 @@ def test_blocks_smaller_than_a_page_start_within_it():
     assert places == [(0, 0), (8, 0), (8, 4), (9, 0)]
 
 
+def test_a_window_skips_the_blocks_before_it():
+    """70,001 tokens and a window of 20: four blocks of 8. Numbers pass int16."""
+    (step,) = steps_of(make_schedule(window=20), [(1, 70_001)])
+    pages = [cell.place.table_index for cell in step.cells]
+    assert pages == [8747, 8748, 8749, 8750]  # from 69,976 on
+    assert [cell.visible_begin for cell in step.cells] == [5, -3, -11, -19]
+    assert [cell.visible_end for cell in step.cells] == [25, 17, 9, 1]
+    assert [cell.new_place for cell in step.cells] == [-1, -1, -1, 0]
+
+
 @pytest.mark.parametrize(
     "packing, cells_per_step, update",
     [(1, 4, True), (2, 4, True), (4, 4, True), (2, 1, True), (2, 4, False)],
