@@ -6,6 +6,7 @@ import argparse
 
 from benchmarks import cases
 from jax_kernels.contract.cache import CACHE_DTYPES
+from jax_kernels.contract.options import PROBABILITIES_DTYPES
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,14 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape.add_argument(
         "--decode-q-len", type=int, help="most new tokens of a decode; by default 1"
+    )
+    shape.add_argument(
+        "--q-scale", type=float, help="quantises queries; by default they are not"
+    )
+    shape.add_argument(
+        "--probabilities-dtype",
+        choices=PROBABILITIES_DTYPES,
+        help="to which those of prefill may be rounded; by default they are not",
     )
     shape.add_argument("--num-tokens", type=int, help="T; by default just enough")
     shape.add_argument("--num-sequences", type=int, help="S; by default just enough")
@@ -101,6 +110,8 @@ def selected_cases(options: argparse.Namespace) -> list[cases.Case]:
         causal=not options.no_causal,
         chunk_prefill_size=options.chunk,
         decode_q_len=options.decode_q_len,
+        q_scale=options.q_scale,
+        probabilities_dtype=options.probabilities_dtype,
         num_tokens=options.num_tokens,
         num_sequences=options.num_sequences,
         pages_per_sequence=options.pages_per_sequence,

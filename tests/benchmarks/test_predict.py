@@ -95,12 +95,21 @@ def test_cases_of_one_shape_are_compiled_once(toy_compiler, capsys):
 def test_any_shape_can_be_given(toy_compiler):
     arguments = ["--seqs", "2*1/100,8/50", "--heads", "8", "--kv-heads", "1"]
     arguments += ["--cache-dtype", "int8", "--page-size", "16", "--window", "20"]
-    arguments += ["--sinks", "--no-causal", "--num-tokens", "16"]
+    arguments += ["--sinks", "--no-causal", "--num-tokens", "16", "--q-scale", "0.5"]
+    arguments += ["--probabilities-dtype", "float8_e4m3fn"]
     assert predict.main(arguments) == 0
     ((shape, _),) = toy_compiler
     model = cases.Model(8, 1, 128, sliding_window=20, with_sinks=True)
     assert shape == cases.StaticShape(
-        model, 16, 3, 7, page_size=16, cache_dtype="int8", causal=False
+        model,
+        16,
+        3,
+        7,
+        page_size=16,
+        cache_dtype="int8",
+        causal=False,
+        q_scale=0.5,
+        probabilities_dtype="float8_e4m3fn",
     )
 
 

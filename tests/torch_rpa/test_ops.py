@@ -61,6 +61,15 @@ def test_reading_a_cache_gives_what_writing_it_gave():
     assert torch.equal(call.kv_cache, before)
 
 
+def test_float8_probabilities_round_nothing_on_cpu_tensors():
+    call, rounded_call = (make_call(cache_dtype=torch.float8_e4m3fn) for _ in range(2))
+    rounds: dict[str, Any] = {"probabilities_dtype": torch.float8_e4m3fn}
+    out = ops.ragged_paged_attention(*call)
+    assert torch.equal(out, ops.ragged_paged_attention(*rounded_call, **rounds))
+    with pytest.raises(NotImplementedError, match="probabilities_dtype float8_e4m3fn"):
+        ops.ragged_paged_attention(*make_call(), **rounds)
+
+
 def test_functional_operators_refuse_the_other_ones_job():
     call = make_call()
     with pytest.raises(ValueError, match="use rpa::ragged_paged_attention_readonly"):
