@@ -86,7 +86,9 @@ def test_up_to_so_many_tokens_are_decodes(q_len, arguments, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("copies", ["on_wait", "eager"])
+@pytest.mark.parametrize(
+    "copies", ["on_wait", pytest.param("eager", marks=pytest.mark.extended)]
+)
 def test_the_split_of_the_sequences_changes_nothing(copies):
     """Decodes and mixed ones in one call, and the same as mixed ones only."""
     batch = make_batch(4, num_mixed=4, num_q_heads=8, **BF16)

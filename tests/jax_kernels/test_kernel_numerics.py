@@ -66,13 +66,17 @@ COMBINED = {
     "d64_gqa_6_to_2",
     "d64_mha_16_to_16",
     "d72_mqa_3_to_1",
+    "d96_mha_7_to_7",
+    "e5m2",
     "e5m2_queries",
+    "fused_int8_queries",
     "fused_sinks",
     "many_cells",
     "many_cells_fused",
     "page_larger_than_block",
     "q_f32_cache_e4m3",
     "q_f32_cache_int8",
+    "quantised_queries",
 }
 
 
