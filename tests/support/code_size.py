@@ -14,7 +14,13 @@ LARGEST_LOOP = 60_000
 HOT_LOOP = 21_000
 # Why a shape's loop may be longer than ``HOT_LOOP``: by the name of the shape in
 # tests/jax_kernels/test_code_size.py.
-LONGER: dict[str, str] = {}
+_WHOLE_CELL = (
+    "16 softmax tiles in one stretch of prefill, which is fetched once a call (about "
+    "2 us); with 8 of them 2,048 tokens at 8,192 take 2 % longer on v6e"
+)
+LONGER: dict[str, str] = dict.fromkeys(
+    ("32/8", "32/8 fp8", "32/8 window", "64/8"), _WHOLE_CELL
+)
 # What has a loop that is longer than ``LARGEST_LOOP``, by name and chip, and how long.
 # Every step of these shapes fetches its instructions again.
 TOO_LONG = {("32/32 of 96 fp8", "v5e"): "98,732 bundles, of them 33,326 in one stretch"}
