@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from jax_kernels import chips
-from jax_kernels.contract import Arguments, AttentionOptions
+from jax_kernels.contract import Arguments
 from jax_kernels.ragged_paged_attention import (
     block_sizes as block_sizes_lib,
 )
@@ -132,16 +132,7 @@ def ragged_paged_attention(
       NotImplementedError: An argument that has a meaning but is not supported; the
         message names another way.
     """
-    options = AttentionOptions.named_in(
-        locals()
-        | {
-            name: validation.dtype_name(name, dtype)
-            for name, dtype in (
-                ("probabilities_dtype", probabilities_dtype),
-                ("out_dtype", out_dtype),
-            )
-        }
-    )
+    options = validation.named_options(locals())
     arguments = Arguments(
         q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks
     )

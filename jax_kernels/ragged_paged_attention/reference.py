@@ -149,16 +149,7 @@ def ragged_paged_attention_reference(
       ValueError: An argument is wrong.
       NotImplementedError: An argument that has a meaning but is not supported.
     """
-    options = AttentionOptions.named_in(
-        locals()
-        | {
-            name: validation.dtype_name(name, dtype)
-            for name, dtype in (
-                ("probabilities_dtype", probabilities_dtype),
-                ("out_dtype", out_dtype),
-            )
-        }
-    )
+    options = validation.named_options(locals())
     arguments = Arguments(
         q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks
     )

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.core
@@ -76,6 +77,20 @@ def dtype_name(option: str, dtype: DTypeLike | None) -> str | None:
         return None if dtype is None else jnp.dtype(dtype).name
     except TypeError as error:
         raise ValueError(f"{option} must be a dtype or None, got {dtype!r}") from error
+
+
+def named_options(values: Mapping[str, Any]) -> AttentionOptions:
+    """The options among named values, with dtypes of JAX: ``locals()`` of a call.
+
+    Raises:
+      ValueError: A value breaks its rule.
+      NotImplementedError: A dtype that is not supported.
+    """
+    names = {
+        name: dtype_name(name, values[name])
+        for name in ("probabilities_dtype", "out_dtype")
+    }
+    return AttentionOptions.named_in({**values, **names})
 
 
 def validate_static(arguments: Arguments[Any], options: AttentionOptions) -> Problem:

@@ -26,7 +26,6 @@ from jax_kernels.ragged_paged_attention.kernel import (
     tile_io,
 )
 from jax_kernels.ragged_paged_attention.kernel.block_loads import (
-    largest_divisor,
     value_words_mask,
 )
 from jax_kernels.ragged_paged_attention.kernel.ints import Bool
@@ -50,11 +49,6 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import (
     Tokens,
 )
 from jax_kernels.ragged_paged_attention.layout import LANES
-
-# Softmax tiles in one stretch of code, within which the compiler overlaps them.
-MAX_STRETCH_TILES = 16
-# The same in float32, whose products take several times as much code.
-MAX_F32_STRETCH_TILES = 4
 
 
 def prepare_queries(context: TileContext, num_queries: Int) -> None:
@@ -127,7 +121,7 @@ def attend(
 
     def do_nothing() -> jax.Array:
         when_empty()
-        return _no_sums()
+        return softmax_tiles.no_sums()
 
     def with_plan(compute: Callable[[], jax.Array]) -> tuple[Any, jax.Array]:
         sums = compute()
@@ -195,12 +189,12 @@ def _attend_block(
     Returns what ``_attend_tiles`` does.
     """
     block = Tokens(0, context.phase.block_kv)
-    num_rounds = context.config.num_kv_heads // _round_heads(context)
+    num_rounds = context.config.num_kv_heads // softmax_tiles.round_heads(context)
 
     def score_next_round(index: Int) -> None:
         is_last = index + 1 == num_rounds
         next_slot = ints.where(is_last, following_slot, slot)
-        head = ints.where(is_last, 0, (index + 1) * _round_heads(context))
+        head = ints.where(is_last, 0, (index + 1) * softmax_tiles.round_heads(context))
         score_ahead(context, next_slot, head)
 
     return _attend_tiles(context, slot, block, cell.block == 0, score_next_round)
@@ -240,7 +234,7 @@ def _attend_chunks(context: TileContext, cell: Cell, slot: Int) -> jax.Array:
             functools.partial(attend_tiles, False),
         )
 
-    return lax.fori_loop(first, num_chunks, attend_chunk, _no_sums())
+    return lax.fori_loop(first, num_chunks, attend_chunk, softmax_tiles.no_sums())
 
 
 class Mask(NamedTuple):
@@ -253,16 +247,6 @@ class Mask(NamedTuple):
 def _has_running_maximum(context: TileContext) -> bool:
     """Whether blocks with a mask have one: their first keys may give no anchor."""
     return context.config.spec.sliding_window is not None
-
-
-def _round_heads(context: TileContext) -> int:
-    """Key heads of one round."""
-    config = context.config
-    is_f32 = config.numerics.value_dtype == jnp.float32
-    most_tiles = MAX_F32_STRETCH_TILES if is_f32 else MAX_STRETCH_TILES
-    num_rows = config.softmax_rows(context.phase)
-    tiles_per_head = config.query_rows(context.phase) // num_rows
-    return largest_divisor(config.num_kv_heads, max(most_tiles // tiles_per_head, 1))
 
 
 def _attend_tiles(
@@ -288,21 +272,13 @@ def _attend_tiles(
     Returns:
       f32[8, 128]: what is in range only if the sums of all rows are.
     """
-    config = context.config
-    num_rows = config.softmax_rows(context.phase)
-    tile_rows = range(0, config.query_rows(context.phase), num_rows)
-    round_heads = _round_heads(context)
-    num_rounds = config.num_kv_heads // round_heads
+    round_heads = softmax_tiles.round_heads(context)
+    num_rounds = context.config.num_kv_heads // round_heads
     # Only the first scores of a cell wait for its chunks.
     are_waiting = score_next_round is not None or num_rounds == 1
 
     def run_round(index: Int, sums: jax.Array) -> jax.Array:
-        first_head = index * round_heads
-        tiles = [
-            SoftmaxTile(first_head + offset, row, num_rows)
-            for offset in range(round_heads)
-            for row in tile_rows
-        ]
+        tiles = softmax_tiles.tiles_of_heads(context, index * round_heads, round_heads)
         scores_of = functools.partial(softmax_tiles.scores, context, slot, tokens)
         later_scores = (
             softmax_tiles.waiting_scores(context, tokens)
@@ -324,11 +300,7 @@ def _attend_tiles(
             )
         return sums
 
-    return lax.fori_loop(0, num_rounds, run_round, _no_sums())
-
-
-def _no_sums() -> jax.Array:
-    return jnp.zeros((SUBLANES, LANES), jnp.float32)
+    return lax.fori_loop(0, num_rounds, run_round, softmax_tiles.no_sums())
 
 
 def _update_state(

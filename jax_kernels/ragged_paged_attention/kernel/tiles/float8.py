@@ -8,38 +8,32 @@ lost once more, and gives the row a higher anchor.
 Anchors are found before the first block. They lack ``exponent_multiplier``.
 """
 
-import math
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.config import SUBLANES
 from jax_kernels.ragged_paged_attention.kernel import ints, online_softmax
 from jax_kernels.ragged_paged_attention.kernel.block_loads import (
-    largest_divisor,
     value_words_mask,
 )
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int
 from jax_kernels.ragged_paged_attention.kernel.tiles import softmax_tiles
-from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import TileContext
+from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
+    TileContext,
+    chunk_tokens,
+)
 from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import (
     SoftmaxTile,
     Tokens,
 )
 from jax_kernels.ragged_paged_attention.layout import LANES
-
-# Softmax tiles in one stretch of code, within which the compiler overlaps them.
-MAX_STRETCH_TILES = 16
-# Blocks that need a mask are computed this many tokens at a time.
-MASKED_TOKENS = 256
-# Query rows that are served again at a time.
-MAX_RECOVERY_ROWS = 128
 
 
 class Pending(NamedTuple):
@@ -65,7 +59,7 @@ def start(context: TileContext, cell: Cell, slot: Int) -> None:
     config = context.config
     keys = min(online_softmax.ANCHOR_KEYS, context.phase.block_kv)
     tokens = Tokens(0, keys)
-    for softmax_tile in _softmax_tiles(context, 0, config.num_kv_heads):
+    for softmax_tile in softmax_tiles.tiles_of_heads(context, 0, config.num_kv_heads):
         state = softmax_tiles.start_state(context, softmax_tile)
         scores = softmax_tiles.scores(context, slot, tokens, softmax_tile)
         is_seen = softmax_tiles.visible_pairs(context, cell, tokens, softmax_tile)
@@ -74,11 +68,11 @@ def start(context: TileContext, cell: Cell, slot: Int) -> None:
         l = state.l  # noqa: E741
         if config.spec.has_sinks:
             l = l * jnp.exp2(state.m - m)  # noqa: E741
-        context.buffers.m[_index(softmax_tile)] = m * (
+        context.buffers.m[softmax_tiles.state_index(softmax_tile)] = m * (
             1.0 / config.numerics.exponent_multiplier
         )
         l = online_softmax.part_sum(l, config.numerics)  # noqa: E741
-        context.buffers.pending_l[_index(softmax_tile)] = l
+        context.buffers.pending_l[softmax_tiles.state_index(softmax_tile)] = l
 
 
 def attend_block(context: TileContext, cell: Cell, slot: Int) -> jax.Array:
@@ -103,13 +97,13 @@ def attend_chunks(context: TileContext, cell: Cell, slot: Int) -> jax.Array:
     Returns what ``attend_block`` does.
     """
     config, block_kv = context.config, context.phase.block_kv
-    size = min(MASKED_TOKENS, block_kv)
+    size = chunk_tokens(context.phase)
     end = cell.visible_end - cell.block_start
     # Queries without any key need a state all the same.
     num_chunks = ints.maximum(ints.ceil_div(ints.minimum(end, block_kv), size), 1)
 
     def sum_pending_of_head(head: Int, _) -> None:
-        for softmax_tile in _softmax_tiles(context, head, 1):
+        for softmax_tile in softmax_tiles.tiles_of_heads(context, head, 1):
             _sum_pending(context, softmax_tile, cell)
 
     def attend_chunk(index: Int, sums: jax.Array) -> jax.Array:
@@ -132,7 +126,7 @@ def attend_chunks(context: TileContext, cell: Cell, slot: Int) -> jax.Array:
         return sums + _for_all_tiles(context, update)
 
     lax.fori_loop(0, config.num_kv_heads, sum_pending_of_head, None)
-    return lax.fori_loop(0, num_chunks, attend_chunk, _no_sums())
+    return lax.fori_loop(0, num_chunks, attend_chunk, softmax_tiles.no_sums())
 
 
 def recover(context: TileContext, cell: Cell, slot: Int) -> None:
@@ -140,16 +134,9 @@ def recover(context: TileContext, cell: Cell, slot: Int) -> None:
 
     Their maximum becomes their anchor.
     """
-    config = context.config
-    num_rows = math.gcd(config.query_rows(context.phase), MAX_RECOVERY_ROWS)
-    pieces = config.query_rows(context.phase) // num_rows
-
-    def piece(index: Int, _) -> None:
-        head = lax.div(index, jnp.int32(pieces))
-        first_row = pl.multiple_of((index - head * pieces) * num_rows, num_rows)
-        _recover(context, cell, slot, SoftmaxTile(head, first_row, num_rows))
-
-    lax.fori_loop(0, config.num_kv_heads * pieces, piece, None)
+    softmax_tiles.recover_pieces(
+        context, functools.partial(_recover, context, cell, slot)
+    )
 
 
 def final_state(context: TileContext, softmax_tile: SoftmaxTile) -> SoftmaxState:
@@ -179,7 +166,7 @@ def _sum_pending(context: TileContext, softmax_tile: SoftmaxTile, cell: Cell) ->
     """
     state = softmax_tiles.load_state(context, softmax_tile)
     pending = _load_pending(context, softmax_tile)
-    buffers, index = context.buffers, _index(softmax_tile)
+    buffers, index = context.buffers, softmax_tiles.state_index(softmax_tile)
     is_first = cell.block == 0
     # The compiler makes loads with a mask of this.
     before, new = (ints.where(is_first, 0.0, acc) for acc in (state.acc, pending.acc))
@@ -203,7 +190,7 @@ def _visible_bits(context: TileContext, cell: Cell, tokens: Tokens) -> dict:
         return words
 
     result = {}
-    for softmax_tile in _softmax_tiles(context, 0, 1):
+    for softmax_tile in softmax_tiles.tiles_of_heads(context, 0, 1):
         # Query heads see the same.
         token = softmax_tile.first_row & (context.phase.block_q - 1)
         if token not in by_token:
@@ -231,7 +218,7 @@ def _add(
       mask: If some query does not see all of them.
     """
     config = context.config
-    anchors = context.buffers.m[_index(softmax_tile)]
+    anchors = context.buffers.m[softmax_tiles.state_index(softmax_tile)]
     p = online_softmax.float8_probabilities_at(scores, anchors, config.numerics)
     if mask is not None:
         # Whatever stood there, NaN too, is gone.
@@ -257,12 +244,8 @@ def _recover(
     def where_lost(new: jax.Array | float, old: jax.Array) -> jax.Array:
         return jnp.where(online_softmax.across(is_lost, old.shape[1]) > 0.0, new, old)
 
-    takes_part = softmax_tiles.visible_pairs(context, cell, block, softmax_tile)
-    takes_part &= online_softmax.across(is_lost, block.number) > 0.0
-    scores = jnp.where(
-        takes_part,
-        softmax_tiles.scores(context, slot, block, softmax_tile),
-        online_softmax.MASKED_SCORE,
+    scores = softmax_tiles.scores_of_lost_rows(
+        context, cell, slot, softmax_tile, is_lost
     )
     words_mask = value_words_mask(
         0, cell.visible_end - cell.block_start, block.number, config
@@ -295,56 +278,32 @@ def _for_all_tiles(
     context: TileContext, update: Callable[[SoftmaxTile], Pending]
 ) -> jax.Array:
     """Makes what ``update`` returns pending, and gives f32[8, 128], the sum of sums."""
-    heads_of_round = largest_divisor(
-        context.config.num_kv_heads,
-        max(MAX_STRETCH_TILES // len(_softmax_tiles(context, 0, 1)), 1),
-    )
+    heads_of_round = softmax_tiles.round_heads(context)
 
     def run_round(index: Int, sums: jax.Array) -> jax.Array:
         first_head = index * heads_of_round
-        for softmax_tile in _softmax_tiles(context, first_head, heads_of_round):
+        for softmax_tile in softmax_tiles.tiles_of_heads(
+            context, first_head, heads_of_round
+        ):
             pending = update(softmax_tile)
             _store_pending(context, softmax_tile, pending)
             sums += pending.l.reshape(-1, SUBLANES, LANES).sum(axis=0)
         return sums
 
     num_rounds = context.config.num_kv_heads // heads_of_round
-    return lax.fori_loop(0, num_rounds, run_round, _no_sums())
-
-
-def _softmax_tiles(
-    context: TileContext, first_head: Int, num_heads: int
-) -> list[SoftmaxTile]:
-    """Those of some key heads."""
-    config = context.config
-    num_rows = config.softmax_rows(context.phase)
-    return [
-        SoftmaxTile(first_head + offset, first_row, num_rows)
-        for offset in range(num_heads)
-        for first_row in range(0, config.query_rows(context.phase), num_rows)
-    ]
+    return lax.fori_loop(0, num_rounds, run_round, softmax_tiles.no_sums())
 
 
 def _load_pending(context: TileContext, softmax_tile: SoftmaxTile) -> Pending:
-    buffers, index = context.buffers, _index(softmax_tile)
+    buffers, index = context.buffers, softmax_tiles.state_index(softmax_tile)
     return Pending(buffers.pending_l[index], buffers.pending_acc[index])
 
 
 def _store_pending(
     context: TileContext, softmax_tile: SoftmaxTile, pending: Pending
 ) -> None:
-    buffers, index = context.buffers, _index(softmax_tile)
+    buffers, index = context.buffers, softmax_tiles.state_index(softmax_tile)
     buffers.pending_l[index] = jnp.broadcast_to(
         pending.l, (softmax_tile.num_rows, LANES)
     )
     buffers.pending_acc[index] = pending.acc
-
-
-def _index(softmax_tile: SoftmaxTile):
-    """Index of a softmax tile in the state."""
-    head, first_row, num_rows = softmax_tile
-    return 0, head, pl.ds(first_row, num_rows)
-
-
-def _no_sums() -> jax.Array:
-    return jnp.zeros((SUBLANES, LANES), jnp.float32)

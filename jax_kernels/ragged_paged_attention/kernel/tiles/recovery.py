@@ -4,11 +4,7 @@ Their sums are out of range after a block. This is rare, so the code is small ra
 than fast: it has the arithmetic of the running maximum.
 """
 
-import math
-
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 
 from jax_kernels.ragged_paged_attention.kernel import online_softmax
 from jax_kernels.ragged_paged_attention.kernel.block_loads import value_words_mask
@@ -22,9 +18,6 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.softmax_tiles import (
     Tokens,
 )
 
-# Query rows at a time.
-MAX_ROWS = 128
-
 
 def recover(context: TileContext, cell: Cell, slot: Int) -> None:
     """Brings all sums of a cell, whose block was just added, into range again.
@@ -33,8 +26,6 @@ def recover(context: TileContext, cell: Cell, slot: Int) -> None:
     summed before is less than the rounding of what made the sum overflow.
     """
     config = context.config
-    num_rows = math.gcd(config.query_rows(context.phase), MAX_ROWS)
-    pieces = config.query_rows(context.phase) // num_rows
     block = Tokens(0, context.phase.block_kv)
     words_mask = value_words_mask(
         cell.visible_begin - cell.block_start,
@@ -43,10 +34,7 @@ def recover(context: TileContext, cell: Cell, slot: Int) -> None:
         config,
     )
 
-    def piece(index: Int, _) -> None:
-        head = lax.div(index, jnp.int32(pieces))
-        first_row = pl.multiple_of((index - head * pieces) * num_rows, num_rows)
-        softmax_tile = SoftmaxTile(head, first_row, num_rows)
+    def recover_rows(softmax_tile: SoftmaxTile) -> None:
         state = softmax_tiles.load_state(context, softmax_tile)
         state = online_softmax.whole_sums(state)
         is_lost = online_softmax.is_lost(state.l)
@@ -57,17 +45,15 @@ def recover(context: TileContext, cell: Cell, slot: Int) -> None:
                 for new, old in zip(start, state, strict=True)
             )
         )
-        takes_part = softmax_tiles.visible_pairs(context, cell, block, softmax_tile)
-        takes_part &= online_softmax.across(is_lost, block.number) > 0.0
-        scores = jnp.where(
-            takes_part,
-            softmax_tiles.scores(context, slot, block, softmax_tile),
-            online_softmax.MASKED_SCORE,
+        p, m, correction = online_softmax.probabilities(
+            softmax_tiles.scores_of_lost_rows(
+                context, cell, slot, softmax_tile, is_lost
+            ),
+            state.m,
         )
-        p, m, correction = online_softmax.probabilities(scores, state.m)
         l, acc = online_softmax.accumulate(  # noqa: E741
             p,
-            softmax_tiles.values(context, slot, head, block, words_mask),
+            softmax_tiles.values(context, slot, softmax_tile.head, block, words_mask),
             correction,
             state.l,
             state.acc,
@@ -77,4 +63,4 @@ def recover(context: TileContext, cell: Cell, slot: Int) -> None:
         state = online_softmax.renormalised(state)
         softmax_tiles.store_state(context, softmax_tile, state)
 
-    lax.fori_loop(0, config.num_kv_heads * pieces, piece, None)
+    softmax_tiles.recover_pieces(context, recover_rows)

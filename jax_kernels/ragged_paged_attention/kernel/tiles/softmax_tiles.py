@@ -5,6 +5,7 @@ A tile has *query rows*: those of a key head are its G query heads, each with it
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,12 +14,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
+from jax_kernels.ragged_paged_attention.config import SUBLANES
 from jax_kernels.ragged_paged_attention.kernel import masking, online_softmax
-from jax_kernels.ragged_paged_attention.kernel.block_loads import load_keys, load_values
+from jax_kernels.ragged_paged_attention.kernel.block_loads import (
+    largest_divisor,
+    load_keys,
+    load_values,
+)
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int, log2
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import TileContext
 from jax_kernels.ragged_paged_attention.layout import LANES
+
+# Softmax tiles in one stretch of code, within which the compiler overlaps them.
+MAX_STRETCH_TILES = 16
+# The same in float32, whose products take several times as much code.
+MAX_F32_STRETCH_TILES = 4
+# Query rows that are recovered at a time.
+MAX_RECOVERY_ROWS = 128
 
 
 class SoftmaxTile(NamedTuple):
@@ -36,6 +49,69 @@ class Tokens(NamedTuple):
     number: int
 
 
+def tiles_of_heads(
+    context: TileContext, first_head: Int, num_heads: int
+) -> list[SoftmaxTile]:
+    """The softmax tiles of some key heads."""
+    num_rows = context.config.softmax_rows(context.phase)
+    return [
+        SoftmaxTile(first_head + offset, first_row, num_rows)
+        for offset in range(num_heads)
+        for first_row in range(0, context.config.query_rows(context.phase), num_rows)
+    ]
+
+
+def round_heads(context: TileContext) -> int:
+    """Key heads whose softmax tiles are in one stretch of code."""
+    config = context.config
+    is_f32 = config.numerics.value_dtype == jnp.float32
+    most_tiles = MAX_F32_STRETCH_TILES if is_f32 else MAX_STRETCH_TILES
+    tiles_per_head = len(tiles_of_heads(context, 0, 1))
+    return largest_divisor(config.num_kv_heads, max(most_tiles // tiles_per_head, 1))
+
+
+def no_sums() -> jax.Array:
+    """f32[8, 128]: the sums of no rows, to which those of softmax tiles are added."""
+    return jnp.zeros((SUBLANES, LANES), jnp.float32)
+
+
+def recover_pieces(
+    context: TileContext, recover: Callable[[SoftmaxTile], None]
+) -> None:
+    """Calls a function with all query rows, few at a time."""
+    config = context.config
+    num_rows = math.gcd(config.query_rows(context.phase), MAX_RECOVERY_ROWS)
+    pieces = config.query_rows(context.phase) // num_rows
+
+    def piece(index: Int, _) -> None:
+        head = lax.div(index, jnp.int32(pieces))
+        first_row = pl.multiple_of((index - head * pieces) * num_rows, num_rows)
+        recover(SoftmaxTile(head, first_row, num_rows))
+
+    lax.fori_loop(0, config.num_kv_heads * pieces, piece, None)
+
+
+def scores_of_lost_rows(
+    context: TileContext,
+    cell: Cell,
+    slot: Int,
+    softmax_tile: SoftmaxTile,
+    is_lost: jax.Array,
+) -> jax.Array:
+    """f32[rows, block_kv], masked; no row sees anything but those that were lost.
+
+    ``is_lost`` is as ``online_softmax.is_lost`` gives it.
+    """
+    block = Tokens(0, context.phase.block_kv)
+    takes_part = visible_pairs(context, cell, block, softmax_tile)
+    takes_part &= online_softmax.across(is_lost, block.number) > 0.0
+    return jnp.where(
+        takes_part,
+        scores(context, slot, block, softmax_tile),
+        online_softmax.MASKED_SCORE,
+    )
+
+
 def scores(
     context: TileContext, slot: Int, tokens: Tokens, softmax_tile: SoftmaxTile
 ) -> jax.Array:
@@ -50,7 +126,7 @@ def products(
 ) -> jax.Array:
     """f32[rows, tokens]: of queries and keys, nothing more."""
     config = context.config
-    _, head, rows = _state_index(softmax_tile)
+    _, head, rows = state_index(softmax_tile)
     return online_softmax.products(
         context.buffers.q[head, rows],
         load_keys(
@@ -121,14 +197,14 @@ def start_state(context: TileContext, softmax_tile: SoftmaxTile) -> SoftmaxState
 
 
 def load_state(context: TileContext, softmax_tile: SoftmaxTile) -> SoftmaxState:
-    buffers, index = context.buffers, _state_index(softmax_tile)
+    buffers, index = context.buffers, state_index(softmax_tile)
     return SoftmaxState(buffers.m[index], buffers.l[index], buffers.acc[index])
 
 
 def store_state(
     context: TileContext, softmax_tile: SoftmaxTile, state: SoftmaxState
 ) -> None:
-    buffers, index = context.buffers, _state_index(softmax_tile)
+    buffers, index = context.buffers, state_index(softmax_tile)
     buffers.m[index], buffers.l[index], buffers.acc[index] = state
 
 
@@ -185,7 +261,7 @@ def is_visible(
     )
 
 
-def _state_index(softmax_tile: SoftmaxTile):
+def state_index(softmax_tile: SoftmaxTile):
     """Index of a softmax tile in the state."""
     head, first_row, num_rows = softmax_tile
     return 0, head, pl.ds(first_row, num_rows)
