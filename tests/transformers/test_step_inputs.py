@@ -1,6 +1,9 @@
 """The padded tensors of a step say, token by token, what the rows say."""
 
+import dataclasses
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,3 +115,21 @@ def test_a_step_without_rows_is_padding_alone():
     assert inputs.input_ids.shape == (1, 16)
     assert inputs.batch.distribution.tolist() == [0, 0, 0]
     assert not inputs.batch.cu_q_lens.any()
+
+
+@given(steps(), st.integers(0, 30))
+def test_padding_shows_the_longest_sequence_and_nothing_else_changes(step, longest):
+    rows, shapes = step
+    plain = build_step_inputs(rows, shapes)
+    sizes = [*shapes.token_buckets, shapes.token_buckets[-1] + 1]
+    shapes = dataclasses.replace(shapes, token_buckets=tuple(sizes))
+    inputs = build_step_inputs(rows, shapes, longest=longest)
+    num_tokens = sum(row.num_tokens for row in rows)
+    assert inputs.position_ids.max() + 1 >= longest
+    for ours, theirs in (
+        (inputs.position_ids[:, :num_tokens], plain.position_ids[:, :num_tokens]),
+        (inputs.input_ids[:, :num_tokens], plain.input_ids[:, :num_tokens]),
+        (inputs.last_tokens, plain.last_tokens),
+        *zip(inputs.batch, plain.batch, strict=True),
+    ):
+        assert torch.equal(ours, theirs)

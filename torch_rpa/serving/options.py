@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from torch_rpa.scheduling.scheduler import pages_for
+from torch_rpa.transformers.rotary import unscaled_length
 from torch_rpa.transformers.step_inputs import StepShapes
 
 # Longer sequences must be asked for: a page table and a cache have to hold them.
@@ -80,7 +81,7 @@ class EngineOptions:
         """
         limit = getattr(config, "max_position_embeddings", None)
         usual = min(limit or _USUAL_SEQUENCE_LENGTH, _USUAL_SEQUENCE_LENGTH)
-        unscaled = _unscaled_length(config)
+        unscaled = unscaled_length(config)
         if self.max_sequence_length is None:
             return usual if unscaled is None else min(usual, unscaled)
         if limit is not None and self.max_sequence_length > limit:
@@ -115,22 +116,3 @@ class EngineOptions:
 
 def _aligned(num_tokens: int) -> int:
     return -(-num_tokens // _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT
-
-
-def _unscaled_length(config: Any) -> int | None:
-    """Returns up to which length rotary positions do not depend on the batch."""
-    # Of another name before transformers 5; one for each kind of layer in some models.
-    name = "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"
-    scaling = getattr(config, name, None) or {}
-    nested = [value for value in scaling.values() if isinstance(value, dict)]
-    for parameters in nested or [scaling]:
-        if parameters.get("rope_type", parameters.get("type")) in (
-            "dynamic",
-            "longrope",
-        ):
-            return (
-                parameters.get("original_max_position_embeddings")
-                or getattr(config, "original_max_position_embeddings", None)
-                or config.max_position_embeddings
-            )
-    return None

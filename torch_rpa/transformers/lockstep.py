@@ -6,9 +6,16 @@ import torch
 from transformers import PreTrainedModel
 
 from torch_rpa import devices
-from torch_rpa.scheduling import OutOfPagesError, PageAllocator, Request, Scheduler
+from torch_rpa.scheduling import (
+    OutOfPagesError,
+    PageAllocator,
+    Request,
+    Row,
+    Scheduler,
+)
 from torch_rpa.scheduling.scheduler import pages_for
 from torch_rpa.transformers.model_runner import ModelRunner
+from torch_rpa.transformers.rotary import length_scaling
 from torch_rpa.transformers.step_inputs import (
     StepInputs,
     StepShapes,
@@ -34,13 +41,17 @@ class LockstepBatch:
     ):
         """Starts every prompt; ``prefix_caching`` pays if some are extended later."""
         is_compiled = devices.is_compiled(model.device)
+        self._scaling = length_scaling(model)
         step_tokens = max_tokens_per_step or sum(map(len, prompts))
         # A program serves all batches of similar size; the CPU needs no program.
         bucket = _power_of_two if is_compiled else _multiple_of_eight
+        num_extra = 0 if self._scaling is None else 1  # a token of padding
         pages = pages_for(max(map(len, prompts)) + max_new_tokens, page_size)
         pages_per_sequence = _power_of_two(pages) if is_compiled else pages
         self.shapes = StepShapes(
-            token_buckets=tuple(sorted({bucket(len(prompts)), bucket(step_tokens)})),
+            token_buckets=tuple(
+                sorted({bucket(n + num_extra) for n in (len(prompts), step_tokens)})
+            ),
             num_sequences=len(prompts),
             pages_per_sequence=pages_per_sequence,
         )
@@ -49,10 +60,13 @@ class LockstepBatch:
             page_size=page_size,
             max_num_sequences=len(prompts),
             max_tokens_per_step=step_tokens,
-            prefix_caching=prefix_caching,
+            # Pages of sequences of other lengths may have other factors.
+            prefix_caching=prefix_caching and self._scaling is None,
             lookahead=False,  # the caller chooses every token
         )
         self.requests = [Request(prompt, max_new_tokens) for prompt in prompts]
+        # As transformers counts them: an ended sequence goes on with padding.
+        self._lengths = [len(prompt) for prompt in prompts]
         for request in self.requests:
             self.scheduler.add(request)
         self.runner = ModelRunner(
@@ -75,16 +89,20 @@ class LockstepBatch:
             float32 ``[B, vocabulary]`` on the CPU. Sequences that have ended keep the
             logits that they ended with.
         """
+        self._start_switched_again()
         new = self._logits
         while rows := self.scheduler.schedule():
-            logits = self._step_logits(build_step_inputs(rows, self.shapes))
-            if new is self._logits:  # earlier ones may be kept by the caller
-                empty = logits.new_zeros(len(self.requests), logits.shape[1])
-                new = empty if new is None else new.clone()
-            assert new is not None
-            for row, row_logits in zip(rows, logits, strict=False):
-                if row.is_last:
-                    new[self._indices[row.request]] = row_logits
+            for part, longest in self._parts(rows):
+                logits = self._step_logits(
+                    build_step_inputs(part, self.shapes, longest=longest)
+                )
+                if new is self._logits:  # earlier ones may be kept by the caller
+                    empty = logits.new_zeros(len(self.requests), logits.shape[1])
+                    new = empty if new is None else new.clone()
+                assert new is not None
+                for row, row_logits in zip(part, logits, strict=False):
+                    if row.is_last:
+                        new[self._indices[row.request]] = row_logits
         if not all(request.num_pending for request in self._live):
             raise OutOfPagesError(
                 f"{len(self._live)} sequences do not fit "
@@ -101,27 +119,89 @@ class LockstepBatch:
         self.runner.sync()
         return logits.cpu()
 
+    def _parts(self, rows: list[Row]) -> list[tuple[list[Row], int]]:
+        """Splits a step into model calls, each with the length that it must show."""
+        scaling = self._scaling
+        if scaling is None:
+            return [(rows, 0)]
+        if not scaling.has_one_switch:  # as in the padded batch of transformers
+            return [(rows, max(self._lengths))]
+        parts: tuple[list[Row], list[Row]] = [], []
+        for row in rows:
+            parts[len(row.request.tokens) > scaling.unscaled_length].append(row)
+        lengths = 0, scaling.unscaled_length + 1
+        return [pair for pair in zip(parts, lengths, strict=True) if pair[0]]
+
+    def _start_switched_again(self) -> None:
+        """Has sequences computed again whose factors are no longer those before."""
+        scaling = self._scaling
+        if scaling is None or not scaling.starts_again:
+            return
+        for index, request in enumerate(self.requests):
+            has_switched = (
+                request.num_prompt <= scaling.unscaled_length < len(request.tokens)
+            )
+            if has_switched and request in self._live:
+                self._restart(index, request.tokens)
+
     def append(self, index: int, token: int) -> None:
         """Gives a sequence its next token, which the next step computes."""
         self.requests[index].append(token)
+        self._lengths[index] += 1
 
-    def extend(self, index: int, tokens: list[int]) -> None:
-        """Gives a sequence any number of tokens, which the next steps compute."""
-        former = self.requests[index]
-        if len(tokens) == 1:
-            self.append(index, tokens[0])
-        elif tokens:  # as a new prompt, whose full pages are found again
-            self.end(index)
-            known = former.tokens + tokens
-            room = former.num_prompt + former.max_new_tokens - len(known)
-            request = Request(known, max(1, room))
-            self.requests[index] = request
-            self._indices[request] = index
-            self._live.add(request)
-            self.scheduler.add(request)
+    def read(self, texts: list[list[int]]) -> None:
+        """Gives every sequence all its tokens; the next steps compute what is new.
+
+        A text that is not the former one and one more token is computed as a new
+        prompt, whose full pages are found again.
+
+        Raises:
+            NotImplementedError: The keys of earlier tokens would have to stay as they
+                were computed, with the rotary factors of their time. Nothing is done.
+        """
+        former = [request.tokens for request in self.requests]
+        changed = [i for i, text in enumerate(texts) if text != former[i]]
+        restarted = [i for i in changed if texts[i][:-1] != former[i]]
+        self._refuse_other_factors(texts, restarted)
+        for index in changed:
+            if index in restarted:
+                self._restart(index, texts[index])
+                self._lengths[index] = len(texts[index])
+            else:
+                self.append(index, texts[index][-1])
+
+    def _refuse_other_factors(self, texts: list[list[int]], indices: list[int]) -> None:
+        scaling = self._scaling
+        if scaling is None or scaling.starts_again:
+            return
+        # Of all sequences, where the longest one sets the factors.
+        of = indices if scaling.has_one_switch or not indices else range(len(texts))
+        longest = max((len(texts[index]) for index in of), default=0)
+        if longest > scaling.unscaled_length:
+            raise NotImplementedError(
+                "past_key_values can take further turns of this model up to "
+                f"{scaling.unscaled_length} tokens, got {longest}: beyond it "
+                "transformers scales rotary positions by the length; pass the whole "
+                "text without past_key_values"
+            )
 
     def end(self, index: int) -> None:
-        """Frees the pages of a sequence; may be repeated."""
+        """Frees the pages of a sequence, which goes on with a token of padding."""
+        self._release(index)
+        self._lengths[index] += 1
+
+    def _restart(self, index: int, tokens: list[int]) -> None:
+        """Has a sequence computed from its first token on."""
+        former = self.requests[index]
+        self._release(index)
+        room = former.num_prompt + former.max_new_tokens - len(tokens)
+        request = Request(tokens, max(1, room))
+        self.requests[index] = request
+        self._indices[request] = index
+        self._live.add(request)
+        self.scheduler.add(request)
+
+    def _release(self, index: int) -> None:
         request = self.requests[index]
         if request in self._live:
             self._live.remove(request)

@@ -87,6 +87,7 @@ class PagedCache(Cache):
         self._model = model
         self._options = options
         self._compiles = compiles
+        self._ids: torch.Tensor | None = None  # i64[B, columns seen]
         self._is_token: torch.Tensor | None = None  # bool[B, columns seen]
         self._batch: LockstepBatch | None = None
         self._is_closed = False
@@ -126,14 +127,15 @@ class PagedCache(Cache):
             )
         is_token = self._checked_mask(ids, mask)
         self._check_positions(is_token, positions)
-        new = is_token[:, self.num_columns :]
-        tokens = [row[keep].tolist() for row, keep in zip(ids, new, strict=True)]
+        columns = ids if self._ids is None else torch.cat([self._ids, ids], dim=1)
+        rows = zip(columns, is_token, strict=True)
+        texts = [row[keep].tolist() for row, keep in rows]
         try:
             if self._batch is None:
                 self._batch = LockstepBatch(
                     self._model,
-                    tokens,
-                    max_new_tokens=self.capacity - max(map(len, tokens)),
+                    texts,
+                    max_new_tokens=self.capacity - max(map(len, texts)),
                     page_size=self._options.page_size,
                     num_pages=self._options.num_pages,
                     max_tokens_per_step=self._options.max_tokens_per_step,
@@ -142,13 +144,12 @@ class PagedCache(Cache):
                     compiles=self._compiles,
                 )
             else:
-                for index, row_tokens in enumerate(tokens):
-                    self._batch.extend(index, row_tokens)
+                self._batch.read(texts)
             logits = self._batch.next_logits()
         except BaseException:
             self.close()  # a part of the step may be done
             raise
-        self._is_token = is_token
+        self._ids, self._is_token = columns, is_token
         return logits
 
     def _checked_mask(

@@ -161,7 +161,15 @@ class _Paging:
         inputs = former(input_ids, *args, **kwargs)
         if inputs.get("input_ids") is None:
             return inputs
-        start = input_ids.shape[1] - inputs["input_ids"].shape[1]
+        cache = self._require_own(cache_among(kwargs))
+        start = cache.num_columns
+        if start >= input_ids.shape[1]:
+            raise ValueError(
+                "input_ids must have more columns than past_key_values has seen, got "
+                f"{input_ids.shape[1]} and {start}; crop it to fewer, or leave it out"
+            )
+        # Some models drop it where their rotary factors change; it sees to that itself.
+        inputs[CACHE_NAME] = cache
         inputs["input_ids"] = input_ids[:, start:]
         if kwargs.get("attention_mask") is not None:
             inputs["attention_mask"] = kwargs["attention_mask"]

@@ -58,9 +58,16 @@ class StepInputs(NamedTuple):
 
 
 def build_step_inputs(
-    rows: Sequence[Row], shapes: StepShapes, size: int | None = None
+    rows: Sequence[Row],
+    shapes: StepShapes,
+    size: int | None = None,
+    *,
+    longest: int = 0,
 ) -> StepInputs:
     """Lays the rows end to end and pads, to a bucket or to ``size`` tokens.
+
+    With ``longest`` the model finds a position of a sequence of so many tokens: that of
+    the padding, if the rows do not reach it. Nothing but that is changed by it.
 
     Two rows, of one token (with 4 cached) and of three (new), T = 8, S = 3; the one
     token is not known yet, row 1 of the step before generates it::
@@ -74,8 +81,9 @@ def build_step_inputs(
         distribution  1  1  2
     """
     tokens: list[int] = []
+    is_beyond = longest > max((row.end for row in rows), default=0)
     if size is None:
-        size = shapes.bucket(sum(row.num_tokens for row in rows))
+        size = shapes.bucket(sum(row.num_tokens for row in rows) + is_beyond)
     pending_rows = [-1] * size
     positions: list[int] = []
     kv_lens: list[int] = []
@@ -100,7 +108,7 @@ def build_step_inputs(
     return StepInputs(
         torch.tensor([_padded(tokens, size)]),
         torch.tensor([pending_rows]),
-        torch.tensor([_padded(positions, size)]),
+        torch.tensor([_padded(positions, size, longest - 1 if is_beyond else 0)]),
         torch.tensor(_padded(last_tokens, num_seqs)),
         RaggedBatch(
             _int32(_padded(kv_lens, num_seqs)),
@@ -111,10 +119,10 @@ def build_step_inputs(
     )
 
 
-def _padded(values: Sequence[int], size: int) -> list[int]:
+def _padded(values: Sequence[int], size: int, padding: int = 0) -> list[int]:
     if len(values) > size:
         raise ValueError(f"at most {size} values fit, got {len(values)}")
-    return [*values, *[0] * (size - len(values))]
+    return [*values, *[padding] * (size - len(values))]
 
 
 def _int32(values: list[int]) -> torch.Tensor:
