@@ -134,17 +134,25 @@ def test_tokens_without_any_probability_are_never_drawn():
 
 
 @pytest.mark.torch_xla
-def test_the_xla_device_draws_the_same_tokens():
+def test_the_xla_device_draws_the_same_tokens_with_one_program_for_all_parameters():
     import torch_xla
 
+    from torch_rpa import devices
+
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(64, 300, generator=generator)
-    params = [
-        SamplingParams(temperature=t, top_k=k, top_p=p)
-        for t, k, p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 20, 1.0), (1.3, 50, 0.9))
-    ]
-    rows = [(params[i % 4], 2**60 + i, i) for i in range(60)]
-    inputs = build_sampling_inputs(rows, 64, 300)
     device = torch_xla.device()
-    on_xla = sample(logits.to(device), inputs.to(device)).cpu()
-    assert torch.equal(on_xla, sample(logits, inputs))
+    choices = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 20, 1.0, 0.0)]
+    choices += [(1.3, 50, 0.9, 0.0), (1.0, 0, 0.8, 0.01), (1.5, 300, 1.0, 0.2)]
+    params = [
+        SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m)
+        for t, k, p, m in choices
+    ]
+    counts = []
+    for few in (params, params[:2]):
+        logits = torch.randn(64, 300, generator=generator)
+        rows = [(few[i % len(few)], 2**60 + i, i) for i in range(60)]
+        inputs = build_sampling_inputs(rows, 64, 300)
+        on_xla = sample(logits.to(device), inputs.to(device)).cpu()
+        assert torch.equal(on_xla, sample(logits, inputs))
+        counts.append(devices.num_compilations(device))
+    assert counts[0] == counts[1]

@@ -38,7 +38,6 @@ def test_changes_win_over_the_config():
         {"num_beams": 2},
         {"repetition_penalty": 1.2},
         {"no_repeat_ngram_size": 3},
-        {"min_p": 0.1, "do_sample": True},
         {"num_return_sequences": 2, "do_sample": True},
         {"suppress_tokens": [1]},
         {"min_new_tokens": 2},

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from torch_rpa.serving import thresholds
 from torch_rpa.serving.sampling_params import SamplingParams
 
 _GREEDY = SamplingParams()
@@ -24,6 +25,7 @@ class SamplingInputs(NamedTuple):
     temperature: torch.Tensor  # f32[S], 0 where greedy
     top_k: torch.Tensor  # i32[S]
     top_p: torch.Tensor  # f32[S]
+    min_p: torch.Tensor  # f32[S]
     keys: torch.Tensor  # i32[2, S] random bits of each row
 
     def to(self, device: torch.device | str) -> SamplingInputs:
@@ -48,6 +50,7 @@ def build_sampling_inputs(
         torch.tensor([p.top_k or vocabulary for p in params], dtype=torch.int32),
         # More than any sum of rounded probabilities keeps all of them.
         torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params]),
+        torch.tensor([p.min_p for p in params], dtype=torch.float32),
         torch.tensor(
             [_random_bits(*pair) for pair in zip(seeds, positions, strict=True)],
             dtype=torch.int32,
@@ -64,32 +67,14 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor:
     """Draws a token for each row: ``[S, V]`` to i64 ``[S]``.
 
     The largest of logit plus Gumbel noise is distributed as the softmax of the logits.
-    Tokens outside top-k, then outside top-p of what is left, are out; a token as likely
-    as the last one that is in, is in.
+    Only among the tokens that :func:`torch_rpa.serving.thresholds.kept` tells.
     """
-    logits = logits.float()
     temperature = inputs.temperature[:, None]
-    scaled = logits / torch.where(temperature > 0, temperature, 1.0)
+    scaled = logits.float() / torch.where(temperature > 0, temperature, 1.0)
+    kept = thresholds.kept(logits, scaled, inputs.top_k, inputs.top_p, inputs.min_p)
     noisy = scaled + _gumbel(inputs.keys, logits.shape[-1])
-    kept = scaled >= _least_kept(scaled, inputs.top_k, inputs.top_p)
     sampled = torch.where(kept, noisy, -torch.inf).argmax(dim=-1)
     return torch.where(inputs.temperature > 0, sampled, greedy(logits))
-
-
-def _least_kept(
-    scaled: torch.Tensor,  # f32[S, V]
-    top_k: torch.Tensor,  # i32[S]
-    top_p: torch.Tensor,  # f32[S]
-) -> torch.Tensor:
-    """Returns f32 ``[S, 1]``: the least logit within both top-k and top-p."""
-    ordered = scaled.sort(dim=-1, descending=True).values
-    rank = torch.arange(scaled.shape[-1], device=scaled.device)
-    in_top_k = rank < top_k[:, None]
-    weights = torch.where(in_top_k, ordered, -torch.inf).softmax(dim=-1)
-    weight_before = weights.cumsum(dim=-1) - weights
-    kept = in_top_k & (weight_before < top_p[:, None])
-    last = kept.sum(dim=-1, keepdim=True).clamp(min=1) - 1
-    return ordered.gather(1, last)
 
 
 def _gumbel(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -29,7 +29,6 @@ _UNSUPPORTED = {
     "max_time": (None,),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
-    "min_p": (None, 0.0),
     "no_repeat_ngram_size": (None, 0),
     "num_beam_groups": (None, 1),
     "num_beams": (None, 1),
@@ -60,6 +59,8 @@ class SamplingParams:
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: Sample among so many most likely tokens; 0 is all.
         top_p: Sample among the most likely tokens that make up this share; 1 is all.
+        min_p: Sample among tokens at least so many times as likely as the most likely
+            one; 0 is all.
         seed: The same seed gives the same text, whatever else is in the batch. None
             draws one from the engine's.
         eos_token_ids: Each ends the text, and is its last token.
@@ -72,6 +73,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     eos_token_ids: Sequence[int] = ()
     stop_sequences: Sequence[Sequence[int]] = ()
@@ -96,6 +98,7 @@ class SamplingParams:
             ),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "at least 0 and at most 1"),
             ("stop_sequences", all(self.stop_sequences), "one token or more each"),
             ("stop_strings", all(self.stop_strings), "one character or more each"),
         ):
@@ -147,6 +150,7 @@ class SamplingParams:
                 ("temperature", 1.0),
                 ("top_k", _TOP_K),
                 ("top_p", 1.0),
+                ("min_p", 0.0),
             ):
                 value = getattr(config, name)
                 fields[name] = default if value is None else value
