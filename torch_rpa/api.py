@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from jax_kernels.contract.options import check_block_sizes
-from torch_rpa import bridges, ops, validation
+from torch_rpa import bridges, ops, reference, validation
 from torch_rpa.options import make_options
 from torch_rpa.validation import Inputs
 
@@ -109,11 +109,12 @@ def ragged_paged_attention(
             of a tile of prefill, tokens of the cache fetched at once there. None takes
             those tuned for the shape, users' own records first (see
             :func:`torch_rpa.tuned_block_sizes`), or else those of a model. They change
-            speed and the order of sums only. The eager reference and the plain
-            computation have no tiles: there they are checked and have no effect.
+            speed and the order of sums only. Eager PyTorch and the plain computation
+            have no tiles: there they are checked and have no effect.
         impl: None takes the implementation of the device: the Pallas kernel on a TPU,
             the same computation in plain XLA on the XLA CPU device, eager PyTorch on
-            CPU tensors. "reference" takes the plain computation on every device.
+            CPU tensors. "reference" takes the plain computation on every device,
+            and on CPU tensors the one that goes sequence by sequence.
             "pallas_interpret" runs the Pallas kernel on CPU tensors, simulated: slow,
             for debugging. Nothing falls back silently.
         validate: True checks the values of the metadata first, waiting for them.
@@ -163,17 +164,20 @@ def ragged_paged_attention(
 def _run_selected(impl: str, inputs: Inputs, options: dict[str, Any]) -> torch.Tensor:
     """Runs an implementation other than the device's own."""
     validation.validate_gradients(inputs)
-    if impl == "pallas_interpret":
+    device = inputs.q.device.type
+    if impl == "pallas_interpret" or device == "cpu":
         attention_options = make_options(options)
         if validation.values_requested():
             validation.validate_values(inputs, attention_options)
+        if impl == "reference":
+            return reference.ragged_paged_attention_(inputs, attention_options)
         from torch_rpa.bridges import interpret
 
         return interpret.interpret_pallas_(
             inputs, attention_options, block_sizes=options["block_sizes"]
         )
-    bridge = bridges.find(inputs.q.device.type)
-    if bridge is None:  # the reference is all there is
+    bridge = bridges.find(device)
+    if bridge is None:  # the operator says which devices there are
         return ops.ragged_paged_attention(*inputs, **options)
     with bridge.reference(inputs.q.device):
         return ops.ragged_paged_attention(*inputs, **options)

@@ -6,7 +6,7 @@ Three operators, one below the other::
       rpa::ragged_paged_attention_functional    returns (out, new kv_cache)
       rpa::ragged_paged_attention_readonly      returns out; kv_cache is only read
 
-On CPU tensors the public operator is the eager reference. Everywhere else it is
+On CPU tensors the public operator runs eagerly, in PyTorch. Everywhere else it is
 composite: it calls a functional operator and makes the new cache the value of
 ``kv_cache``, which is how PyTorch/XLA expresses an update in place (its
 functionalization refuses custom operators that mutate). This module imports torch only;
@@ -128,13 +128,13 @@ def _autograd_cpu(*tensors: Any, **options: Any) -> torch.Tensor:
 
 
 def _cpu(*tensors: Any, **options: Any) -> torch.Tensor:
-    """CPU: the eager reference."""
-    from torch_rpa import reference
+    """CPU: PyTorch, eagerly."""
+    from torch_rpa import cpu
 
     inputs, attention_options = Inputs(*tensors), make_options(options)
     if validation.values_requested():
         validation.validate_values(inputs, attention_options)
-    return reference.ragged_paged_attention_(inputs, attention_options)
+    return cpu.ragged_paged_attention_(inputs, attention_options)
 
 
 # ---- the functional operators

@@ -1,7 +1,8 @@
-"""What the operator computes, in plain PyTorch; also its CPU implementation.
+"""What the operator computes, in plain PyTorch.
 
 Written for clarity: sequence by sequence, everything in float32. A sequence attends to
-its keys and values as the cache stores them, quantisation included.
+its keys and values as the cache stores them, quantisation included. CPU tensors take
+:mod:`torch_rpa.cpu`, which is tested against this.
 """
 
 from __future__ import annotations
@@ -105,45 +106,65 @@ def write_tokens(
         kv_len: Tokens of the sequence, the new ones included.
         geometry: Sizes of the cache.
     """
-    # Bytes are moved as integers: PyTorch has no indexed float8 stores on the CPU.
-    if keys.dtype.itemsize == 1:
-        kv_cache, keys, values = (
-            x.view(torch.uint8)
-            for x in (kv_cache, keys.contiguous(), values.contiguous())
-        )
-    if geometry.is_fused_kv:
-        pad = FUSED_VALUE_LANE - geometry.head_dim
-        rows = torch.cat([F.pad(keys, (0, pad)), F.pad(values, (0, pad))], dim=-1)
-    else:
-        pad = geometry.lanes - geometry.head_dim
-        rows = F.pad(torch.cat([keys, values], dim=1), (0, pad))
     positions = torch.arange(kv_len - keys.shape[0], kv_len)
     slots = positions % geometry.page_size
     slot_pages = pages[positions // geometry.page_size]
-    slot_rows = kv_cache.view(
+    rows = token_rows(keys, values, geometry)
+    by_slot(kv_cache, geometry)[slot_pages, :, slots] = rows
+
+
+def token_rows(
+    keys: torch.Tensor, values: torch.Tensor, geometry: CacheGeometry
+) -> torch.Tensor:
+    """Returns ``[n, heads_per_page, lanes]``: tokens as they lie in :func:`by_slot`.
+
+    Args:
+        keys: ``[n, Hkv, D]`` in the dtype of the cache.
+        values: Like ``keys``.
+        geometry: Sizes of the cache.
+    """
+    if keys.dtype.itemsize == 1:
+        keys, values = (x.contiguous().view(torch.uint8) for x in (keys, values))
+    if geometry.is_fused_kv:
+        keys, values = (_wide(x, FUSED_VALUE_LANE) for x in (keys, values))
+        return torch.cat([keys, values], dim=-1)
+    return _wide(torch.cat([keys, values], dim=1), geometry.lanes)
+
+
+def _wide(x: torch.Tensor, lanes: int) -> torch.Tensor:
+    return x if x.shape[-1] == lanes else F.pad(x, (0, lanes - x.shape[-1]))
+
+
+def by_slot(kv_cache: torch.Tensor, geometry: CacheGeometry) -> torch.Tensor:
+    """Views a cache as ``[N, heads_per_page, page_size, lanes]``.
+
+    Bytes are seen as integers: PyTorch has no indexed float8 stores on the CPU.
+    """
+    if kv_cache.dtype.itemsize == 1:
+        kv_cache = kv_cache.view(torch.uint8)
+    return kv_cache.view(
         geometry.num_pages, geometry.heads_per_page, geometry.page_size, geometry.lanes
     )
-    slot_rows[slot_pages, :, slots] = rows
 
 
 def read_tokens(
     kv_cache: torch.Tensor, pages: torch.Tensor, kv_len: int, geometry: CacheGeometry
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads keys and values of one sequence, each ``[Hkv, kv_len, D]``, as stored."""
-    dtype = kv_cache.dtype
-    if dtype.itemsize == 1:
-        kv_cache = kv_cache.view(torch.uint8)
-    slot_rows = kv_cache.view(
-        geometry.num_pages, geometry.heads_per_page, geometry.page_size, geometry.lanes
-    )
-    rows = slot_rows[pages].transpose(0, 1)  # [rows, pages, page_size, lanes]
+    rows = by_slot(kv_cache, geometry)[pages].transpose(0, 1)
     rows = rows.reshape(geometry.heads_per_page, -1, geometry.lanes)
-    rows = rows[:, :kv_len].view(dtype)
+    return keys_and_values(rows[:, :kv_len].view(kv_cache.dtype), geometry)
+
+
+def keys_and_values(
+    rows: torch.Tensor, geometry: CacheGeometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits ``[..., heads_per_page, K, lanes]`` in two of ``[..., Hkv, K, D]``."""
     depth, half = geometry.head_dim, FUSED_VALUE_LANE
     if geometry.is_fused_kv:
         return rows[..., :depth], rows[..., half : half + depth]
     heads = geometry.num_kv_heads
-    return rows[:heads, :, :depth], rows[heads:, :, :depth]
+    return rows[..., :heads, :, :depth], rows[..., heads:, :, :depth]
 
 
 def attend(

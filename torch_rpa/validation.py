@@ -7,6 +7,7 @@ the metadata, which on an XLA device waits for them, so it runs on request only.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -49,16 +50,30 @@ def validate_static(inputs: Inputs, options: AttentionOptions) -> CallSizes:
     """Checks shapes, dtypes, devices and strides; returns the sizes of the call."""
     check_given(inputs)
     validate_devices(inputs)
-    specs: list[Any] = [
-        None if t is None else ArraySpec(tuple(t.shape), dtype_name(t.dtype))
-        for t in inputs
-    ]
-    sizes = contract.check_arguments(Arguments(*specs), options)
+    specs = tuple(None if t is None else (t.shape, t.dtype) for t in inputs)
+    try:
+        sizes = _known_sizes(specs, options)
+    except TypeError:  # symbolic sizes have no hash
+        sizes = _checked_sizes(specs, options)
     if not inputs.kv_cache.is_contiguous():
         raise ValueError(
             f"kv_cache must be contiguous, got strides {inputs.kv_cache.stride()}"
         )
     return sizes
+
+
+def _checked_sizes(
+    specs: tuple[tuple[torch.Size, torch.dtype] | None, ...], options: AttentionOptions
+) -> CallSizes:
+    arrays: list[Any] = [
+        None if spec is None else ArraySpec(tuple(spec[0]), dtype_name(spec[1]))
+        for spec in specs
+    ]
+    return contract.check_arguments(Arguments(*arrays), options)
+
+
+# Sizes that were checked before: the layers of a model, step after step, have the same.
+_known_sizes = functools.lru_cache(maxsize=1024)(_checked_sizes)
 
 
 def validate_devices(inputs: Inputs) -> None:
@@ -97,7 +112,7 @@ def validate_values(inputs: Inputs, options: AttentionOptions) -> None:
     See :func:`jax_kernels.contract.check_metadata`.
     """
     sizes = validate_static(inputs, options)
-    contract.check_metadata(_host_metadata(inputs), sizes, options)
+    contract.check_metadata(host_metadata(inputs), sizes, options)
 
 
 def validate_ranges(inputs: Inputs, sizes: CallSizes) -> None:
@@ -106,9 +121,10 @@ def validate_ranges(inputs: Inputs, sizes: CallSizes) -> None:
     For implementations that would otherwise fail with a part of the cache written, or
     take a negative page id for one that counts from the end.
     """
-    contract.check_ranges(_host_metadata(inputs), sizes)
+    contract.check_ranges(host_metadata(inputs), sizes)
 
 
-def _host_metadata(inputs: Inputs) -> Metadata:
+def host_metadata(inputs: Inputs) -> Metadata:
+    """Returns the numbers of a step, waiting for them if they are on a device."""
     tensors = (getattr(inputs, name) for name in Metadata._fields)
     return Metadata(*(tensor.numpy(force=True) for tensor in tensors))

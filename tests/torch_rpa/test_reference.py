@@ -1,4 +1,4 @@
-"""The eager reference: against float64, and on cases worked out by hand."""
+"""CPU tensors, and the reference: against float64, and on cases worked out by hand."""
 
 import math
 
@@ -13,8 +13,17 @@ from tests.torch_rpa.calls import (
     raw_bytes,
 )
 from tests.torch_rpa.scenarios import SCENARIOS, make_scenario
-from torch_rpa import reference
+from torch_rpa import cpu, reference
 from torch_rpa.options import AttentionOptions
+
+
+@pytest.fixture(autouse=True, params=["cpu", "reference"])
+def implementation(request, monkeypatch):
+    """What the operator runs on CPU tensors."""
+    if request.param == "reference":
+        monkeypatch.setattr(
+            cpu, "ragged_paged_attention_", reference.ragged_paged_attention_
+        )
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -180,7 +189,8 @@ def test_sequences_without_tokens_read_and_write_nothing():
 
 def test_query_blocks_do_not_change_the_result(monkeypatch):
     expected = torch_rpa.ragged_paged_attention(*make_call(), sliding_window=5)
-    monkeypatch.setattr(reference, "MAX_SCORES", 2 * 4 * 30)  # two queries a block
+    for module in (cpu, reference):  # two queries a block
+        monkeypatch.setattr(module, "MAX_SCORES", 2 * 4 * 30)
     out = torch_rpa.ragged_paged_attention(*make_call(), sliding_window=5)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 

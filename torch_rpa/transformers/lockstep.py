@@ -43,15 +43,18 @@ class LockstepBatch:
         is_compiled = devices.is_compiled(model.device)
         self._scaling = length_scaling(model)
         step_tokens = max_tokens_per_step or sum(map(len, prompts))
-        # A program serves all batches of similar size; the CPU needs no program.
-        bucket = _power_of_two if is_compiled else _multiple_of_eight
-        num_extra = 0 if self._scaling is None else 1  # a token of padding
-        pages = pages_for(max(map(len, prompts)) + max_new_tokens, page_size)
-        pages_per_sequence = _power_of_two(pages) if is_compiled else pages
+        pages_per_sequence = pages_for(
+            max(map(len, prompts)) + max_new_tokens, page_size
+        )
+        token_buckets: set[int] = set()
+        if is_compiled:  # a program serves all batches of similar size
+            pages_per_sequence = _power_of_two(pages_per_sequence)
+            num_extra = 0 if self._scaling is None else 1  # a token of padding
+            token_buckets = {
+                _power_of_two(n + num_extra) for n in (len(prompts), step_tokens)
+            }
         self.shapes = StepShapes(
-            token_buckets=tuple(
-                sorted({bucket(n + num_extra) for n in (len(prompts), step_tokens)})
-            ),
+            token_buckets=tuple(sorted(token_buckets)),
             num_sequences=len(prompts),
             pages_per_sequence=pages_per_sequence,
         )
@@ -210,7 +213,3 @@ class LockstepBatch:
 
 def _power_of_two(size: int) -> int:
     return max(8, 1 << (size - 1).bit_length())
-
-
-def _multiple_of_eight(size: int) -> int:
-    return -(-size // 8) * 8

@@ -17,7 +17,7 @@ class StepShapes:
     """The static sizes of all steps; on an XLA device each bucket is one program.
 
     Attributes:
-        token_buckets: Ascending sizes that T may have.
+        token_buckets: Ascending sizes that T may have; if empty, any.
         num_sequences: S.
         pages_per_sequence: P.
     """
@@ -28,6 +28,8 @@ class StepShapes:
 
     def bucket(self, num_tokens: int) -> int:
         """Returns the smallest bucket that holds so many tokens; ValueError if none."""
+        if not self.token_buckets:
+            return num_tokens
         for size in self.token_buckets:
             if num_tokens <= size:
                 return size

@@ -1,0 +1,330 @@
+"""The operator on CPU tensors: what :mod:`torch_rpa.reference` defines, in few calls.
+
+All new tokens are written at once. Then sequences with one new token and of similar
+length attend together, the others one by one, to pages that one copy gathers. Scores
+and sums are float32, whatever the dtype of the cache, as in the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from jax_kernels import contract
+from jax_kernels.contract import CallSizes, Metadata
+from torch_rpa.options import AttentionOptions, torch_dtype
+from torch_rpa.reference import (
+    MAX_SCORES,
+    by_slot,
+    encode,
+    keys_and_values,
+    token_rows,
+    visible,
+    visible_range,
+)
+from torch_rpa.validation import Inputs, host_metadata, validate_static
+
+# Sequences attend together while the longest has at most so many times the pages of the
+# shortest: what is gathered for a shorter one beyond its end is in vain.
+MAX_SPREAD = 2
+# Queries of one sequence that attend at once; a later block sees more keys.
+MAX_QUERIES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Sequences that attend together: B with one new token each, or one with n.
+
+    What is gathered of a sequence are ``width`` slots, which hold its tokens in order.
+
+    Attributes:
+        tokens: i64 ``[B]`` or ``[n]``, rows of q.
+        head_pages: i64 ``[B * heads_per_page * pages]``, what to gather of the cache
+            seen as ``[N * heads_per_page, page_size * lanes]``.
+        begin: The first slot of the gathered pages that any of the sequences needs.
+        width: Slots from there on to the last one that any needs.
+        dead_slots: ``(sequence, begin, end)`` of the slots within ``width`` that its
+            queries do not see; they may hold anything.
+        mask: bool ``[B, 1, 1, width]``, the slots that are not dead; None if none is.
+    """
+
+    tokens: torch.Tensor
+    head_pages: torch.Tensor
+    begin: int
+    width: int
+    dead_slots: tuple[tuple[int, int, int], ...]
+    mask: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the numbers of a step say; the same for all layers with one window.
+
+    Attributes:
+        num_tokens: The rows of q that belong to sequences.
+        slots: i64 ``[num_tokens * heads_per_page]``, where the new tokens go in the
+            cache seen as ``[N * heads_per_page * page_size, lanes]``.
+        decodes: Parts of sequences with one new token each.
+        others: Parts of one sequence each, with more new tokens.
+    """
+
+    num_tokens: int
+    slots: torch.Tensor
+    decodes: tuple[Part, ...]
+    others: tuple[Part, ...]
+
+
+def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
+    """Writes new keys and values to ``inputs.kv_cache`` and returns the attention.
+
+    Everything is checked before the first write.
+
+    Returns:
+        ``[T, Hq, D]`` in ``options.out_dtype`` or the dtype of ``q``. Rows of no live
+        sequence are zeros.
+
+    Raises:
+        ValueError: The arguments do not fit together, or a length or page id is out of
+            range.
+    """
+    sizes = validate_static(inputs, options)
+    arrays = ((array.tobytes(), array.dtype.str) for array in host_metadata(inputs))
+    plan = _plan_of_bytes(tuple(arrays), sizes, options.sliding_window)
+    if options.update_kv_cache:
+        _write(inputs, plan, sizes, options)
+    out = torch.zeros(inputs.q.shape, dtype=torch_dtype(sizes.out_dtype))
+    for parts, attend in (
+        (plan.decodes, _attend_decodes),
+        (plan.others, _attend_one),
+    ):
+        for part in parts:
+            rows = attend(inputs, part, sizes, options)
+            out.index_copy_(0, part.tokens, rows.to(out.dtype))
+    return out
+
+
+# ---- the plan of a step
+
+
+# By their bytes, since all layers of a model come with the same numbers.
+@functools.lru_cache(maxsize=16)
+def _plan_of_bytes(
+    arrays: tuple[tuple[bytes, str], ...], sizes: CallSizes, sliding_window: int | None
+) -> Plan:
+    metadata = Metadata(*(np.frombuffer(data, dtype) for data, dtype in arrays))
+    return plan_step(metadata, sizes, sliding_window)
+
+
+def plan_step(metadata: Metadata, sizes: CallSizes, sliding_window: int | None) -> Plan:
+    """Finds the slots of new tokens, and which sequences attend together.
+
+    Raises:
+        ValueError: A length or page id is out of range.
+    """
+    contract.check_ranges(metadata, sizes)
+    page_size, heads = sizes.cache.page_size, sizes.cache.heads_per_page
+    live = int(metadata.distribution[2])
+    starts = metadata.cu_q_lens[: live + 1].astype(np.int64)
+    q_lens, kv_lens = np.diff(starts), metadata.kv_lens[:live].astype(np.int64)
+    page_table = metadata.page_indices.reshape(sizes.num_sequences, -1).astype(np.int64)
+
+    sequence = np.repeat(np.arange(live), q_lens)
+    tokens = np.arange(len(sequence))
+    positions = tokens - starts[sequence] + (kv_lens - q_lens)[sequence]
+    head_pages = page_table[sequence, positions // page_size, None] * heads
+    head_pages = head_pages + np.arange(heads)
+    slots = head_pages * page_size + positions[:, None] % page_size
+
+    first_seen = np.zeros_like(kv_lens)
+    if sliding_window is not None:
+        first_seen = np.maximum(kv_lens - q_lens + 1 - sliding_window, 0)
+    num_pages = -(-kv_lens // page_size) - first_seen // page_size
+
+    def part(members: np.ndarray, rows: np.ndarray) -> Part:
+        return _part(
+            rows, page_table[members], first_seen[members], kv_lens[members], sizes
+        )
+
+    by_size = np.argsort(num_pages, kind="stable")
+    return Plan(
+        num_tokens=len(tokens),
+        slots=torch.from_numpy(slots.reshape(-1)),
+        decodes=tuple(
+            part(members, starts[members])
+            for members in _similar(by_size[q_lens[by_size] == 1], num_pages)
+        ),
+        others=tuple(
+            part(np.array([s]), np.arange(starts[s], starts[s + 1]))
+            for s in np.flatnonzero(q_lens > 1)
+        ),
+    )
+
+
+def _similar(ascending: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
+    """Splits indices of ascending sizes where the spread of sizes becomes too large."""
+    begin = 0
+    for end in range(1, len(ascending) + 1):
+        is_last = end == len(ascending)
+        if is_last or sizes[ascending[end]] > MAX_SPREAD * sizes[ascending[begin]]:
+            yield ascending[begin:end]
+            begin = end
+
+
+def _part(
+    tokens: np.ndarray,
+    page_table: np.ndarray,  # [B, P]
+    first_seen: np.ndarray,  # [B] position of the first token that a query sees
+    kv_lens: np.ndarray,  # [B]
+    sizes: CallSizes,
+) -> Part:
+    page_size, heads = sizes.cache.page_size, sizes.cache.heads_per_page
+    first_page = first_seen // page_size
+    last_page = (kv_lens - 1) // page_size
+    columns = first_page[:, None] + np.arange((last_page - first_page).max() + 1)
+    # Beyond its last page any page of a sequence will do.
+    columns = np.minimum(columns, last_page[:, None])
+    pages = np.take_along_axis(page_table, columns, axis=1)
+    head_pages = pages[:, None, :] * heads + np.arange(heads)[:, None]
+
+    first_slot, end_slot = (x - first_page * page_size for x in (first_seen, kv_lens))
+    begin = int(first_slot.min())
+    width = int(end_slot.max()) - begin
+    alive = np.arange(begin, begin + width) >= first_slot[:, None]
+    alive &= np.arange(begin, begin + width) < end_slot[:, None]
+    ends = ((0, first - begin) for first in first_slot.tolist())
+    dead = [(number, *slots) for number, slots in enumerate(ends)]
+    dead += [
+        (number, end - begin, width) for number, end in enumerate(end_slot.tolist())
+    ]
+    return Part(
+        tokens=torch.from_numpy(tokens),
+        head_pages=torch.from_numpy(head_pages.reshape(-1)),
+        begin=begin,
+        width=width,
+        dead_slots=tuple(slots for slots in dead if slots[1] < slots[2]),
+        mask=None if alive.all() else torch.from_numpy(alive)[:, None, None, :],
+    )
+
+
+# ---- the cache
+
+
+def _write(
+    inputs: Inputs, plan: Plan, sizes: CallSizes, options: AttentionOptions
+) -> None:
+    assert inputs.k is not None and inputs.v is not None
+    dtype = inputs.kv_cache.dtype
+    rows = token_rows(
+        encode(inputs.k[: plan.num_tokens], dtype, options.k_scale),
+        encode(inputs.v[: plan.num_tokens], dtype, options.v_scale),
+        sizes.cache,
+    )
+    slots = by_slot(inputs.kv_cache, sizes.cache).view(-1, sizes.cache.lanes)
+    slots.index_copy_(0, plan.slots, rows.view(-1, sizes.cache.lanes))
+
+
+def _gather(
+    kv_cache: torch.Tensor, part: Part, num_sequences: int, sizes: CallSizes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns keys and values of a part, each float32 ``[B, Hkv, width, D]``.
+
+    Slots that are not alive are zeros: the weight zero would not hide a NaN.
+    """
+    geometry = sizes.cache
+    pages = by_slot(kv_cache, geometry).view(-1, geometry.page_size * geometry.lanes)
+    rows = pages.index_select(0, part.head_pages)
+    rows = rows.view(num_sequences, geometry.heads_per_page, -1, geometry.lanes)
+    rows = rows[:, :, part.begin : part.begin + part.width]
+    rows = rows.view(kv_cache.dtype).float()
+    for sequence, begin, end in part.dead_slots:
+        rows[sequence, :, begin:end] = 0.0
+    return keys_and_values(rows, geometry)
+
+
+# ---- attention
+
+
+def _queries(inputs: Inputs, part: Part, options: AttentionOptions) -> torch.Tensor:
+    """Returns the queries of a part, float32 ``[len(tokens), Hq, D]``."""
+    q = inputs.q.index_select(0, part.tokens)
+    if options.q_scale is not None:
+        q = encode(q, inputs.kv_cache.dtype, options.q_scale)
+    return q.float()
+
+
+def _attend_decodes(
+    inputs: Inputs, part: Part, sizes: CallSizes, options: AttentionOptions
+) -> torch.Tensor:
+    """Attends with the one new token of each sequence; float32 ``[B, Hq, D]``."""
+    q = _queries(inputs, part, options)
+    grouped = q.view(len(q), sizes.cache.num_kv_heads, -1, q.shape[2])  # [B, Hkv, G, D]
+    keys, values = _gather(inputs.kv_cache, part, len(q), sizes)
+    sinks = inputs.sinks
+    if sinks is not None:
+        sinks = sinks.view(1, *grouped.shape[1:3], 1)
+    out = _attention(grouped, keys, values, part.mask, sinks, options)
+    return out.reshape(q.shape)
+
+
+def _attend_one(
+    inputs: Inputs, part: Part, sizes: CallSizes, options: AttentionOptions
+) -> torch.Tensor:
+    """Attends with all new tokens of one sequence; float32 ``[n, Hq, D]``."""
+    q = _queries(inputs, part, options)
+    grouped = q.view(len(q), sizes.cache.num_kv_heads, -1, q.shape[2])
+    grouped = grouped.permute(2, 1, 0, 3)  # [G, Hkv, n, D]
+    keys, values = _gather(inputs.kv_cache, part, 1, sizes)
+    keys, values = (
+        x.expand(len(grouped), -1, -1, -1) for x in (keys, values)
+    )  # without a copy
+    sinks = inputs.sinks
+    if sinks is not None:
+        sinks = sinks.view(grouped.shape[1], len(grouped), 1, 1).transpose(0, 1)
+    block = min(MAX_QUERIES, max(1, MAX_SCORES // (q.shape[1] * part.width)))
+    blocks = []
+    for queries in grouped.split(block, dim=2):
+        begin = sum(done.shape[2] for done in blocks)
+        positions = torch.arange(begin, begin + queries.shape[2])
+        positions += part.width - len(q)
+        first, last = visible_range(positions, part.width, options)
+        mask = visible(positions[:, None], torch.arange(first, last)[None, :], options)
+        seen = slice(first, last)
+        blocks.append(
+            _attention(
+                queries, keys[:, :, seen], values[:, :, seen], mask, sinks, options
+            )
+        )
+    return torch.cat(blocks, dim=2).permute(2, 1, 0, 3).reshape(q.shape)
+
+
+def _attention(
+    q: torch.Tensor,  # [B, H, R, D]
+    keys: torch.Tensor,  # [B, H, K, D]
+    values: torch.Tensor,  # [B, H, K, D]
+    mask: torch.Tensor | None,  # broadcasts to [B, H, R, K]
+    sinks: torch.Tensor | None,  # broadcasts to [B, H, R, 1]
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Attention of rows that each see at least one key; ``[B, H, R, D]``."""
+    if options.v_scale is not None:
+        values = values * options.v_scale
+    if options.soft_cap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, scale=options.score_factor
+        )
+    scores = q @ keys.mT * options.score_factor
+    if options.soft_cap is not None:
+        scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    out = scores.softmax(dim=-1) @ values
+    if sinks is not None:
+        # A sink adds its own exponential to the sum, which is that of the scores.
+        total = scores.logsumexp(dim=-1, keepdim=True)
+        out = out * torch.sigmoid(total - sinks)
+    return out
