@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import torch_rpa
+from jax_kernels.contract import AttentionOptions
 from tests.support import interpret
 from tests.torch_rpa.calls import (
     assert_matches_oracle,
@@ -15,6 +16,7 @@ from tests.torch_rpa.calls import (
     to_device,
 )
 from tests.torch_rpa.scenarios import make_scenario
+from torch_rpa import reference
 
 
 def test_the_result_and_the_cache_are_those_of_the_operator():
@@ -39,10 +41,11 @@ def test_no_implementation_but_the_operator_differentiates_either():
             torch_rpa.ragged_paged_attention(*call, impl=impl)
 
 
-def test_reference_on_cpu_tensors_is_the_operator():
+def test_reference_on_cpu_tensors_goes_sequence_by_sequence():
     call, expected_call = make_call(), make_call()
     out = torch_rpa.ragged_paged_attention(*call, impl="reference")
-    assert torch.equal(out, torch_rpa.ragged_paged_attention(*expected_call))
+    expected = reference.ragged_paged_attention_(expected_call, AttentionOptions())
+    assert torch.equal(out, expected)
 
 
 def test_pallas_interpret_wants_cpu_tensors():
