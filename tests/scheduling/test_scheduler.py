@@ -212,3 +212,26 @@ def test_random_runs_compute_every_token_once_and_end(data):
 def test_impossible_sizes_are_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
         scheduler_of(**keywords)
+
+
+def test_after_a_restart_everything_is_computed_again():
+    scheduler, requests = scheduler_of(6, 9, 2, budget=12)
+    assert step(scheduler, requests) == [(0, 6), (1, 6)]
+    rows = scheduler.schedule()  # planned, and never run
+    assert [row.num_tokens for row in rows] == [1, 3, 2]
+    scheduler.allocator.allocate(3)  # by a call that raised before it was done
+    scheduler.restart(requests)
+    assert scheduler.allocator.num_free == scheduler.allocator.num_pages
+    assert step(scheduler, requests) == [(0, 7), (1, 5)]  # no prefix is left
+    assert [request.num_preemptions for request in requests] == [1, 1, 1]
+    assert scheduler.num_preemptions == 3
+
+
+def test_only_those_that_may_start_do():
+    scheduler, requests = scheduler_of(2, 3, 4, new=2)
+    among = {requests[1]}
+    rows = scheduler.schedule(among)
+    assert [row.request for row in rows] == [requests[1]]
+    assert list(scheduler.waiting) == [requests[0], requests[2]]
+    complete(scheduler, rows)
+    assert step(scheduler, requests) == [(1, 1), (0, 2), (2, 4)]

@@ -5,6 +5,10 @@ from collections import Counter
 from torch_rpa.scheduling import Row, Scheduler
 
 
+class BrokenPages(BaseException):
+    """A page is not as it must be; no ``Exception``, which an engine would survive."""
+
+
 class PageAudit:
     """Checks each step that a scheduler plans, from the first on.
 
@@ -17,15 +21,22 @@ class PageAudit:
         self.scheduler = scheduler
         self.num_rows = self.num_foreign_reads = 0
         self._slots = {}  # (page, slot) to the request and position written there
-        schedule = scheduler.schedule
+        schedule, restart = scheduler.schedule, scheduler.restart
 
-        def audited():
-            rows = schedule()
-            self._check_rows(rows)
-            self.check_holders()
+        def audited(among=None):
+            rows = schedule(among)
+            try:
+                self._check_rows(rows)
+                self.check_holders()
+            except (AssertionError, LookupError) as error:
+                raise BrokenPages from error
             return rows
 
-        scheduler.schedule = audited
+        def audited_restart(requests):
+            restart(requests)
+            self._slots.clear()  # whoever reads a slot must have written it since
+
+        scheduler.schedule, scheduler.restart = audited, audited_restart
 
     def check_holders(self) -> None:
         """Every page is held by those who have it in their table, and nobody else."""

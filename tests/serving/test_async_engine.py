@@ -129,20 +129,59 @@ def test_malformed_and_failing_requests_tell_their_own_task(engine, expected):
     asyncio.run(main())
 
 
-def test_an_error_in_a_step_reaches_every_task(engine, monkeypatch):
-    def broken(inputs, last_generated=None):
-        raise RuntimeError("out of memory")
+def test_a_request_that_breaks_steps_does_not_poison_later_ones(engine, expected):
+    forward = engine._runner.forward
 
-    monkeypatch.setattr(engine._runner, "forward", broken)
+    def broken_by_99(inputs, last_generated=None):
+        if 99 in inputs.input_ids:
+            raise RuntimeError("out of memory")
+        return forward(inputs, last_generated)
+
+    engine._runner.forward = broken_by_99
 
     async def main():
         async with AsyncEngine(engine) as server:
-            return await asyncio.gather(
-                *(tokens_of(server, p) for p in PROMPTS), return_exceptions=True
-            )
+            others = asyncio.gather(*(tokens_of(server, p) for p in PROMPTS))
+            updates = [update async for update in server.generate([9, 99], GREEDY)]
+            assert [update.is_last for update in updates] == [True]
+            assert updates[0].output.error == "RuntimeError: out of memory"
+            return await others, await tokens_of(server, PROMPTS[0])
 
-    errors = asyncio.run(main())
-    assert [str(error) for error in errors] == ["out of memory"] * len(PROMPTS)
+    together, later = asyncio.run(main())
+    assert together == expected and later == expected[0]
+
+
+def test_an_error_of_on_step_ends_what_runs_and_nothing_else(engine, expected):
+    records = []
+
+    def on_step(record):
+        records.append(record)
+        if len(records) == 3:
+            raise ZeroDivisionError("of on_step")
+
+    engine._on_step = on_step
+
+    async def main():
+        async with AsyncEngine(engine) as server:
+            errors = await asyncio.gather(
+                *(tokens_of(server, p) for p in PROMPTS[:2]), return_exceptions=True
+            )
+            return errors, await tokens_of(server, PROMPTS[2])
+
+    errors, later = asyncio.run(main())
+    assert [str(error) for error in errors] == ["of on_step"] * 2
+    assert later == expected[2]
+    assert engine.scheduler.allocator.num_held == 0
+
+
+def test_a_closed_engine_says_so(engine):
+    async def main():
+        server = AsyncEngine(engine)
+        await server.close()
+        with pytest.raises(RuntimeError, match="before close"):
+            await tokens_of(server, PROMPTS[0])
+
+    asyncio.run(main())
 
 
 def test_steps_run_outside_of_the_event_loop(engine):

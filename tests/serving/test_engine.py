@@ -1,5 +1,6 @@
 """Generation for all prompts at once equals the model's own, one by one."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -292,3 +293,147 @@ def test_positions_scaled_by_the_batch_are_refused_where_they_would_be(name):
         assert EngineOptions().sequence_length(config) == 100
         with pytest.raises(NotImplementedError, match="at most 100 for this model"):
             EngineOptions(max_sequence_length=101).sequence_length(config)
+
+
+def broken_by(engine, token, error):
+    """Has every step with a token raise, when it is started."""
+    forward = engine._runner.forward
+
+    def broken(inputs, last_generated=None):
+        if token in inputs.input_ids:
+            raise error
+        return forward(inputs, last_generated)
+
+    engine._runner.forward = broken
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_the_request_that_makes_a_step_raise_fails_alone(
+    paged, prompts, expected, position, lookahead, caplog
+):
+    engine = engine_of(paged, max_num_sequences=5, lookahead=lookahead)
+    broken_by(engine, 256, MemoryError("no room"))
+    inputs = [*prompts[:position], [1, 2, 256], *prompts[position:]]
+    outputs = list(engine.generate_batch(inputs, GREEDY).values())
+    culprit = outputs.pop(position)
+    assert culprit.status == RequestStatus.FAILED
+    assert (culprit.error, culprit.finish_reason) == ("MemoryError: no room", None)
+    assert [output.generated_tokens for output in outputs] == expected
+    assert {output.status for output in outputs} == {RequestStatus.FINISHED}
+    assert engine.scheduler.allocator.num_held == 0
+    assert 2 <= engine.stats.num_failed_steps <= 4  # halves of five
+    assert "a step failed" in caplog.text and "MemoryError: no room" in caplog.text
+    again = engine.generate_batch(prompts, GREEDY)
+    assert tokens_of(again) == expected
+
+
+def test_an_error_that_comes_with_the_tokens_is_found_as_well(paged, prompts, expected):
+    class Lost:
+        """A tensor whose program has failed on the device."""
+
+        def cpu(self):
+            raise RuntimeError("device error")
+
+    engine = engine_of(paged)
+    run = engine._run
+
+    def failing_later(rows, *arguments):
+        tokens = run(rows, *arguments)
+        return Lost() if any(256 in row.request.prompt for row in rows) else tokens
+
+    engine._run = failing_later
+    outputs = list(engine.generate_batch([*prompts, [256]], GREEDY).values())
+    assert outputs.pop().error == "RuntimeError: device error"
+    assert [output.generated_tokens for output in outputs] == expected
+
+
+def test_a_batch_that_fails_only_together_gets_to_its_end(paged, prompts, expected):
+    engine = engine_of(paged)
+    run = engine._run
+
+    def too_large(rows, *arguments):
+        if len(rows) > 2:
+            raise MemoryError
+        return run(rows, *arguments)
+
+    engine._run = too_large
+    assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected
+
+
+def test_a_device_that_is_lost_fails_every_request_and_comes_back(
+    paged, prompts, expected
+):
+    engine = engine_of(paged)
+    renew = engine._runner.renew_caches
+
+    def lost(*arguments):
+        raise RuntimeError("device lost")
+
+    engine._run = engine._runner.renew_caches = lost
+    outputs = engine.generate_batch(prompts, GREEDY).values()
+    assert {output.error for output in outputs} == {"RuntimeError: device lost"}
+    assert not engine.has_unfinished
+    del engine._run
+    engine._runner.renew_caches = renew
+    assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected
+
+
+def test_a_tokenizer_that_raises_fails_its_own_request(paged, prompts, expected):
+    class Broken(Letters):
+        def decode(self, token_ids, skip_special_tokens):
+            if expected[3][5] in token_ids:
+                raise OverflowError("no such token")
+            return super().decode(token_ids, skip_special_tokens)
+
+    engine = engine_of(paged, tokenizer=Broken())
+    stopping = SamplingParams(max_new_tokens=NEW_TOKENS, stop_strings="never")
+    params = [GREEDY, GREEDY, GREEDY, stopping]
+    outputs = list(engine.generate_batch(prompts, params).values())
+    failed = outputs.pop()
+    assert failed.error == "OverflowError: no such token"
+    assert failed.generated_tokens == expected[3][:6]
+    assert [output.generated_tokens for output in outputs] == expected[:3]
+
+
+def test_an_engine_that_cannot_go_on_says_so_instead_of_waiting(paged, prompts):
+    engine = engine_of(paged)
+    engine.scheduler.schedule = lambda among: []
+    for output in engine.generate_batch(prompts, GREEDY).values():
+        assert output.error is not None and "requests can go on" in output.error
+
+
+def test_an_interrupt_leaves_every_request_whole(paged, prompts, expected):
+    engine = engine_of(paged)
+    for prompt in prompts:
+        engine.add_request(prompt, GREEDY)
+    forward, tokens, num_calls = engine._runner.forward, {}, 0
+
+    def interrupted(inputs, last_generated=None):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls % 5 == 0:
+            raise KeyboardInterrupt
+        return forward(inputs, last_generated)
+
+    engine._runner.forward = interrupted
+    while engine.has_unfinished:
+        try:
+            for update in engine.step():
+                tokens.setdefault(update.request_id, []).extend(update.new_tokens)
+        except KeyboardInterrupt:
+            assert num_calls % 5 == 0
+    assert list(tokens.values()) == expected and num_calls > 10
+
+
+def test_an_error_of_on_step_loses_no_token(paged, prompts, expected):
+    def on_step(record):
+        raise ZeroDivisionError
+
+    engine = engine_of(paged, on_step=on_step)
+    tokens = {engine.add_request(prompt, GREEDY): [] for prompt in prompts}
+    while engine.has_unfinished:
+        with contextlib.suppress(ZeroDivisionError):
+            for update in engine.step():
+                tokens[update.request_id] += update.new_tokens
+    assert list(tokens.values()) == expected

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.serving.faults import Faults
 from tests.serving.traffic import check, random_traffic, run
 from torch_rpa.serving import Engine, EngineOptions, RequestStatus
 from torch_rpa.validation import VALIDATE_ENV
@@ -46,3 +47,39 @@ def test_tokens_equal_generation_one_by_one(eager, paged, seed, keywords, monkey
     assert (stats.num_shared_tokens > 0) == options.get("prefix_caching", True)
     assert (stats.num_surplus > 0) == options.get("lookahead", True)
     assert stats.peak_pages_held <= engine.scheduler.allocator.num_pages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seed", "count", "keywords"),
+    [
+        (10, 40, {}),
+        (11, 40, {"num_pages": 14, "lookahead": False}),
+        *(
+            pytest.param(seed, 1400, keywords, marks=pytest.mark.extended)
+            for seed, keywords in enumerate(
+                ({}, {"num_pages": 14}, {"lookahead": False}, {"prefix_caching": False})
+            )
+        ),
+    ],
+)
+def test_steps_that_raise_hurt_no_other_request(eager, paged, seed, count, keywords):
+    options = {
+        "max_num_sequences": 6,
+        "max_tokens_per_step": 24,
+        "max_sequence_length": 96,
+        "page_size": 8,
+        "device": "cpu",
+        **keywords,
+    }
+    engine = Engine(paged, EngineOptions(**options))
+    faults = Faults(engine, seed)
+    traffic = random_traffic(seed, count)
+    outputs, _ = run(engine, traffic)
+    check(eager, traffic, outputs)
+    failed = [o for o in outputs if o.status == RequestStatus.FAILED]
+    assert all("InjectedFault: " in output.error for output in failed)
+    # A fault at random fails a request only if its step has no other.
+    assert engine.stats.num_failed_steps > len(failed)
+    assert len(failed) < count // 2
+    assert sum(number > 0 for number in faults.places.values()) > 15

@@ -68,9 +68,9 @@ def test_tokens_reach_the_host_after_the_next_step_has_started(engine, monkeypat
     events = []
     start, finish = Engine._start, Engine._finish
 
-    def log_start(self, rows):
+    def log_start(self, flight):
         events.append("start")
-        return start(self, rows)
+        return start(self, flight)
 
     def log_finish(self, flight):
         events.append("finish")
@@ -101,3 +101,30 @@ def test_random_traffic_gets_the_tokens_of_generation_one_by_one(eager, paged_on
     assert engine.stats.num_preemptions > 0
     assert audit.num_foreign_reads > 0
     assert engine.stats.num_compilations <= engine.stats.max_compilations
+
+
+def test_a_step_that_fails_half_recorded_leaves_nothing_behind(engine):
+    expected = engine.generate_batch(PROMPTS, PARAMS)
+    num_compilations = engine.stats.num_compilations
+    forward, start = engine._runner.forward, engine._start
+
+    def failing(inputs, last_generated=None):
+        forward(inputs, last_generated)  # caches whose update is yet to run
+        raise RuntimeError("broken")
+
+    def start_failing_with_99(flight):
+        is_bad = any(99 in row.request.prompt for row in flight.rows)
+        engine._runner.forward = failing if is_bad else forward
+        start(flight)
+
+    engine._start = start_failing_with_99
+    greedy = SamplingParams(max_new_tokens=4)
+    results = engine.generate_batch([*PROMPTS, [99]], [*PARAMS, greedy])
+    del engine._start
+    engine._runner.forward = forward
+    *others, bad = results.values()
+    assert bad.error == "RuntimeError: broken"
+    assert [o.generated_tokens for o in others] == [
+        o.generated_tokens for o in expected.values()
+    ]
+    assert engine.stats.num_compilations == num_compilations

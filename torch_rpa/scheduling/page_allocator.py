@@ -29,7 +29,11 @@ class PageAllocator:
         if num_pages < 1:
             raise ValueError(f"num_pages must be at least 1, got {num_pages}")
         self.num_pages = num_pages
-        self._free = list(reversed(range(num_pages)))
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes every page free, whoever holds it, and forgets what is in it."""
+        self._free = list(reversed(range(self.num_pages)))
         self._holders: Counter[int] = Counter()
         self._cached: OrderedDict[int, None] = OrderedDict()  # longest ago first
         self._page_of_key: dict[bytes, int] = {}

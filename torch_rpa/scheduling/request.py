@@ -73,6 +73,11 @@ class Request:
         self.tokens.append(token)
         self.num_pending -= 1
 
+    def forget_pages(self) -> None:
+        """Goes back to what is known for certain: tokens, and none of them cached."""
+        self.pages = []
+        self.num_cached = self.num_published = self.num_pending = 0
+
     def page_keys(self, page_size: int) -> Sequence[bytes]:
         """Returns a key for each page that the known tokens fill.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 from torch_rpa.scheduling.page_allocator import OutOfPagesError, PageAllocator
@@ -102,11 +103,14 @@ class Scheduler:
             )
         self.waiting.append(request)
 
-    def schedule(self) -> list[Row]:
+    def schedule(self, among: Container[Request] | None = None) -> list[Row]:
         """Plans the next step: rows with one token first, then the longer ones.
 
         Every row's request has pages for its new tokens, and counts them as cached: the
         step must run before any that is planned later.
+
+        Args:
+            among: Which waiting requests may start; None is all.
 
         Returns:
             The rows; none if nothing can be computed now.
@@ -125,7 +129,7 @@ class Scheduler:
                 sizes[request] = size
                 budget -= size
         if num_preemptions == self.num_preemptions:
-            while budget and self._start_next():
+            while budget and self._start_next(among):
                 request = self.running[-1]
                 num_known = len(request.tokens) - request.num_cached
                 sizes[request] = min(num_known, budget)
@@ -141,6 +145,23 @@ class Scheduler:
             self._release(request)
         else:
             self.waiting.remove(request)
+
+    def restart(self, requests: Iterable[Request]) -> None:
+        """Takes all pages back, and forgets steps that are planned and prefixes.
+
+        It is right whatever state an interrupted call has left.
+
+        Args:
+            requests: Those that wait from now on, in this order.
+        """
+        self.allocator.reset()
+        self.running.clear()
+        self.waiting = deque(requests)
+        for request in self.waiting:
+            if request.pages:
+                request.num_preemptions += 1
+                self.num_preemptions += 1
+            request.forget_pages()
 
     def _num_ready(self, request: Request) -> int:
         """Tokens of a request that a step may compute now; 0 if it is preempted."""
@@ -190,18 +211,22 @@ class Scheduler:
         request.pages = []
         request.num_cached = request.num_published = 0
 
-    def _start_next(self) -> bool:
-        """Starts the first waiting request if there is room for it."""
-        if not self.waiting or len(self.running) == self.max_num_sequences:
+    def _start_next(self, among: Container[Request] | None) -> bool:
+        """Starts the first waiting request that may, if there is room for it."""
+        if len(self.running) == self.max_num_sequences:
             return False
-        request = self.waiting[0]
+        allowed = (r for r in self.waiting if among is None or r in among)
+        request = next(allowed, None)
+        if request is None:
+            return False
         shared = self._cached_prefix(request)
         missing = pages_for(len(request.tokens), self.page_size) - len(shared)
         self.allocator.hold(shared)
         if missing > self.allocator.num_free:
             self.allocator.free(shared)
             return False
-        self.running.append(self.waiting.popleft())
+        self.waiting.remove(request)
+        self.running.append(request)
         request.pages = shared + self.allocator.allocate(missing)
         request.num_published = len(shared)
         request.num_cached = request.num_shared = len(shared) * self.page_size

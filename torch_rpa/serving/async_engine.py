@@ -22,6 +22,10 @@ class AsyncEngine:
         async with AsyncEngine(engine) as server:
             async for update in server.generate(prompt_ids, params):
                 print(update.new_tokens)
+
+    A request that fails gets a last update that says so. If ``Engine.step`` raises
+    itself, which it does for an error in ``on_step`` alone, every request that runs
+    ends with that error, and later ones are served.
     """
 
     def __init__(self, engine: Engine):
@@ -30,6 +34,7 @@ class AsyncEngine:
         self._calls: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._queues: dict[str, asyncio.Queue[RequestUpdate | Exception]] = {}
         self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -50,7 +55,12 @@ class AsyncEngine:
             prompt_ids: As in ``Engine.add_request``, which tells what is raised.
             params: Likewise.
             request_id: Likewise.
+
+        Raises:
+            RuntimeError: The engine is closed.
         """
+        if self._is_closed:
+            raise RuntimeError("generate must be called before close")
         queue: asyncio.Queue[RequestUpdate | Exception] = asyncio.Queue()
         added: list[str] = []
 
@@ -79,6 +89,7 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Cancels every request, waits for the last step and ends the thread."""
+        self._is_closed = True
         for name in list(self._queues):
             self._call(lambda name=name: self.engine.cancel(name))
         while self._task is not None:
@@ -100,19 +111,21 @@ class AsyncEngine:
                 self._make_calls()
                 if not self.engine.has_unfinished:
                     continue
-                for update in await loop.run_in_executor(
-                    self._thread, self.engine.step
-                ):
-                    self._deliver(update)
-        except Exception as error:
-            for queue in self._queues.values():
-                queue.put_nowait(error)
-            self._queues.clear()
-            for _, future in self._calls:
-                future.set_exception(error)
-            self._calls.clear()
+                try:
+                    updates = await loop.run_in_executor(self._thread, self.engine.step)
+                except Exception as error:
+                    self._end_all(error)
+                else:
+                    for update in updates:
+                        self._deliver(update)
         finally:
             self._task = None
+
+    def _end_all(self, error: Exception) -> None:
+        for name, queue in self._queues.items():
+            queue.put_nowait(error)
+            self.engine.cancel(name)
+        self._queues.clear()
 
     def _make_calls(self) -> None:
         calls, self._calls = self._calls, []

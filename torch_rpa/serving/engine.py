@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -26,10 +27,13 @@ from torch_rpa.serving.options import EngineOptions
 from torch_rpa.serving.outputs import GenerationOutput, RequestStatus, RequestUpdate
 from torch_rpa.serving.sampling_params import SamplingParams
 from torch_rpa.serving.stats import EngineStats, StepRecord
+from torch_rpa.serving.trials import Trials
 from torch_rpa.transformers.model_runner import ModelRunner
 from torch_rpa.transformers.step_inputs import build_step_inputs
 
 Params = SamplingParams | GenerationConfig | None
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,11 +47,13 @@ class _Entry:
     detokenizer: Detokenizer | None
 
 
-class _Flight(NamedTuple):
-    """A step that has been started, and its tokens, which may still be computed."""
+@dataclasses.dataclass(eq=False)
+class _Flight:
+    """A step, from its plan until its tokens are on the host."""
 
-    rows: list[Row]
-    generated: torch.Tensor  # i64[S], on the device
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    # i64[S], on the device, where it may still be computed; None before it is started.
+    generated: torch.Tensor | None = None
 
 
 class Engine:
@@ -63,6 +69,10 @@ class Engine:
     whose tokens stay on the device and become inputs there. The host waits once in a
     step, for token ids. So it sees the end of a text one step late, and drops the
     surplus token.
+
+    A step that raises is rolled back, whatever the cause: its requests lose their pages
+    and are computed again, as after a preemption. They then run in smaller groups, and
+    one that fails alone ends as ``FAILED``, with the error; see ``Trials``.
 
     Attributes:
         stats: What the steps so far did.
@@ -114,16 +124,17 @@ class Engine:
         )
         self._greedy_step = self._runner.step(sampling.greedy)
         self._sampling_step = self._runner.step(sampling.sample)
-        self._last_generated = torch.zeros(
-            options.max_num_sequences, dtype=torch.int64
-        ).to(self._device)
+        self._last_generated = self._no_tokens()
         self._tokenizer = tokenizer
         self._on_step = on_step
         self._random = random.Random(options.seed)
         self._entries: dict[Request, _Entry] = {}
         self._entry_of_id: dict[str, _Entry] = {}
         self._flights: deque[_Flight] = deque()
-        self._updates: list[RequestUpdate] = []
+        self._trials = Trials()
+        self._is_device_ready = True  # caches and last tokens are as steps left them
+        # What is to be reported, and how many tokens of it have been.
+        self._changed: dict[GenerationOutput, int] = {}
         self._num_named = 0
         self.stats = EngineStats(max_compilations=self._max_compilations())
         self.stats.num_compilations = self._num_compilations() - compilations
@@ -131,7 +142,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether further steps have something to do or to report."""
-        return bool(self._entries or self._flights or self._updates)
+        return bool(self._entries or self._flights or self._changed)
 
     def add_request(
         self,
@@ -172,11 +183,13 @@ class Engine:
         if entry is None:
             return False
         self._end(entry, RequestStatus.CANCELLED)
-        self._updates.append(RequestUpdate(entry.output, [], is_last=True))
         return True
 
     def step(self) -> list[RequestUpdate]:
         """Starts a step, and returns what the one before it brought.
+
+        It raises nothing but what ``on_step`` raises and ``KeyboardInterrupt``, and can
+        be called again after either: no token and no request is lost.
 
         Returns:
             An update for each request that got a token or ended; none after the first
@@ -184,12 +197,7 @@ class Engine:
         """
         start, compilations = time.perf_counter(), self._num_compilations()
         generated = self.stats.num_generated
-        rows = self.scheduler.schedule()
-        if rows:
-            self._flights.append(self._start(rows))
-        num_running = 1 if rows and self.options.lookahead else 0
-        while len(self._flights) > num_running:
-            self._finish(self._flights.popleft())
+        rows = self._attempt_step()
         self.stats.num_preemptions = self.scheduler.num_preemptions
         seconds = time.perf_counter() - start
         self.stats.seconds += seconds
@@ -209,8 +217,11 @@ class Engine:
             )
             self.stats.add(record)
             self._on_step(record)
-        updates, self._updates = self._updates, []
-        return updates
+        changed, self._changed = self._changed, {}
+        return [
+            RequestUpdate(o, o.generated_tokens[num_reported:], o.is_finished())
+            for o, num_reported in changed.items()
+        ]
 
     def stream(self) -> Iterator[RequestUpdate]:
         """Runs steps until every request has ended; yields their updates.
@@ -268,6 +279,7 @@ class Engine:
         if self.has_unfinished:
             raise RuntimeError("warm_up must be called before requests are added")
         before = self._num_compilations()
+        self._prepare_device()
         for size in self._shapes.token_buckets:
             for is_greedy in (True, False) if with_sampling else (True,):
                 self._run([], size, is_greedy)
@@ -307,8 +319,7 @@ class Engine:
             except OutOfPagesError as out_of_pages:
                 error = str(out_of_pages)
         if error is not None:
-            entry.output.status, entry.output.error = RequestStatus.FAILED, error
-            self._updates.append(RequestUpdate(entry.output, [], is_last=True))
+            self._fail(entry, error)
         else:
             self._entries[entry.request] = entry
             self._entry_of_id[entry.output.request_id] = entry
@@ -338,8 +349,95 @@ class Engine:
             "raise max_sequence_length, or shorten prompt or max_new_tokens"
         )
 
-    def _start(self, rows: list[Row]) -> _Flight:
+    def _attempt_step(self) -> list[Row]:
+        """Starts a step and reads the one before; returns the rows that were started.
+
+        The plan of the scheduler is that the step will run: if it does not, the plan is
+        void, and so are those that were made upon it.
+        """
+        try:
+            return self._advance()
+        except Exception as error:
+            _logger.warning("a step failed and is rolled back", exc_info=True)
+            description = _describe(error)
+        except BaseException:
+            self._roll_back()
+            raise
+        # The error is gone by now, and with it all that its traceback kept alive.
+        self._recover(description)
+        return []
+
+    def _advance(self) -> list[Row]:
+        while self._trials.is_through(self._entries):
+            self._finish_all_but(0)
+            if self._trials.go_on():
+                self.scheduler.restart(self._entries)
+        num_before = len(self._flights)
+        flight = _Flight()
+        self._flights.append(flight)
+        flight.rows = self.scheduler.schedule(self._trials.group)
+        if flight.rows:
+            self._prepare_device()
+            self._start(flight)
+        else:
+            if self._entries and not (num_before or self._changed):
+                raise RuntimeError(f"none of {len(self._entries)} requests can go on")
+            self._flights.pop()
+        self._finish_all_but(1 if flight.rows and self.options.lookahead else 0)
+        return flight.rows
+
+    def _recover(self, error: str) -> None:
+        """Makes the engine whole after a step that raised."""
+        self.stats.num_failed_steps += 1
+        failed = self._first_failed()
+        if failed is not None:
+            suspects = [row.request for row in failed.rows]
+            if not suspects:  # planning failed, for those that can be in a step now
+                suspects = self._trials.requests or list(self._entries)
+                suspects = suspects[: self.options.max_num_sequences]
+            unfinished = [request for request in suspects if request in self._entries]
+            if unfinished and len(suspects) == 1:
+                self._fail(self._entries[unfinished[0]], error)
+            else:
+                self._trials.split(unfinished)
+        self._roll_back()
+
+    def _first_failed(self) -> _Flight | None:
+        """Reads the steps that did run; returns the first one that did not."""
+        while self._flights:
+            flight = self._flights[0]
+            if flight.generated is None:
+                return flight
+            try:
+                self._finish(flight)
+            except Exception:
+                return flight
+        return None
+
+    def _roll_back(self) -> None:
+        """Forgets all plans and pages: every request is computed again.
+
+        What the caches hold after an error is not known. Some devices have taken them
+        away for a program that did not end.
+        """
+        self._flights.clear()
+        self.scheduler.restart(self._entries)
+        self._is_device_ready = False
+
+    def _prepare_device(self) -> None:
+        if not self._is_device_ready:
+            # First: what a failed step was to compute must not be wanted any more.
+            self._last_generated = self._no_tokens()
+            self._runner.renew_caches()
+            self._is_device_ready = True
+
+    def _no_tokens(self) -> torch.Tensor:
+        zeros = torch.zeros(self.options.max_num_sequences, dtype=torch.int64)
+        return zeros.to(self._device)
+
+    def _start(self, flight: _Flight) -> None:
         """Starts a step on the device, without waiting for it or for the last one."""
+        rows = flight.rows
         now = time.perf_counter()
         for row in rows:
             output = self._entries[row.request].output
@@ -356,7 +454,7 @@ class Engine:
             for row in rows
         )
         size = self._shapes.bucket(sum(row.num_tokens for row in rows))
-        return _Flight(rows, self._run(rows, size, is_greedy))
+        flight.generated = self._run(rows, size, is_greedy)
 
     def _run(self, rows: list[Row], size: int, is_greedy: bool) -> torch.Tensor:
         inputs = build_step_inputs(rows, self._shapes, size).to(self._device)
@@ -379,18 +477,37 @@ class Engine:
         self._runner.sync()
         return generated
 
+    def _finish_all_but(self, num_running: int) -> None:
+        while len(self._flights) > num_running:
+            self._finish(self._flights[0])
+
     def _finish(self, flight: _Flight) -> None:
-        """Waits for the tokens of a step and gives them to their requests."""
+        """Waits for the tokens of the oldest step and gives them to their requests.
+
+        Once they are on the host, an error is that of the request whose token it is.
+        """
+        assert flight.generated is not None
         tokens = flight.generated.cpu().tolist()
+        self._flights.popleft()
+        is_whole = True
         for row, token in zip(flight.rows, tokens, strict=False):
             entry = self._entries.get(row.request)
             if entry is None:
                 self.stats.num_surplus += row.is_last
             elif row.is_last:
-                self._receive(entry, token)
+                try:
+                    self._receive(entry, token)
+                except Exception as error:
+                    _logger.warning("a request failed", exc_info=True)
+                    if row.request in self._entries:
+                        self._fail(entry, _describe(error))
+                    is_whole = False
+        if not is_whole:
+            self._roll_back()
 
     def _receive(self, entry: _Entry, token: int) -> None:
         output = entry.output
+        self._report(output)
         entry.request.append(token)
         output.generated_tokens.append(token)
         output.timestamps.append(time.perf_counter())
@@ -400,16 +517,28 @@ class Engine:
         self.stats.num_generated += 1
         if output.finish_reason is not None:
             self._end(entry, RequestStatus.FINISHED)
-        self._updates.append(RequestUpdate(output, [token], output.is_finished()))
+
+    def _report(self, output: GenerationOutput) -> None:
+        """Has the step report the tokens from here on, or the end."""
+        self._changed.setdefault(output, len(output.generated_tokens))
+
+    def _fail(self, entry: _Entry, error: str) -> None:
+        """Ends a request that the scheduler has never seen, or is about to forget."""
+        entry.output.error = error
+        self._forget(entry, RequestStatus.FAILED)
 
     def _end(self, entry: _Entry, status: RequestStatus) -> None:
-        """Forgets a request that was added to the scheduler."""
+        """Ends a request that was added to the scheduler, and frees its pages."""
         self.scheduler.end(entry.request)
+        self._forget(entry, status)
+
+    def _forget(self, entry: _Entry, status: RequestStatus) -> None:
         output = entry.output
+        self._report(output)
         output.status = status
         output.lifespan = (output.lifespan[0], time.perf_counter())
-        del self._entries[entry.request]
-        del self._entry_of_id[output.request_id]
+        self._entries.pop(entry.request, None)
+        self._entry_of_id.pop(output.request_id, None)
 
     def _num_compilations(self) -> int:
         return devices.num_compilations(self._device)
@@ -419,6 +548,10 @@ class Engine:
         if not devices.is_compiled(self._device):
             return 0
         return 2 * len(self._shapes.token_buckets) + 1
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _finish_reason(entry: _Entry, token: int) -> str | None:

@@ -40,6 +40,7 @@ class EngineStats:
 
     Attributes:
         num_steps: Steps started.
+        num_failed_steps: Steps that raised and were rolled back.
         num_tokens: Tokens computed, without padding.
         num_padded_tokens: The same with padding.
         num_sequences: Rows of all steps.
@@ -56,6 +57,7 @@ class EngineStats:
     """
 
     num_steps: int = 0
+    num_failed_steps: int = 0
     num_tokens: int = 0
     num_padded_tokens: int = 0
     num_sequences: int = 0

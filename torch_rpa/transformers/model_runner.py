@@ -54,15 +54,26 @@ class ModelRunner:
         if model.device != self.device:
             self.model.to(self.device)  # pyright: ignore[reportArgumentType]
             self.model.tie_weights()  # moving to xla or tpu unties them
-        self.kv_caches = empty_kv_caches(
-            self.model,
-            num_pages,
-            page_size,
-            dtype=cache_dtype or model.dtype,
-            device=self.device,
-        )
+        self._cache_shape = num_pages, page_size
+        self._cache_dtype = cache_dtype or model.dtype
+        self.kv_caches = self._empty_caches()
         if fill_caches_first:
             self.sync()
+
+    def renew_caches(self) -> None:
+        """Makes the caches anew, in a program of their own, after a step that failed.
+
+        A device that takes a cache for a program, to update it in place, does not give
+        it back if the program fails.
+        """
+        self.kv_caches = []  # so that there is room for the new ones
+        self.kv_caches = self._empty_caches()
+        self.sync()
+
+    def _empty_caches(self) -> list[torch.Tensor]:
+        return empty_kv_caches(
+            self.model, *self._cache_shape, dtype=self._cache_dtype, device=self.device
+        )
 
     def step(self, choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Returns a step from its inputs to its result, in one program where it can be.
