@@ -30,7 +30,7 @@ from benchmarks import (
     timing,
 )
 from benchmarks.tpu_timing import workloads
-from jax_kernels import chips
+from jax_kernels import chips, machine
 
 TIME_CASE = {
     "torch": measurement.time_with_torch,
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--predictions", metavar="FILE", help="of benchmarks.predict")
     parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it")
     options = parser.parse_args(arguments)
-    if not measurement.has_tpu():
+    if not machine.has_tpu():
         print(measurement.NO_TPU_MESSAGE, file=sys.stderr)
         return measurement.NO_TPU
     if sum(map(bool, (options.case, options.table, options.seqs))) != 1:

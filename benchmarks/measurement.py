@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 
 from benchmarks import cases, timing
@@ -14,14 +13,6 @@ NO_TPU_MESSAGE = (
     "There is no TPU here, so nothing can be measured.\n"
     "python -m benchmarks.predict needs none."
 )
-
-
-def has_tpu() -> bool:
-    """Whether there is a TPU device, found without opening it."""
-    # /dev/vfio/vfio is only the driver; a numbered group is a device.
-    return pathlib.Path("/dev/accel0").exists() or any(
-        path.name.isdigit() for path in pathlib.Path("/dev").glob("vfio/*")
-    )
 
 
 @dataclasses.dataclass(frozen=True)

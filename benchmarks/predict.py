@@ -150,6 +150,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "if they are of the same chip and versions",
     )
     parser.add_argument(
+        "--doctor",
+        metavar="FILE",
+        help="put times into the file that torch_rpa.doctor compares with; it keeps "
+        "those of other chips and cases",
+    )
+    parser.add_argument(
         "--update",
         metavar="FILE.md",
         help="replace each table between the file's two lines "
@@ -235,6 +241,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.baseline:
         content = baseline(predictions, described, Path(options.baseline))
         environment.write_json(options.baseline, content)
+    if options.doctor:
+        content = doctor_record(predictions, described, Path(options.doctor))
+        environment.write_json(options.doctor, content)
     if options.json:
         content = {
             "kind": "prediction",
@@ -263,6 +272,33 @@ def baseline(
     known = former["cycles"] if is_alike else {}
     cycles = {p.case.name: round(p.result.cycles) for p in predictions}
     return {"kind": "prediction", **versions, "cycles": known | cycles}
+
+
+def doctor_record(
+    predictions: list[Prediction], described: dict[str, str], file: Path
+) -> dict:
+    """What ``torch_rpa.doctor`` compares measured times with.
+
+    Args:
+      predictions: What is new, all of one chip.
+      described: Chip and versions.
+      file: The former content, whose other chips and cases stay.
+    """
+    chip = described["chip"]
+    known = json.loads(file.read_text())["chips"] if file.exists() else {}
+    cases_of_chip = known.get(chip, {}).get("cases", {}) | {
+        p.case.name: {
+            "microseconds": round(p.total_us, 1),
+            "default_clock_microseconds": None
+            if p.default_clock_us is None
+            else round(p.default_clock_us + p.around_us, 1),
+            "expected": [p.expected.low, p.expected.high],
+        }
+        for p in predictions
+    }
+    versions = {name: described[name] for name in ("jax", "libtpu")}
+    chips_known = known | {chip: {**versions, "cases": cases_of_chip}}
+    return {"kind": "prediction", "chips": dict(sorted(chips_known.items()))}
 
 
 def _collect(

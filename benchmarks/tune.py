@@ -41,7 +41,7 @@ from benchmarks import (
 )
 from benchmarks.tuning.run import Run
 from benchmarks.tuning.search import CandidateError
-from jax_kernels import chips, tuned
+from jax_kernels import chips, machine, tuned
 from jax_kernels.chips import Chip
 
 
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     kind = "measurement" if options.measure else "prediction"
     names = options.chips or list(chips.COMPILED)
     if options.measure:
-        if not measurement.has_tpu():
+        if not machine.has_tpu():
             print(measurement.NO_TPU_MESSAGE, file=sys.stderr)
             return measurement.NO_TPU
         names = [_chip_there_is()]

@@ -2,12 +2,11 @@
 
 import importlib.util
 import os
-import pathlib
 
 import hypothesis
 import pytest
 
-from jax_kernels import chips
+from jax_kernels import chips, machine
 
 # Property tests share two cores with compilations: time says nothing about them.
 hypothesis.settings.register_profile(
@@ -18,28 +17,55 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("untimed")
 
 
-def _has_tpu() -> bool:
-    if "RPA_TEST_TPU" in os.environ:
-        return os.environ["RPA_TEST_TPU"] == "1"
-    # /dev/vfio/vfio is only the driver; a numbered group is a device.
-    return pathlib.Path("/dev/accel0").exists() or any(
-        path.name.isdigit() for path in pathlib.Path("/dev").glob("vfio/*")
-    )
+# What children get that shall see the TPU.
+GIVEN_ENVIRONMENT = dict(os.environ)
 
+# Whether JAX computes on the TPU in this process, which then belongs to it alone. By
+# default a TPU is left to the children of tests marked `tpu`.
+HAS_TPU = os.environ.get("RPA_TEST_TPU") == "1"
 
-HAS_TPU = _has_tpu()
-
+# PyTorch stays off the TPU here in either case: two libraries cannot share one.
+os.environ["PJRT_DEVICE"] = "CPU"
+# Otherwise importing torch opens torch_tpu, which would look for a TPU.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 if not HAS_TPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("PJRT_DEVICE", "CPU")
-    # Otherwise importing torch opens torch_tpu, which would look for a TPU.
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     for _name, _value in chips.COMPILE_ONLY_ENVIRONMENT.items():
         os.environ.setdefault(_name, _value)
 
 
 # The markers of pyproject.toml for tests of one framework.
 FRAMEWORKS = ("torch_xla", "torch_tpu")
+
+
+def reason_without_tpu(
+    variable: str | None, *, is_worker: bool, has_device: bool
+) -> str | None:
+    """Why tests marked ``tpu`` do not run, or None if they do.
+
+    Args:
+        variable: The value of RPA_TEST_TPU.
+        is_worker: Whether this is one of several processes of pytest-xdist.
+        has_device: Whether the machine has a TPU.
+    """
+    if variable == "0":
+        return "RPA_TEST_TPU=0 leaves the TPU alone"
+    if variable == "1":
+        return "JAX holds the TPU in this process, for RPA_TEST_TPU=1"
+    if not has_device:
+        return "needs a TPU"
+    if is_worker:
+        return "one process at a time can hold the TPU: run pytest without -n"
+    return None
+
+
+def pytest_configure(config):
+    """Refuses several processes that would each open the TPU."""
+    if HAS_TPU and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError(
+            "RPA_TEST_TPU=1 needs one process, since a TPU belongs to one: run pytest "
+            "without -n"
+        )
 
 
 def pytest_collection_modifyitems(items):
@@ -49,15 +75,14 @@ def pytest_collection_modifyitems(items):
         for name in FRAMEWORKS
         if importlib.util.find_spec(name) is None
     }
-    if not HAS_TPU:
-        reasons["tpu"] = "needs a TPU; RPA_TEST_TPU=1 insists there is one"
+    reason = reason_without_tpu(
+        os.environ.get("RPA_TEST_TPU"),
+        is_worker="PYTEST_XDIST_WORKER" in os.environ,
+        has_device=machine.has_tpu(),
+    )
+    if reason is not None:
+        reasons["tpu"] = reason
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.fixture(scope="session")
-def has_tpu() -> bool:
-    """Whether the tests run on a TPU."""
-    return HAS_TPU

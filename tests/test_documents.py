@@ -22,7 +22,7 @@ GENERATED = re.compile(
 COMMAND = re.compile(
     r"<!-- (?:main|test|torchtpu test) command -->\n```bash\n.*?```", re.S
 )
-FENCED = re.compile(r"^```.*?^```", re.S | re.M)
+FENCED = re.compile(r"^ *```.*?^ *```", re.S | re.M)  # in a list they are indented
 LINK = re.compile(r"!?\[(?:[^\]]*)\]\(([^)\s]+)\)")
 
 

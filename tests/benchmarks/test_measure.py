@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from benchmarks import cases, environment, measure, measurement, timing
+from jax_kernels import machine
 from tests.conftest import HAS_TPU
 
 TINY = cases.fitted(
@@ -19,7 +20,7 @@ TINY = cases.fitted(
 ONCE = measurement.Repetition(warm_up=1, repeats=2, calls=2)
 
 
-@pytest.mark.skipif(HAS_TPU, reason="there is a TPU")
+@pytest.mark.skipif(machine.has_tpu(), reason="there is a TPU")
 def test_without_a_tpu_it_says_so_and_exits_with_2():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.measure", "--table"],
@@ -75,7 +76,7 @@ def test_measurements_are_not_taken_for_predictions(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(HAS_TPU, reason="two libraries cannot share a TPU")
+@pytest.mark.skipif(HAS_TPU, reason="JAX computes on the TPU, not on the CPU")
 def test_both_libraries_run_a_case_on_the_cpu():
     """The same calls as on a TPU; there the kernel takes the reference's place."""
     pytest.importorskip("torch_xla")

@@ -8,9 +8,8 @@ import pytest
 
 from benchmarks import cases, environment, journal, measurement, timing, tune
 from benchmarks.tuning import search, trials
-from jax_kernels import chips, tuned
+from jax_kernels import chips, machine, tuned
 from jax_kernels.ragged_paged_attention.config import BlockSizes
-from tests.conftest import HAS_TPU
 
 DEFAULT = BlockSizes(1024, 256, 512)
 LLAMA = cases.tuning_shape(cases.LLAMA3_8B)
@@ -286,7 +285,7 @@ def test_bad_options_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(HAS_TPU, reason="there is a TPU")
+@pytest.mark.skipif(machine.has_tpu(), reason="there is a TPU")
 def test_without_a_tpu_it_cannot_measure():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.tune", "--measure"],

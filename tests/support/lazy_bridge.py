@@ -15,6 +15,7 @@ import torch._lazy.ts_backend
 
 from torch_rpa import reference as eager
 from torch_rpa import validation
+from torch_rpa.bridges.lowering import Target
 from torch_rpa.options import make_options
 
 torch._lazy.ts_backend.init()
@@ -59,6 +60,14 @@ def open_device(device):
     if device.index not in (None, 0):
         raise ValueError(f"device must be lazy:0, got {device}")
     return torch.device("lazy:0")
+
+
+def target(device):
+    return Target("cpu", None, "reference")
+
+
+def buffer_address(tensor):
+    return None
 
 
 def sync(*, wait=False):

@@ -18,9 +18,12 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
+
+if TYPE_CHECKING:  # it imports the rooms of options, which need no bridge
+    from torch_rpa.bridges.lowering import Target
 
 
 @runtime_checkable
@@ -94,6 +97,17 @@ class Bridge(Protocol):
         """
         ...
 
+    def target(self, device: torch.device) -> Target:
+        """Returns what calls on an open device are lowered for."""
+        ...
+
+    def buffer_address(self, tensor: torch.Tensor) -> int | None:
+        """Returns where a tensor that is not pending is in the memory of its device.
+
+        None if the framework does not tell.
+        """
+        ...
+
     def sync(self, *, wait: bool = False) -> None:
         """Starts all that is pending; ``wait`` also waits until it has been computed.
 
@@ -128,12 +142,22 @@ class Entry(NamedTuple):
         torch_releases: The first and the last release of torch that fit the framework,
             such as ``(2, 9)``. With another one its import fails, in words of its own.
             None if any fits.
+        release: The releases that were tried, as ``(2, 9)``. None if any fits.
+        libtpu_releases: The first and the last release of libtpu that fit it with the
+            JAX of the extra. None if any fits.
+        own_pair: The JAX and the libtpu that it asks for by itself, where they are
+            older than those of the extra.
+        platform_variable: Names the platform of its devices in the environment.
     """
 
     module: str
     framework: str
     extra: str
     torch_releases: tuple[tuple[int, int], tuple[int, int]] | None = None
+    release: tuple[int, ...] | None = None
+    libtpu_releases: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    own_pair: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    platform_variable: str | None = None
 
     @property
     def is_installed(self) -> bool:
@@ -175,19 +199,25 @@ def _version(package: str) -> str:
 
 
 # By type of torch device. The first one that can be used is the usual device. The
-# extras of pyproject.toml have the same releases of torch.
+# extras of pyproject.toml have the same releases.
 BRIDGES: dict[str, Entry] = {
     "xla": Entry(
         "torch_rpa.bridges.torch_xla",
         framework="torch_xla",
         extra="xla",
         torch_releases=((2, 9), (2, 9)),
+        release=(2, 9),
+        libtpu_releases=((0, 0, 42), (0, 0, 52)),
+        own_pair=((0, 7, 1), (0, 0, 21)),
+        platform_variable="PJRT_DEVICE",
     ),
     "tpu": Entry(
         "torch_rpa.bridges.torch_tpu",
         framework="torch_tpu",
         extra="torchtpu",
         torch_releases=((2, 11), (2, 15)),
+        release=(0, 2),
+        libtpu_releases=((0, 0, 50), (0, 0, 52)),
     ),
 }
 

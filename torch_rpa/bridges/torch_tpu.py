@@ -191,13 +191,24 @@ def open_device(device: torch.device) -> torch.device:
 
     TorchTPU gives each process one of them.
     """
-    opened = torch.empty(0, device="tpu").device
+    # Filled, since memory alone does not start the runtime that `chip` asks.
+    opened = torch.zeros(1, device="tpu").device
     if device.index not in (None, opened.index):
         raise ValueError(
             f"device must be {opened}, which is the one TPU device of this process, "
             f"got {device}; run one process for each TensorCore"
         )
     return opened
+
+
+def target(device: torch.device) -> Target:
+    """Returns what calls on the TensorCore of this process are lowered for."""
+    return Target("tpu", chip(), "pallas")
+
+
+def buffer_address(tensor: torch.Tensor) -> int | None:
+    """Returns None: ``data_ptr`` of TorchTPU is of a tensor, not of its buffer."""
+    return None
 
 
 def sync(*, wait: bool = False) -> None:

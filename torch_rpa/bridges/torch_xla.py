@@ -51,6 +51,7 @@ import torch
 import torch_xla
 import torch_xla.backends
 import torch_xla.core.xla_builder as xla_builder
+import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics
 import torch_xla.runtime
 from torch_xla._dynamo import dynamo_bridge
@@ -202,6 +203,23 @@ def open_device(device: torch.device) -> torch.device:
             f"{device}"
         )
     return opened
+
+
+def target(device: torch.device) -> Target:
+    """Returns what calls on the XLA device of this process are lowered for."""
+    return device_target(device)
+
+
+def buffer_address(tensor: torch.Tensor) -> int | None:
+    """Returns where a tensor is in the memory of its device, after a sync.
+
+    A TPU need not tell: then torch_xla raises an error.
+    """
+    xm.wait_device_ops()
+    try:
+        return torch_xla._XLAC._unsafe_buffer_pointer(tensor)
+    except RuntimeError:
+        return None
 
 
 def sync(*, wait: bool = False) -> None:
