@@ -23,12 +23,15 @@ class Numerics:
       query_multiplier: Factor folded into the queries before they meet the keys. With
         quantised queries it is the inverse of their scale. Otherwise it holds every
         factor of the score, so that the score needs no further arithmetic.
+      quantised_multiplier: The same for queries that were rounded to
+        ``quantised_dtype``: a power of two, which rounds nothing.
       score_multiplier: Factor left for the product of multiplied queries and stored
         keys. With a soft cap the product is then in units of the cap.
       score_cap: The soft cap in units of log2, or None.
       output_scale: Factor of the weighted values.
-      multiply_dtype: Dtype in which queries meet keys: the cache's if queries are
-        quantised.
+      quantised_dtype: Dtype that queries are rounded to first, that of the cache; None
+        if they are not quantised.
+      multiply_dtype: Dtype in which queries meet keys.
       value_dtype: Dtype in which probabilities meet values: the wider of queries and
         cache.
       float8_probabilities: Dtype in which those of prefill do where it is float8; None
@@ -48,9 +51,11 @@ class Numerics:
     """
 
     query_multiplier: float
+    quantised_multiplier: float
     score_multiplier: float
     score_cap: float | None
     output_scale: float
+    quantised_dtype: np.dtype | None
     multiply_dtype: np.dtype
     value_dtype: np.dtype
     float8_probabilities: np.dtype | None
@@ -95,8 +100,6 @@ def choose(
 
     is_shifted = is_e4m3fn and is_bfloat16 and chip.e4m3_bias != E4M3FN_BIAS
     shift = 2.0 ** (chip.e4m3_bias - E4M3FN_BIAS) if is_shifted else 1.0
-    # Quantised queries meet keys in the dtype of the cache.
-    query_shift = 1.0 if options.q_scale else shift
 
     # With a soft cap, scores are first in units of the cap.
     unit = LOG2_E if options.soft_cap is None else 1.0 / options.soft_cap
@@ -109,6 +112,15 @@ def choose(
 
     float8 = _float8_probabilities(options, chip, cache_dtype) if is_bfloat16 else None
     sums_in_matrix_unit = is_bfloat16 and lanes < chip.matrix_columns
+    quantised_dtype = cache_dtype if options.q_scale else None
+    # Scores in float8 come in bursts. They pay where the products of values do not
+    # take most of the time, or are float8 too.
+    is_as_stored = quantised_dtype is not None and (
+        jnp.issubdtype(cache_dtype, jnp.integer)
+        or (_is_native(cache_dtype, chip) and (sums_in_matrix_unit or float8))
+    )
+    multiply_dtype = cache_dtype if is_as_stored else value_dtype
+    query_shift = 1.0 if is_as_stored else shift
     is_folded = float8 is not None and options.soft_cap is None and options.sm_scale
 
     in_software = is_e4m3fn and not chip.rounds_to_e4m3fn
@@ -116,11 +128,13 @@ def choose(
     is_16_bits = q_dtype == jnp.bfloat16 and not has_scale
     rounds_in_16_bits = is_16_bits and in_software and chip.adds_in_16_bits
     return Numerics(
-        query_multiplier=query_multiplier * query_shift,
+        query_multiplier=query_multiplier * (1.0 if options.q_scale else query_shift),
+        quantised_multiplier=query_shift if options.q_scale else 1.0,
         score_multiplier=score_multiplier,
         score_cap=None if options.soft_cap is None else options.soft_cap * LOG2_E,
         output_scale=(options.v_scale or 1.0) * shift,
-        multiply_dtype=cache_dtype if options.q_scale else value_dtype,
+        quantised_dtype=quantised_dtype,
+        multiply_dtype=multiply_dtype,
         value_dtype=value_dtype,
         float8_probabilities=float8,
         reads_e4m3_shifted=is_shifted,
@@ -143,5 +157,11 @@ def _float8_probabilities(
     if options.probabilities_dtype is None or options.sliding_window is not None:
         return None
     dtype = jnp.dtype(options.probabilities_dtype)
-    is_native = chip.multiplies_float8 and chip.rounds_to_e4m3fn
+    is_native = _is_native(dtype, chip) and chip.rounds_to_e4m3fn
     return dtype if is_native and dtype == cache_dtype else None
+
+
+def _is_native(dtype: np.dtype, chip: Chip) -> bool:
+    """Whether matrix units multiply two operands of a float8 dtype as they are."""
+    is_shifted = dtype == jnp.float8_e4m3fn and chip.e4m3_bias != E4M3FN_BIAS
+    return chip.multiplies_float8 and not is_shifted

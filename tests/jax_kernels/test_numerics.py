@@ -46,6 +46,7 @@ def test_the_two_multipliers_hold_every_factor_of_the_score_once(options):
     unit = 1 / options["soft_cap"] if "soft_cap" in options else math.log2(math.e)
     expected = 0.125 * options.get("k_scale", 1.0) * unit
     product = values.query_multiplier * values.score_multiplier
+    product *= values.quantised_multiplier
     assert product == pytest.approx(expected, rel=1e-12)
 
 
@@ -81,16 +82,16 @@ def test_matrix_units_sum_where_they_are_wider_than_values(
 @pytest.mark.parametrize(
     "q_dtype, cache_dtype, q_scale, multiply, value",
     [
+        ("bfloat16", "float8_e4m3fn", 0.5, "bfloat16", "bfloat16"),
         ("bfloat16", "bfloat16", None, "bfloat16", "bfloat16"),
         ("float32", "bfloat16", None, "float32", "float32"),
         ("bfloat16", "float32", None, "float32", "float32"),
         ("bfloat16", "float8_e4m3fn", None, "bfloat16", "bfloat16"),
         ("float32", "int8", None, "float32", "float32"),
-        ("bfloat16", "float8_e4m3fn", 0.5, "float8_e4m3fn", "bfloat16"),
         ("bfloat16", "int8", 0.5, "int8", "bfloat16"),
     ],
 )
-def test_multiplications_take_the_wider_dtype_unless_queries_are_quantised(
+def test_multiplications_take_the_wider_dtype_unless_queries_are_int8(
     q_dtype, cache_dtype, q_scale, multiply, value
 ):
     values = numerics_of(q_dtype=q_dtype, cache_dtype=cache_dtype, q_scale=q_scale)
@@ -136,12 +137,41 @@ def test_the_e4m3_of_v6e_is_a_power_of_two_of_the_usual_one():
 
 
 @pytest.mark.parametrize("q_scale", [None, 0.5])
-def test_quantised_queries_meet_keys_as_they_are_stored(q_scale):
+def test_a_shift_of_e4m3_multiplies_what_queries_were_rounded_to(q_scale):
+    """Otherwise it would change what is clipped."""
     options = {"cache_dtype": "float8_e4m3fn", "q_scale": q_scale}
-    shifted = numerics_of(chip=chips.V6E, **options)
-    ratio = shifted.query_multiplier / numerics_of(**options).query_multiplier
+    shifted, usual = numerics_of(chip=chips.V6E, **options), numerics_of(**options)
+    ratio = shifted.query_multiplier / usual.query_multiplier
     assert ratio == (1.0 if q_scale else 16.0)
+    assert shifted.quantised_multiplier == (16.0 if q_scale else 1.0)
+    assert usual.quantised_multiplier == 1.0
     assert shifted.output_scale == 16.0
+
+
+@pytest.mark.parametrize(
+    "chip, lanes, cache_dtype, probabilities_dtype, expected",
+    [
+        (chips.TPU7X, 128, "float8_e4m3fn", None, "float8_e4m3fn"),
+        (chips.TPU7X, 256, "float8_e4m3fn", None, "bfloat16"),
+        (chips.TPU7X, 256, "float8_e4m3fn", "float8_e4m3fn", "float8_e4m3fn"),
+        (chips.TPU7X, 256, "int8", None, "int8"),
+        (chips.V6E, 128, "float8_e4m3fn", None, "bfloat16"),
+        (chips.V6E, 128, "float8_e5m2", None, "float8_e5m2"),
+        (chips.V5E, 128, "float8_e4m3fn", None, "bfloat16"),
+    ],
+)
+def test_quantised_queries_meet_keys_as_is_faster(
+    chip, lanes, cache_dtype, probabilities_dtype, expected
+):
+    values = numerics_of(
+        chip=chip,
+        lanes=lanes,
+        cache_dtype=cache_dtype,
+        q_scale=0.5,
+        probabilities_dtype=probabilities_dtype,
+    )
+    assert values.quantised_dtype == jnp.dtype(cache_dtype)
+    assert values.multiply_dtype == jnp.dtype(expected)
 
 
 @pytest.mark.parametrize(

@@ -210,10 +210,15 @@ def widen(x: jax.Array, lanes: int) -> jax.Array:
 
 def prepare_queries(x: jax.Array, config: KernelConfig) -> jax.Array:
     """f32 queries, multiplied and cast to what meets the keys."""
-    x = x * config.numerics.query_multiplier
-    if config.spec.q_scale is not None:
-        return quantise(x, config.numerics.multiply_dtype)
-    return x.astype(config.numerics.multiply_dtype)
+    numerics = config.numerics
+    x = x * numerics.query_multiplier
+    if numerics.quantised_dtype is None:
+        return x.astype(numerics.multiply_dtype)
+    x = quantise(x, numerics.quantised_dtype)
+    if numerics.quantised_dtype == numerics.multiply_dtype:
+        return x
+    x = x.astype(jnp.float32) * numerics.quantised_multiplier
+    return x.astype(numerics.multiply_dtype)
 
 
 def quantise(x: jax.Array, dtype) -> jax.Array:

@@ -33,7 +33,8 @@ class Buffers(NamedTuple):
     m: Any  # f32[1, Hkv, query rows, 128]
     l: Any  # noqa: E741  f32[1, Hkv, query rows, 128]
     acc: Any  # f32[1, Hkv, query rows, lanes]
-    waiting: Any  # f32[chunks of a block, rows, tokens]: scores of a softmax tile
+    waiting: Any  # f32[chunks of a block, rows, tokens]: scores of a softmax tile, or
+    # None with float8 probabilities
     visible: Any  # u32[block_q // packing, tokens of a chunk]: bits that take part
     pending_l: Any  # like ``l``, with float8 probabilities: see float8.py
     pending_acc: Any  # like ``acc``
@@ -100,7 +101,7 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
         m=Shaped((1, *state, LANES), jnp.float32),
         l=sums,
         acc=accumulator,
-        waiting=Shaped(waiting, jnp.float32),
+        waiting=None if has_pending else Shaped(waiting, jnp.float32),
         visible=(
             Shaped(visible, jnp.uint32) if config.spec.sliding_window is None else None
         ),
