@@ -100,8 +100,8 @@ def merge_group(
     kv,
     chunk: Int,
     group: Int,
-    keys: Sequence[jax.Array],
-    values: Sequence[jax.Array],
+    keys: Sequence[jax.Array] | None,
+    values: Sequence[jax.Array] | None,
     is_new: jax.Array | None,
     config: KernelConfig,
 ) -> None:
@@ -114,16 +114,20 @@ def merge_group(
       chunk: Number of the first chunk: eight packed rows, a register per head.
       group: Number of the word row.
       keys: [tokens, io_lanes] of each head, as ``load_tokens`` returns them; whole
-        chunks.
+        chunks. None: keys stay as they are, as ``tile_io.pack_tokens`` says.
       values: The same.
       is_new: u32[rows, 1], the bits to take; None for all.
       config: Gives dtypes and geometry.
     """
     first_row = chunk * config.rows_per_chunk
     first_head = group * config.new_heads_per_word
-    for offset, (key, value) in enumerate(zip(keys, values, strict=True)):
+    for offset in range(config.new_heads_per_word):
         head = first_head + offset
+        key = None if keys is None else keys[offset]
+        value = None if values is None else values[offset]
         for part, new in enumerate(tile_io.pack_tokens(key, value, config)):
+            if new is None:
+                continue
             rows = tile_io.WordRows(
                 kv.at[part * config.num_kv_heads + head], config.interpret
             )

@@ -233,37 +233,46 @@ def quantise(x: jax.Array, dtype) -> jax.Array:
 
 
 def pack_tokens(
-    keys: jax.Array,  # f32 or bf16[tokens, io_lanes]
-    values: jax.Array,  # the same
+    keys: jax.Array | None,  # f32 or bf16[tokens, io_lanes]
+    values: jax.Array | None,  # the same
     config: KernelConfig,
-) -> list[jax.Array]:
+) -> list[jax.Array | None]:
     """Packed rows of consecutive tokens of one head.
+
+    Either may be None, and then its rows are, where the two do not share a row.
 
     Returns:
       u32[tokens // packing, lanes]: keys and values apart, or one array that holds
       both when they share a row.
     """
     cache, spec = config.cache, config.spec
-    in_words = keys.dtype == jnp.bfloat16 and config.numerics.packs_16_bits
-    if in_words:
-        keys, values = (pltpu.bitcast(x, jnp.uint32) for x in (keys, values))
-    else:
-        keys, values = (x.astype(jnp.float32) for x in (keys, values))
-    keys, values = widen(keys, cache.lanes), widen(values, cache.lanes)
-    if spec.k_scale is not None:
-        keys = keys * (1.0 / spec.k_scale)
-    if spec.v_scale is not None:
-        values = values * (1.0 / spec.v_scale)
-    rows = [keys, values]
+    in_words = config.numerics.packs_16_bits and jnp.bfloat16 in [
+        x.dtype for x in (keys, values) if x is not None
+    ]
+
+    def widened(x: jax.Array, scale: float | None) -> jax.Array:
+        x = pltpu.bitcast(x, jnp.uint32) if in_words else x.astype(jnp.float32)
+        x = widen(x, cache.lanes)
+        return x if scale is None else x * (1.0 / scale)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        if in_words:
+            x = pltpu.bitcast(x, jnp.bfloat16)
+        if config.numerics.rounds_in_16_bits:
+            return bfloat16_to_e4m3fn(x.astype(jnp.bfloat16))
+        return pltpu.bitcast(quantise(x, cache.dtype), jnp.uint32)
+
+    rows = [
+        None if x is None else widened(x, scale)
+        for x, scale in ((keys, spec.k_scale), (values, spec.v_scale))
+    ]
     if cache.is_fused_kv:
+        keys, values = rows
+        assert keys is not None and values is not None
         values = pltpu.roll(values, cache.value_lane, 1)
         lane = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1)
         rows = [jnp.where(lane < cache.value_lane, keys, values)]
-    if in_words:
-        rows = [pltpu.bitcast(x, jnp.bfloat16) for x in rows]
-    if config.numerics.rounds_in_16_bits:
-        return [bfloat16_to_e4m3fn(x.astype(jnp.bfloat16)) for x in rows]
-    return [pltpu.bitcast(quantise(x, cache.dtype), jnp.uint32) for x in rows]
+    return [None if x is None else rounded(x) for x in rows]
 
 
 def bfloat16_to_e4m3fn(x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from jax_kernels import chips
 from jax_kernels.ragged_paged_attention import layout
 from jax_kernels.ragged_paged_attention.config import AttentionSpec, KernelConfig
 from jax_kernels.ragged_paged_attention.kernel import tile_io
@@ -210,6 +211,29 @@ def test_new_tokens_are_packed_as_the_cache_lays_them_out(
     words = words_of(cache).reshape(cache.shape[1], -1, cache.shape[-1])
     assert len(parts) == len(words)
     np.testing.assert_array_equal(np.stack(parts), words)
+
+
+@pytest.mark.parametrize("chip", ["v6e", "tpu7x"])
+def test_keys_or_values_are_packed_alone_where_they_share_no_row(chip):
+    config = KernelConfig(
+        spec=AttentionSpec(),
+        cache=CacheLayout(1, 32, 1, 128, "float8_e4m3fn"),
+        phases=(),
+        num_tokens=32,
+        pages_per_sequence=1,
+        num_q_heads=1,
+        q_dtype=jnp.dtype("bfloat16"),
+        out_dtype=jnp.dtype("bfloat16"),
+        chip=chips.CHIPS[chip],
+        interpret=True,
+    )
+    keys, values = random_buffer((2, 32, 128), config.q_dtype)
+    both = compiled(tile_io.pack_tokens, keys, values, config=config)
+    first = compiled(tile_io.pack_tokens, keys, None, config=config)
+    second = compiled(tile_io.pack_tokens, None, values, config=config)
+    assert first[1] is None and second[0] is None
+    np.testing.assert_array_equal(first[0], both[0])
+    np.testing.assert_array_equal(second[1], both[1])
 
 
 @pytest.mark.parametrize("dtype", PACKINGS)

@@ -70,13 +70,20 @@ class TileCopies(PhaseCopies[Buffers]):
 
         @pl.when(piece.end > piece.begin)
         def _():
-            for source, target in _new_tokens(context, cell, piece):
-                semaphore = context.semaphores.new_kv.at[ONLY_SLOT]
-                pltpu.make_async_copy(source, target, semaphore).start()
+            for name, pairs in _new_tokens(context, cell, piece).items():
+                for source, target in pairs:
+                    semaphore = self._semaphore_of_new(name)
+                    pltpu.make_async_copy(source, target, semaphore).start()
 
-    def wait_new_tokens(self, cell: Cell, piece: "NewTokensPiece") -> None:
-        for _, target in _new_tokens(self.context, cell, piece):
-            wait_for(target, self.context.semaphores.new_kv.at[ONLY_SLOT])
+    def wait_new_tokens(self, cell: Cell, piece: "NewTokensPiece", name: str) -> None:
+        """Waits for the ``"keys"`` or the ``"values"`` of a piece."""
+        for _, target in _new_tokens(self.context, cell, piece)[name]:
+            wait_for(target, self._semaphore_of_new(name))
+
+    def _semaphore_of_new(self, name: str):
+        """Keys and values have slots of their own, since they come one by one."""
+        slot = ONLY_SLOT if name == "keys" else ONLY_SLOT + 1
+        return self.context.semaphores.new_kv.at[slot]
 
     # Queries.
 
@@ -118,15 +125,17 @@ def flat_token(cell: Cell, position: Int) -> Int:
     return cell.query_token + (position - cell.query_position)
 
 
-def _new_tokens(context: TileContext, cell: Cell, piece: NewTokensPiece):
-    """Where a piece of the new tokens of a cell comes from and goes to."""
-    return new_tokens(
+def _new_tokens(context: TileContext, cell: Cell, piece: NewTokensPiece) -> dict:
+    """Where a piece of the new tokens of a cell comes from and goes to, by name."""
+    pairs = new_tokens(
         context,
         ONLY_SLOT,
         flat_token(cell, piece.origin),
         flat_token(cell, piece.begin),
         piece.end - piece.begin,
     )
+    middle = len(pairs) // 2
+    return {"keys": pairs[:middle], "values": pairs[middle:]}
 
 
 def _query_tokens(context: TileContext, cell: Cell):

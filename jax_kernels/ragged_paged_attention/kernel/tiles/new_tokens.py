@@ -1,6 +1,6 @@
 """Merges the new tokens of a cell into its block, and carries those of earlier ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,15 @@ from jax_kernels.ragged_paged_attention.kernel.tiles.copies import (
     new_tokens_piece,
 )
 from jax_kernels.ragged_paged_attention.kernel.tiles.fetch import load_block
+from jax_kernels.ragged_paged_attention.layout import LANES
 
-# Chunks that are merged at once where there is one key head: alone, each would wait for
-# its own loads.
-CHUNKS_AT_ONCE = 4
+# Numbers of a row, of all heads and the same in each of several chunks, that are merged
+# at once: fewer would wait for their own loads.
+MERGED_NUMBERS = 4 * LANES
+# The same where keys and values are rounded in software, one after the other.
+ROUNDED_NUMBERS = 32 * LANES
+# The same where they are copied.
+CARRIED_NUMBERS = 32 * LANES
 
 
 def merge(context: TileContext, copies: TileCopies, cell: Cell, slot: Int) -> None:
@@ -44,10 +49,17 @@ def merge(context: TileContext, copies: TileCopies, cell: Cell, slot: Int) -> No
     here, one after the other.
     """
 
+    config = context.config
+    # While keys are rounded, which takes a while there, values arrive.
+    is_split = config.numerics.rounds_in_software and not config.cache.is_fused_kv
+    rounds = [("keys",), ("values",)] if is_split else [("keys", "values")]
+
     def piece(index: Int) -> Int:
         part = new_tokens_piece(context, cell, index)
-        copies.wait_new_tokens(cell, part)
-        _merge_piece(context, cell, slot, part)
+        for names in rounds:
+            for name in names:
+                copies.wait_new_tokens(cell, part, name)
+            _merge_piece(context, cell, slot, part, names)
         copies.start_new_tokens(cell, index + 1)
         return index + 1
 
@@ -58,9 +70,13 @@ def merge(context: TileContext, copies: TileCopies, cell: Cell, slot: Int) -> No
 
 
 def _merge_piece(
-    context: TileContext, cell: Cell, slot: Int, part: NewTokensPiece
+    context: TileContext,
+    cell: Cell,
+    slot: Int,
+    part: NewTokensPiece,
+    names: Sequence[str],
 ) -> None:
-    """Merges new tokens, one chunk of the block after the other."""
+    """Merges new keys, values or both, one chunk of the block after the other."""
     config, rings = context.config, context.rings
     chunk_tokens = config.tokens_per_chunk
     first_chunk = (part.origin - cell.block_start) >> log2(chunk_tokens)
@@ -69,20 +85,25 @@ def _merge_piece(
     def merge_chunks(index: Int, num_chunks: int, is_new: jax.Array | None) -> None:
         first = (index - first_chunk) * chunk_tokens
         for group in range(config.num_kv_heads // config.new_heads_per_word):
-            keys, values = (
-                load_tokens(
-                    ring.at[ONLY_SLOT],
+            loaded = {
+                name: load_tokens(
+                    getattr(rings, name).at[ONLY_SLOT],
                     origin_token,
                     first,
                     num_chunks * chunk_tokens,
                     group,
                     config,
                 )
-                for ring in (rings.keys, rings.values)
-            )
+                for name in names
+            }
+            keys, values = loaded.get("keys"), loaded.get("values")
             merge_group(rings.kv.at[slot], index, group, keys, values, is_new, config)
 
-    _for_chunks(cell.block_start, part.begin, part.end, merge_chunks, config)
+    is_rounding = config.numerics.rounds_in_software
+    at_once = _chunks_at_once(
+        ROUNDED_NUMBERS if is_rounding else MERGED_NUMBERS, config
+    )
+    _for_chunks(cell.block_start, part.begin, part.end, at_once, merge_chunks, config)
 
 
 def carry(context: TileContext, cell: Cell, slot: Int) -> None:
@@ -112,7 +133,10 @@ def carry(context: TileContext, cell: Cell, slot: Int) -> None:
         for head in heads:
             store_bits(rows_of(slot, head), first_row, words[head], is_carried)
 
-    _for_chunks(cell.block_start, cell.carried_begin, cell.new_begin, copy, config)
+    at_once = _chunks_at_once(CARRIED_NUMBERS, config)
+    _for_chunks(
+        cell.block_start, cell.carried_begin, cell.new_begin, at_once, copy, config
+    )
 
 
 def _slot_of_same_block(context: TileContext, cell: Cell, slot: Int) -> Int:
@@ -150,10 +174,17 @@ def carry_seam(context: TileContext, cell: Cell, slot: Int) -> None:
             row_ref[...] = seam[...]
 
 
+def _chunks_at_once(numbers: int, config: KernelConfig) -> int:
+    """Chunks with so many numbers in a row of all heads, a power of two."""
+    at_once = max(numbers // (config.num_kv_heads * config.lanes), 1)
+    return 1 << (at_once.bit_length() - 1)
+
+
 def _for_chunks(
     block_start: Int,
     begin: Int,
     end: Int,
+    at_once: int,
     do: Callable[[Int, int, jax.Array | None], None],
     config: KernelConfig,
 ) -> None:
@@ -163,6 +194,8 @@ def _for_chunks(
       block_start: Position of the first token of the block.
       begin: First position.
       end: Position after the last.
+      at_once: Whole chunks that ``do`` is called with, as long as there are so many; a
+        power of two.
       do: Takes the number of a chunk, how many there are from it on, and the bits of
         the positions within them, u32[rows, 1], or None for all. Only the chunks at the
         two ends may hold other positions as well; they come alone, and they may be the
@@ -186,7 +219,6 @@ def _for_chunks(
 
     first_whole = (begin_place + config.tokens_per_chunk - 1) >> shift
     end_whole = end_place >> shift
-    at_once = max(CHUNKS_AT_ONCE // config.num_kv_heads, 1)
     num_groups = jnp.maximum(end_whole - first_whole, 0) >> log2(at_once)
 
     def group(index: Int, _) -> None:
