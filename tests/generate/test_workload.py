@@ -34,7 +34,9 @@ def test_a_line_says_when_and_what_and_how(tmp_path):
     assert not workload.in_steps
     assert (first.name, first.arrival) == ("line 3", 1.5)
     assert first.prompt_ids == ByteTokenizer().encode("a")
-    assert first.params == SamplingParams(3, 0.5, 4, 0.9, 8, (257,))
+    assert first.params == SamplingParams(
+        3, temperature=0.5, top_k=4, top_p=0.9, seed=8, eos_token_ids=(257,)
+    )
     assert (later.name, later.arrival, later.params) == ("line 1", 2.0, PARAMS)
 
 

@@ -272,12 +272,25 @@ def test_malformed_requests_are_refused_at_once(paged, prompt, keywords, message
         ({"max_sequence_length": 513}, "at most the model's 512 positions, got 513"),
         ({"device": "cuda"}, "'tpu' or 'cpu', got 'cuda'"),
         ({"page_size": 12}, "page_size must be a power of two"),
-        ({"page_size": 0}, "page_size must be at least 1, got 0"),
-        ({"max_sequence_length": 1}, "max_sequence_length must be at least 2, got 1"),
-        ({"token_buckets": (40, 8)}, r"positive and ascending, got \(40, 8\)"),
-        ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
+        ({"page_size": 0}, "page_size must be at least 1, .*got 0"),
+        ({"max_sequence_length": 1}, "max_sequence_length must be at least 2, .*got 1"),
+        ({"token_buckets": (40, 8)}, r"positive and ascending ints, got \(40, 8\)"),
+        ({"num_pages": 0}, "num_pages must be at least 1, .*got 0"),
         ({"token_buckets": (8, 16)}, "num_tokens must be at most 16, got 40"),
         ({"max_tokens_per_step": 3}, "each of the 4 sequences, got 3"),
+        ({"max_num_sequences": 0}, "max_num_sequences must be at least 1, .*got 0"),
+        ({"max_num_sequences": True}, "max_num_sequences must be an int, got True"),
+        ({"max_tokens_per_step": -1}, "max_tokens_per_step must be at least 1"),
+        ({"max_tokens_per_step": 40.5}, "max_tokens_per_step must be an int, got 40.5"),
+        ({"num_pages": 2**40}, "num_pages must be at least 1, and below"),
+        ({"num_pages": "9"}, "num_pages must be an int or None, got '9'"),
+        ({"token_buckets": ()}, "token_buckets must be positive"),
+        ({"token_buckets": 40}, "token_buckets must be positive and ascending ints"),
+        ({"token_buckets": ("40",)}, "token_buckets must be positive"),
+        ({"cache_dtype": "int8"}, "cache_dtype must be a torch.dtype, got 'int8'"),
+        ({"prefix_caching": 1}, "prefix_caching must be True or False, got 1"),
+        ({"seed": "a"}, "seed must be an int, got 'a'"),
+        ({"device": 0}, "device must be a str or None, got 0"),
     ],
 )
 def test_impossible_options_are_refused(paged, keywords, message):
@@ -328,7 +341,9 @@ def test_the_request_that_makes_a_step_raise_fails_alone(
     assert tokens_of(again) == expected
 
 
-def test_an_error_that_comes_with_the_tokens_is_found_as_well(paged, prompts, expected):
+def test_an_error_that_comes_with_the_tokens_is_found_as_well(
+    paged, prompts, expected, monkeypatch
+):
     class Lost:
         """A tensor whose program has failed on the device."""
 
@@ -342,13 +357,15 @@ def test_an_error_that_comes_with_the_tokens_is_found_as_well(paged, prompts, ex
         tokens = run(rows, *arguments)
         return Lost() if any(256 in row.request.prompt for row in rows) else tokens
 
-    engine._run = failing_later
+    monkeypatch.setattr(engine, "_run", failing_later)
     outputs = list(engine.generate_batch([*prompts, [256]], GREEDY).values())
     assert outputs.pop().error == "RuntimeError: device error"
     assert [output.generated_tokens for output in outputs] == expected
 
 
-def test_a_batch_that_fails_only_together_gets_to_its_end(paged, prompts, expected):
+def test_a_batch_that_fails_only_together_gets_to_its_end(
+    paged, prompts, expected, monkeypatch
+):
     engine = engine_of(paged)
     run = engine._run
 
@@ -357,25 +374,23 @@ def test_a_batch_that_fails_only_together_gets_to_its_end(paged, prompts, expect
             raise MemoryError
         return run(rows, *arguments)
 
-    engine._run = too_large
+    monkeypatch.setattr(engine, "_run", too_large)
     assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected
 
 
 def test_a_device_that_is_lost_fails_every_request_and_comes_back(
-    paged, prompts, expected
+    paged, prompts, expected, monkeypatch
 ):
-    engine = engine_of(paged)
-    renew = engine._runner.renew_caches
-
     def lost(*arguments):
         raise RuntimeError("device lost")
 
-    engine._run = engine._runner.renew_caches = lost
-    outputs = engine.generate_batch(prompts, GREEDY).values()
+    engine = engine_of(paged)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_run", lost)
+        patch.setattr(engine._runner, "renew_caches", lost)
+        outputs = engine.generate_batch(prompts, GREEDY).values()
     assert {output.error for output in outputs} == {"RuntimeError: device lost"}
     assert not engine.has_unfinished
-    del engine._run
-    engine._runner.renew_caches = renew
     assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected
 
 
@@ -398,7 +413,7 @@ def test_a_tokenizer_that_raises_fails_its_own_request(paged, prompts, expected)
 
 def test_an_engine_that_cannot_go_on_says_so_instead_of_waiting(paged, prompts):
     engine = engine_of(paged)
-    engine.scheduler.schedule = lambda among: []
+    engine.scheduler.schedule = lambda among=None: []
     for output in engine.generate_batch(prompts, GREEDY).values():
         assert output.error is not None and "requests can go on" in output.error
 
@@ -437,3 +452,48 @@ def test_an_error_of_on_step_loses_no_token(paged, prompts, expected):
             for update in engine.step():
                 tokens[update.request_id] += update.new_tokens
     assert list(tokens.values()) == expected
+
+
+def test_engines_take_options_and_functions_only(paged):
+    with pytest.raises(ValueError, match="options must be EngineOptions or None, got"):
+        Engine(paged, {"page_size": 8})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="on_step must be a function, got None"):
+        Engine(paged, on_step=None)  # pyright: ignore[reportArgumentType]
+
+
+def test_wishes_may_be_a_dict(paged, prompts, expected):
+    engine = engine_of(paged)
+    wishes = {"max_new_tokens": 3, "eos_token_ids": 257}
+    assert tokens_of(engine.generate_batch(prompts, wishes)) == [
+        tokens[:3] for tokens in expected
+    ]
+    with pytest.raises(ValueError, match=r"params must have fields .*, got \['max'\]"):
+        engine.add_request(prompts[0], {"max": 3})
+    with pytest.raises(ValueError, match=r"params must be SamplingParams, .* got 3"):
+        engine.add_request(prompts[0], 3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="one for all or for each of 4 prompts, got 2"):
+        engine.generate_batch(prompts, [wishes, wishes])
+    assert not engine.has_unfinished
+
+
+def test_texts_end_at_the_models_own_end_unless_told_otherwise(prompts, expected):
+    model = build_llama("rpa")
+    model.generation_config = GenerationConfig(eos_token_id=[expected[3][2], 257])
+    engine = engine_of(model)
+    for params, length in (
+        (GREEDY, 3),
+        ({"max_new_tokens": NEW_TOKENS}, 3),
+        (GenerationConfig(max_new_tokens=NEW_TOKENS), 3),
+        (SamplingParams(max_new_tokens=NEW_TOKENS, eos_token_ids=()), NEW_TOKENS),
+        (SamplingParams(max_new_tokens=NEW_TOKENS, eos_token_ids=expected[3][1]), 2),
+    ):
+        (output,) = engine.generate_batch(prompts[3:], params).values()
+        assert output.generated_tokens == expected[3][:length]
+
+
+def test_names_of_others_are_left_to_them(paged):
+    engine = engine_of(paged)
+    assert engine.add_request([1], GREEDY, request_id="req_0") == "req_0"
+    assert engine.add_request([1], GREEDY) == "req_1"
+    with pytest.raises(ValueError, match="request_id must be a str or None, got 2"):
+        engine.add_request([1], GREEDY, request_id=2)  # pyright: ignore

@@ -58,13 +58,26 @@ def test_lists_are_taken_as_tuples():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, .*got 0"),
         ({"temperature": -1.0}, "temperature must be 0 or at least 1e-05"),
         ({"temperature": float("inf")}, "and finite, got inf"),
         ({"temperature": float("nan")}, "and finite, got nan"),
-        ({"top_k": -1}, r"top_k must be 0 \(all\) or more, got -1"),
+        ({"top_k": -1}, r"top_k must be 0 \(all\) or more, .*got -1"),
         ({"top_p": 0.0}, "top_p must be more than 0 and at most 1, got 0.0"),
         ({"top_p": 1.1}, "at most 1, got 1.1"),
+        ({"top_k": 2**40}, r"top_k must be 0 .*, and below 2\*\*31"),
+        ({"top_k": 1.5}, "top_k must be an int, got 1.5"),
+        ({"top_p": "0.5"}, "top_p must be a number, got '0.5'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"seed": "a"}, "seed must be an int or None, got 'a'"),
+        ({"seed": 1.5}, "seed must be an int or None, got 1.5"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an int, got 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an int, got True"),
+        ({"eos_token_ids": "2"}, "eos_token_ids must be token ids, got '2'"),
+        ({"eos_token_ids": [2.5]}, "eos_token_ids must be token ids, got"),
+        ({"stop_sequences": 5}, "stop_sequences must be sequences of token ids, got 5"),
+        ({"stop_sequences": ["ab"]}, "stop_sequences must be token ids, got 'ab'"),
+        ({"stop_strings": [5]}, r"stop_strings must be texts, got \[5\]"),
         ({"stop_sequences": ((),)}, "one token or more each"),
         ({"stop_strings": ("a", "")}, "one character or more each"),
     ],
@@ -72,3 +85,9 @@ def test_lists_are_taken_as_tuples():
 def test_impossible_values_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**fields)
+
+
+def test_one_end_and_one_sequence_stand_for_a_list_of_them():
+    params = SamplingParams(eos_token_ids=2, stop_sequences=[5, 6])
+    assert (params.eos_token_ids, params.stop_sequences) == ((2,), ((5, 6),))
+    assert SamplingParams().eos_token_ids is None

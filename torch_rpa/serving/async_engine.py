@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -44,7 +44,7 @@ class AsyncEngine:
 
     async def generate(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: Any,
         params: Params = None,
         *,
         request_id: str | None = None,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ from torch_rpa.serving import sampling
 from torch_rpa.serving.detokenizer import Decoder, Detokenizer
 from torch_rpa.serving.options import EngineOptions
 from torch_rpa.serving.outputs import GenerationOutput, RequestStatus, RequestUpdate
+from torch_rpa.serving.prompts import PromptReader
 from torch_rpa.serving.sampling_params import SamplingParams
 from torch_rpa.serving.stats import EngineStats, StepRecord
 from torch_rpa.serving.trials import Trials
 from torch_rpa.transformers.model_runner import ModelRunner
 from torch_rpa.transformers.step_inputs import build_step_inputs
 
-Params = SamplingParams | GenerationConfig | None
+Params = SamplingParams | GenerationConfig | Mapping[str, Any] | None
 
 _logger = logging.getLogger(__name__)
 
@@ -93,10 +95,15 @@ class Engine:
             model: A causal language model of transformers. It is switched to this
                 project's attention.
             options: Limits and cache.
-            tokenizer: Needed for stop strings only.
+            tokenizer: Needed for stop strings, and for prompts that are text.
             on_step: Called after each step.
         """
-        self.options = options = options or EngineOptions()
+        options = EngineOptions() if options is None else options
+        if not isinstance(options, EngineOptions):
+            raise ValueError(f"options must be EngineOptions or None, got {options!r}")
+        if not callable(on_step):
+            raise ValueError(f"on_step must be a function, got {on_step!r}")
+        self.options = options
         self._config = model.config.get_text_config()
         self._max_sequence_length = options.sequence_length(self._config)
         self._shapes = options.step_shapes(self._max_sequence_length)
@@ -126,6 +133,7 @@ class Engine:
         self._sampling_step = self._runner.step(sampling.sample)
         self._last_generated = self._no_tokens()
         self._tokenizer = tokenizer
+        self._prompts = _prompt_reader(tokenizer, self._generation_config)
         self._on_step = on_step
         self._random = random.Random(options.seed)
         self._entries: dict[Request, _Entry] = {}
@@ -146,7 +154,7 @@ class Engine:
 
     def add_request(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: Any,
         params: Params = None,
         *,
         request_id: str | None = None,
@@ -156,20 +164,24 @@ class Engine:
         A request that can never fit the engine fails, as the next step reports.
 
         Args:
-            prompt_ids: Token ids, at least one.
-            params: Sampling and stop conditions; a generation config of transformers
-                is converted. None is the model's own.
+            prompt_ids: Token ids, at least one, or anything else that
+                :class:`torch_rpa.serving.prompts.PromptReader` reads, such as a text.
+            params: Sampling and stop conditions, or a dict of them; a generation config
+                of transformers is converted. None is the model's own.
             request_id: A name that no unfinished request has; None makes one.
 
         Returns:
             The name of the request.
 
         Raises:
-            ValueError: The prompt is empty or holds ids that the model does not know,
-                the name is taken, or a stop string is given without a tokenizer.
-            NotImplementedError: The generation config asks for something else.
+            ValueError: The prompt is none, is empty or holds ids that the model does
+                not know, the name is taken, or a stop string or a text is given without
+                a tokenizer.
+            NotImplementedError: The generation config asks for something else, or the
+                prompt has images.
         """
-        entry = self._entry(prompt_ids, self._sampling_params(params), request_id)
+        tokens = self._prompts.read(prompt_ids, "prompt_ids")
+        entry = self._entry(tokens, self._sampling_params(params), request_id)
         self._add(entry)
         return entry.output.request_id
 
@@ -233,7 +245,7 @@ class Engine:
 
     def generate_batch(
         self,
-        inputs: Sequence[Sequence[int]],
+        inputs: Any,
         generation_config: Params | Sequence[Params] = None,
         **changes: Any,
     ) -> dict[str, GenerationOutput]:
@@ -242,24 +254,35 @@ class Engine:
         Requests that were added before run as well; their updates are lost.
 
         Args:
-            inputs: Token ids of each prompt; if one is malformed, none is added.
+            inputs: A list of prompts, each as in ``add_request``, or what a tokenizer
+                returned for several. If one is malformed, none is added.
             generation_config: Sampling and stop conditions, of all or of each.
             changes: Attributes of SamplingParams that are to differ.
 
         Returns:
             The results by request id, in the order of the inputs.
+
+        Raises:
+            ValueError: As in ``add_request``; or the lists are of unequal lengths.
+            NotImplementedError: As in ``add_request``.
         """
+        prompts = self._prompts.read_all(inputs, "inputs")
         if isinstance(generation_config, Sequence):
             configs = list(generation_config)
         else:
-            configs = [generation_config] * len(inputs)
+            configs = [generation_config] * len(prompts)
+        if len(configs) != len(prompts):
+            raise ValueError(
+                f"generation_config must be one for all or for each of {len(prompts)} "
+                f"prompts, got {len(configs)}"
+            )
         params = [
             dataclasses.replace(self._sampling_params(config), **changes)
             for config in configs
         ]
         entries = [
             self._entry(prompt, wishes, None)
-            for prompt, wishes in zip(inputs, params, strict=True)
+            for prompt, wishes in zip(prompts, params, strict=True)
         ]
         for entry in entries:
             self._add(entry)
@@ -287,15 +310,16 @@ class Engine:
         self.stats.num_compilations += self._num_compilations() - before
 
     def _entry(
-        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None
+        self, prompt_ids: list[int], params: SamplingParams, request_id: str | None
     ) -> _Entry:
         """Checks a request that is to be added."""
         if request_id is None:
-            request_id = f"req_{self._num_named}"
-            self._num_named += 1
+            request_id = self._new_name()
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id must be a str or None, got {request_id!r}")
         if request_id in self._entry_of_id:
             raise ValueError(f"request_id must be new, got {request_id!r} again")
-        request = Request([int(token) for token in prompt_ids], params.max_new_tokens)
+        request = Request(prompt_ids, params.max_new_tokens)
         vocabulary = self._config.vocab_size
         if not 0 <= min(request.tokens) <= max(request.tokens) < vocabulary:
             raise ValueError(
@@ -324,11 +348,28 @@ class Engine:
             self._entries[entry.request] = entry
             self._entry_of_id[entry.output.request_id] = entry
 
+    def _new_name(self) -> str:
+        while (name := f"req_{self._num_named}") in self._entry_of_id:
+            self._num_named += 1  # somebody's own
+        self._num_named += 1
+        return name
+
     def _sampling_params(self, params: Params) -> SamplingParams:
-        if isinstance(params, SamplingParams):
+        """Returns what is wished, with the tokens that end a text."""
+        model = self._generation_config
+        if params is None or isinstance(params, GenerationConfig):
+            params = SamplingParams.from_generation_config(params or model)
+        elif isinstance(params, Mapping):
+            params = _params_of(params)
+        if not isinstance(params, SamplingParams):
+            raise ValueError(
+                "params must be SamplingParams, a dict of its fields, a "
+                f"GenerationConfig or None, got {params!r}"
+            )
+        if params.eos_token_ids is not None:
             return params
-        config = self._generation_config if params is None else params
-        return SamplingParams.from_generation_config(config)
+        ends = model.eos_token_id
+        return dataclasses.replace(params, eos_token_ids=() if ends is None else ends)
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         if not params.stop_strings:
@@ -550,15 +591,40 @@ class Engine:
         return 2 * len(self._shapes.token_buckets) + 1
 
 
+def _prompt_reader(tokenizer: Any, config: GenerationConfig) -> PromptReader:
+    pad = getattr(tokenizer, "pad_token_id", None)
+    ends = config.eos_token_id
+    return PromptReader(
+        tokenizer,
+        pad_token_id=config.pad_token_id if pad is None else pad,
+        others=[
+            getattr(tokenizer, "bos_token_id", None),
+            getattr(tokenizer, "eos_token_id", None),
+            config.bos_token_id,
+            *(ends if isinstance(ends, (list, tuple)) else [ends]),
+        ],
+    )
+
+
+def _params_of(fields: Mapping[str, Any]) -> SamplingParams:
+    known = inspect.signature(SamplingParams).parameters
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"params must have fields among {[*known]}, got {unknown}")
+    return SamplingParams(**fields)
+
+
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 def _finish_reason(entry: _Entry, token: int) -> str | None:
     params, request = entry.params, entry.request
-    if token in params.eos_token_ids:
+    ends: Any = params.eos_token_ids  # tuples by now, like the sequences
+    sequences: Any = params.stop_sequences
+    if token in ends:
         return "stop"
-    for sequence in params.stop_sequences:
+    for sequence in sequences:
         num_tokens = len(sequence)
         if num_tokens <= request.num_generated and (
             tuple(request.tokens[-num_tokens:]) == sequence

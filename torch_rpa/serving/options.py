@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from torch_rpa.scheduling.scheduler import pages_for
+from torch_rpa.serving.checks import LARGEST_INT, check_types
 from torch_rpa.transformers.rotary import unscaled_length
 from torch_rpa.transformers.step_inputs import StepShapes
 
@@ -56,20 +58,26 @@ class EngineOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        buckets = self.token_buckets
-        is_ascending = not buckets or (
-            list(buckets) == sorted(set(buckets)) and min(buckets) > 0
-        )
-        length = self.max_sequence_length
-        for name, is_valid, expected in (
-            ("page_size", self.page_size >= 1, "at least 1"),
-            ("max_sequence_length", length is None or length >= 2, "at least 2"),
-            ("token_buckets", is_ascending, "positive and ascending"),
+        check_types(self)
+        for name, least in (
+            ("max_num_sequences", 1),
+            ("max_tokens_per_step", 1),
+            ("max_sequence_length", 2),
+            ("page_size", 1),
+            ("num_pages", 1),
         ):
-            if not is_valid:
-                raise ValueError(
-                    f"{name} must be {expected}, got {getattr(self, name)!r}"
-                )
+            self._require(name, _is_from(least), f"at least {least}, and below 2**31")
+        self._require("token_buckets", _is_ascending, "positive and ascending ints")
+        self._require(
+            "cache_dtype", lambda value: isinstance(value, torch.dtype), "a torch.dtype"
+        )
+
+    def _require(
+        self, name: str, is_valid: Callable[[Any], bool], expected: str
+    ) -> None:
+        value = getattr(self, name)
+        if value is not None and not is_valid(value):
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
 
     def sequence_length(self, config: Any) -> int:
         """Returns the most tokens of a sequence, for a model's text config.
@@ -100,7 +108,7 @@ class EngineOptions:
     def step_shapes(self, sequence_length: int) -> StepShapes:
         """Returns the static sizes of the steps."""
         return StepShapes(
-            token_buckets=self.token_buckets or self._default_buckets(),
+            token_buckets=tuple(self.token_buckets or self._default_buckets()),
             num_sequences=self.max_num_sequences,
             pages_per_sequence=pages_for(sequence_length, self.page_size),
         )
@@ -112,6 +120,20 @@ class EngineOptions:
                 min(sizes[-1] * _BUCKET_RATIO, _aligned(self.max_tokens_per_step))
             )
         return tuple(sizes)
+
+
+def _is_from(least: int) -> Callable[[int], bool]:
+    return lambda value: least <= value <= LARGEST_INT
+
+
+def _is_ascending(buckets: Any) -> bool:
+    return (
+        isinstance(buckets, (list, tuple))
+        and bool(buckets)
+        and all(type(size) is int for size in buckets)
+        and list(buckets) == sorted(set(buckets))
+        and buckets[0] > 0
+    )
 
 
 def _aligned(num_tokens: int) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import GenerationConfig
+
+from torch_rpa.serving.checks import LARGEST_INT, check_types
 
 # Fields of a GenerationConfig that would change the tokens and are not supported, with
 # the values that change nothing.
@@ -63,8 +66,10 @@ class SamplingParams:
             one; 0 is all.
         seed: The same seed gives the same text, whatever else is in the batch. None
             draws one from the engine's.
-        eos_token_ids: Each ends the text, and is its last token.
-        stop_sequences: Token ids that end the text, and are its end.
+        eos_token_ids: Each ends the text, and is its last token; one or several. None
+            is the model's own, and ``()`` is none.
+        stop_sequences: Token ids that end the text, and are its end; one sequence or
+            several.
         stop_strings: Text that ends the text; needs the engine's tokenizer. The last
             token is the one that completes it.
     """
@@ -75,28 +80,35 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    eos_token_ids: Sequence[int] = ()
-    stop_sequences: Sequence[Sequence[int]] = ()
+    eos_token_ids: Sequence[int] | int | None = None
+    stop_sequences: Sequence[Sequence[int]] | Sequence[int] = ()
     stop_strings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        check_types(self)
         # Lists are fine, and a lone string is one of them.
-        strings = self.stop_strings
-        strings = (strings,) if isinstance(strings, str) else tuple(strings)
         for name, value in (
-            ("eos_token_ids", tuple(self.eos_token_ids)),
-            ("stop_sequences", tuple(tuple(s) for s in self.stop_sequences)),
-            ("stop_strings", strings),
+            ("eos_token_ids", _ends(self.eos_token_ids)),
+            ("stop_sequences", _sequences("stop_sequences", self.stop_sequences)),
+            ("stop_strings", _strings("stop_strings", self.stop_strings)),
         ):
             object.__setattr__(self, name, value)
         for name, is_valid, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            (
+                "max_new_tokens",
+                1 <= self.max_new_tokens <= LARGEST_INT,
+                "at least 1, and below 2**31",
+            ),
             (
                 "temperature",
                 self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < _INF,
                 f"0 or at least {_MIN_TEMPERATURE}, and finite",
             ),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            (
+                "top_k",
+                0 <= self.top_k <= LARGEST_INT,
+                "0 (all) or more, and below 2**31",
+            ),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "at least 0 and at most 1"),
             ("stop_sequences", all(self.stop_sequences), "one token or more each"),
@@ -140,7 +152,7 @@ class SamplingParams:
                 f"{config.max_length}, which depends on the prompt"
             )
         fields: dict[str, Any] = {
-            "eos_token_ids": _token_ids(config.eos_token_id),
+            "eos_token_ids": config.eos_token_id,
             "stop_strings": config.stop_strings or (),
         }
         if config.max_new_tokens is not None:
@@ -157,7 +169,32 @@ class SamplingParams:
         return cls(**{**fields, **changes})
 
 
-def _token_ids(ids: int | Iterable[int] | None) -> tuple[int, ...]:
+def _ends(ids: Any) -> tuple[int, ...] | None:
     if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+        return None
+    return _tokens("eos_token_ids", [ids] if isinstance(ids, int) else ids)
+
+
+def _sequences(name: str, sequences: Any) -> tuple[tuple[int, ...], ...]:
+    """Returns sequences of tokens; a lone one is one of them."""
+    if not isinstance(sequences, (list, tuple)):
+        raise ValueError(f"{name} must be sequences of token ids, got {sequences!r}")
+    if sequences and all(isinstance(token, int) for token in sequences):
+        sequences = [sequences]
+    return tuple(_tokens(name, tokens) for tokens in sequences)
+
+
+def _strings(name: str, strings: Any) -> tuple[str, ...]:
+    strings = (strings,) if isinstance(strings, str) else strings
+    if not isinstance(strings, (list, tuple)) or not all(
+        isinstance(string, str) for string in strings
+    ):
+        raise ValueError(f"{name} must be texts, got {strings!r}")
+    return tuple(strings)
+
+
+def _tokens(name: str, tokens: Any) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(token) for token in tokens)
+    except TypeError:
+        raise ValueError(f"{name} must be token ids, got {tokens!r}") from None
