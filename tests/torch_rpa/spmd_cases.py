@@ -15,6 +15,7 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 
 import torch_rpa
+from tests.support.snippets import all_snippets
 from tests.torch_rpa.calls import assert_same_up_to_rounding, make_call, to_device
 from tests.torch_rpa.tpu_compiler import compile_for_tpu, graph_of
 from torch_rpa import ops, spmd
@@ -87,6 +88,23 @@ def test_values_and_caches_are_those_of_one_device(mesh, head_dim, cache_dtype, 
     # On each device the cache takes over the buffer of its parameter.
     aliased = [number for _, number in metrics.metric_data("InputOutputAliasCount")[2]]
     assert sum(aliased) == 1
+
+
+@pytest.mark.filterwarnings("ignore:XLA_USE_SPMD is being deprecated")  # it is on
+def test_the_fragment_of_the_readme_runs_with_the_names_it_is_given():
+    (fragment,) = [s for s in all_snippets("python") if "use_spmd" in s.code]
+    call = make_call(num_q_heads=HQ, num_kv_heads=HKV)
+    q, k, v, _, *batch = to_device(call, torch_xla.device())[:8]
+    known = {"q": q, "k": k, "v": v, "batch": batch}
+    known |= {"N": call.kv_cache.shape[0], "page_size": 8, "Hkv": HKV, "D": 128}
+    assert fragment.given is not None
+    names = {name: known[name] for name in fragment.given}
+    exec(fragment.code, names)
+    torch_xla.sync()
+    # The cache held zeros.
+    empty = call._replace(kv_cache=torch.zeros_like(call.kv_cache))
+    expected = ops.ragged_paged_attention(*empty, sm_scale=128**-0.5)
+    assert_same_up_to_rounding(names["out"], expected)
 
 
 def test_a_cache_that_is_only_read_is_left_alone():
