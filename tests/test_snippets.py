@@ -2,7 +2,8 @@
 
 Examples are run by the tests that name them. Fragments are run here, with the names
 that the comment before each lists, on CPU tensors: only the name of the device and the
-number of new tokens are replaced. Commands are read by the parser of the program that they start.
+number of new tokens are replaced. Commands are read by the parser of the program that
+they start.
 """
 
 import argparse
