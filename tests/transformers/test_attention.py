@@ -163,6 +163,16 @@ def test_harmless_and_empty_arguments_are_ignored():
         ({"module": module_of(training=True)}, NotImplementedError, "training=True"),
         ({"dropout": 0.1}, NotImplementedError, "dropout=0.1.*eval"),
         (
+            {"output_attentions": True},
+            NotImplementedError,
+            "output_attentions must be False",
+        ),
+        (
+            {"rpa": None, "module": module_of(is_causal=False)},
+            NotImplementedError,
+            "leave images out",
+        ),
+        (
             {"position_bias": torch.zeros(1), "indices": torch.zeros(1)},
             NotImplementedError,
             r"passes \['indices', 'position_bias'\]",
@@ -190,6 +200,23 @@ def test_a_model_without_a_context_is_refused():
         model(torch.tensor([[1, 2]]))
 
 
+def test_autocast_and_float16_are_refused():
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(NotImplementedError, match=r"torch\.autocast must be off"),
+    ):
+        call()
+    half = torch.zeros(1, 2, 3, HEAD_DIM, dtype=torch.float16)
+    with pytest.raises(
+        NotImplementedError, match=r"load it with dtype=torch\.bfloat16"
+    ):
+        rpa_attention(module_of(), half, half, half, None, rpa=RPAContext([], one_sequence(3, 3)))
+    with pytest.raises(
+        NotImplementedError, match=r"load it with dtype=torch\.bfloat16"
+    ):
+        empty_kv_caches(build("llama").half(), 2, 8, dtype=torch.bfloat16, device="cpu")
+
+
 def test_a_gradient_is_refused():
     model = use_rpa(build("llama"))
     caches = empty_kv_caches(model, 2, 8, dtype=torch.float32, device="cpu")
@@ -212,11 +239,6 @@ def test_a_model_with_attention_of_its_own_is_refused():
 def test_a_model_without_attention_layers_has_no_caches():
     with pytest.raises(NotImplementedError, match="attention module for each layer"):
         empty_kv_caches(torch.nn.Linear(1, 1), 2, 8, dtype=torch.float32, device="cpu")
-
-
-def test_attention_weights_are_missing_with_a_warning():
-    with pytest.warns(UserWarning, match="computes no attention weights"):
-        call(output_attentions=True)
 
 
 @pytest.mark.parametrize("guarded_by", ["use_rpa", "empty_kv_caches"])

@@ -13,9 +13,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    GenerationConfig,
-    LogitsProcessorList,
-    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -33,7 +30,7 @@ from tests.transformers.routes import (
     padded,
 )
 from torch_rpa.scheduling import OutOfPagesError
-from torch_rpa.transformers import generate, generation
+from torch_rpa.transformers import generation
 
 # transformers 4.57 would rather have inputs on the device, where it compiles programs
 # of its own to prepare them.
@@ -234,6 +231,8 @@ def test_inputs_on_the_xla_device_work_too(eager, on_xla, paged_generate):
         ({"prompt_lookup_num_tokens": 2}, "got 'assisted_generation'"),
         ({CACHE: DynamicCache()}, "past_key_values must be .*DynamicCache"),
         ({"output_hidden_states": True}, "output_hidden_states must be False"),
+        ({"output_attentions": True}, "output_attentions must be False"),
+        ({"guidance_scale": 1.5}, "guidance_scale must be left out, got 1.5"),
         (
             {"position_ids": torch.arange(21).expand(4, 21)},
             "position_ids must count the tokens",
@@ -245,7 +244,7 @@ def test_inputs_on_the_xla_device_work_too(eager, on_xla, paged_generate):
 def test_what_would_change_the_answer_is_refused(
     paged, keywords, message, paged_generate
 ):
-    if keywords.keys() & {"output_hidden_states"}:
+    if keywords.keys() & {"output_hidden_states", "output_attentions"}:
         keywords = {**keywords, "return_dict_in_generate": True}
     with pytest.raises((NotImplementedError, ValueError), match=message):
         paged_generate(paged, padded(), **keywords)
@@ -267,15 +266,18 @@ def test_a_mask_with_holes_is_refused(paged, mask):
         custom_generate(paged, inputs)
 
 
-def test_attention_weights_are_missing_with_a_warning(paged):
-    with pytest.warns(UserWarning, match="computes no attention weights"):
-        generate(
-            paged,
-            torch.tensor([[3, 4]]),
-            LogitsProcessorList(),
-            StoppingCriteriaList([MaxLengthCriteria(4)]),
-            GenerationConfig(max_length=4, output_attentions=True),
-        )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_float16_are_refused_by_name(paged, dtype, paged_generate):
+    with (
+        torch.autocast("cpu", dtype=dtype),
+        pytest.raises(NotImplementedError, match=r"torch\.autocast must be off"),
+    ):
+        paged_generate(paged, padded())
+    half = build("rpa").to(torch.float16)
+    with pytest.raises(
+        NotImplementedError, match=r"load it with dtype=torch\.bfloat16"
+    ):
+        paged_generate(half, padded())
 
 
 def test_another_attention_is_refused(eager, paged_generate):

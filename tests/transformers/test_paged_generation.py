@@ -1,13 +1,14 @@
 """The block of ``paged_generation``: what is its own besides equal tokens."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from tests.transformers.routes import CACHE, build, eager_generate, padded
+from tests.transformers.routes import CACHE, PAD, build, eager_generate, padded
 from torch_rpa.scheduling import OutOfPagesError
 from torch_rpa.transformers import (
     PagedCache,
@@ -188,10 +189,8 @@ def test_a_second_block_is_refused(paged):
         ({"num_beams": 2}, "got 'beam_search'"),
         ({"num_beams": 2, "do_sample": True}, "got 'beam_sample'"),
         ({"prompt_lookup_num_tokens": 2}, "got 'assisted_generation'"),
-        ({"use_cache": False}, "use_cache must be True"),
         ({"prefill_chunk_size": 4}, "max_tokens_per_step="),
         ({"cache_implementation": "quantized"}, "cache_implementation must be left"),
-        ({"guidance_scale": 1.5}, "past_key_values must be a cache|left out"),
         ({"max_new_tokens": 50}, "room for 40 tokens .* got 70: raise max_length"),
     ],
 )
@@ -268,10 +267,89 @@ def test_a_row_without_tokens_is_refused(paged):
         eager_generate(paged, inputs)
 
 
+def test_a_call_without_a_cache_gives_the_same_tokens(eager, paged):
+    with paged_generation(paged):
+        got = eager_generate(paged, padded(), use_cache=False)
+    assert torch.equal(got, eager_generate(eager, padded()))
+
+
+def next_turn(sequences, mask):
+    """Three more tokens for each row of a chat."""
+    turn = torch.tensor([[7, 8, 9]]).expand(len(sequences), 3)
+    return {
+        "input_ids": torch.cat([sequences, turn], dim=1),
+        "attention_mask": torch.cat([mask, torch.ones_like(turn)], dim=1),
+    }
+
+
+def test_a_chat_goes_on_after_rows_that_ended_at_different_steps(eager, paged):
+    """What was padding to the caller, after the end of a text, is hidden later."""
+    tokens = eager_generate(eager, padded())
+    eos = [int(tokens[1, 22]), int(tokens[2, 26])]
+    first = {"eos_token_id": eos}
+    results = []
+    for model in (eager, paged):
+        with paged_generation(paged, max_length=80):
+            sequences, cache = with_cache(model, padded(), **first)
+            is_text = sequences[:, 21:] != PAD
+            assert len(set(is_text.sum(dim=1).tolist())) > 2
+            mask = torch.cat([padded()["attention_mask"], is_text.long()], dim=1)
+            inputs = next_turn(sequences, mask)
+            results.append(eager_generate(model, inputs, **{CACHE: cache}))
+            if model is paged:
+                more = next_turn(results[1], torch.ones_like(results[1]))
+                with pytest.raises(ValueError, match="must hide the padding"):
+                    eager_generate(model, more, **{CACHE: cache})
+    assert torch.equal(*results)
+
+
+def test_tokens_inside_of_a_row_cannot_be_hidden_later(paged):
+    with paged_generation(paged, max_length=60):
+        sequences, cache = with_cache(paged, padded())
+        mask = torch.cat([padded()["attention_mask"], torch.ones(4, 12).long()], dim=1)
+        mask[2, 25] = 0
+        with pytest.raises(NotImplementedError, match="at the end of a row alone"):
+            eager_generate(paged, next_turn(sequences, mask), **{CACHE: cache})
+
+
+@pytest.mark.parametrize("crop", [-8, 24])
+def test_a_cropped_cache_goes_on_from_there(eager, paged, crop):
+    sequences = eager_generate(eager, padded())
+    mask = torch.cat([padded()["attention_mask"], torch.ones(4, 4).long()], dim=1)
+    inputs = next_turn(sequences[:, :25], mask)
+    with paged_generation(paged, max_length=60):
+        _, cache = with_cache(paged, padded())
+        with pytest.raises(ValueError, match="at least -32, got -33"):
+            cache.crop(-33)
+        cache.crop(crop)
+        assert cache.get_seq_length() == 24
+        got = eager_generate(paged, inputs, **{CACHE: cache})
+        cache.crop(27)
+        again = eager_generate(paged, inputs, **{CACHE: cache})
+    assert torch.equal(got, eager_generate(eager, inputs))
+    assert torch.equal(again, got)
+
+
+def test_copies_of_a_cache_go_on_by_themselves(eager, paged):
+    """The recipe of transformers for prompts with a common beginning."""
+    beginning = {"input_ids": torch.tensor([[3, 4, 5, 6, 7]])}
+    with paged_generation(paged, max_length=40):
+        _, cache = with_cache(paged, beginning, max_new_tokens=1)
+        for rest in ([8, 9], [10, 11, 12]):
+            inputs = {"input_ids": torch.tensor([[3, 4, 5, 6, 7, *rest]])}
+            copied = copy.deepcopy(cache)
+            got = eager_generate(paged, inputs, **{CACHE: copied})
+            assert torch.equal(got, eager_generate(eager, inputs))
+        assert cache.get_seq_length() == 5
+        with pytest.raises(ValueError, match=r"more columns than .* got 7 and 19"):
+            eager_generate(paged, {"input_ids": got[:, :7]}, **{CACHE: copied})
+    with pytest.raises(ValueError, match="after the block"):
+        copied.next_logits(torch.tensor([[1]]), None, None)
+
+
 @pytest.mark.parametrize(
     "method",
     [
-        "crop",
         "batch_repeat_interleave",
         "batch_select_indices",
         "reorder_cache",
@@ -295,18 +373,23 @@ def test_a_cache_says_what_transformers_asks(paged):
 
 
 def test_a_text_generation_pipeline_runs_unchanged(eager, paged):
-    words = Tokenizer(WordLevel({str(i): i for i in range(64)}, unk_token="0"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
+    """Also with strings that end a text, for which transformers passes a tokenizer."""
+    letters = {chr(ord("0") + i): i for i in range(64)}
+    characters = Tokenizer(BPE(vocab=letters, merges=[]))
+    characters.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="0")
     tokenizer.padding_side = "left"
-    texts = []
+    texts, stopped = [], []
     for model in (eager, paged):
         generator = pipeline("text-generation", model, tokenizer=tokenizer)
         keywords = {"max_new_tokens": 6, "do_sample": False, "batch_size": 2}
         block = paged_generation(use_rpa(model)) if model is paged else torch.no_grad()
         with block:
-            texts.append(generator(["3 4 5 6 7", "8 9"], **keywords))
-    assert texts[0] == texts[1]
+            texts.append(generator(["34567", "89"], **keywords))
+            end = texts[0][0][0]["generated_text"][6:8]
+            stopped.append(generator("34567", stop_sequence=end, **keywords))
+    assert texts[0] == texts[1] and stopped[0] == stopped[1]
+    assert len(stopped[0][0]["generated_text"]) == 8
 
 
 @pytest.mark.torch_xla

@@ -6,14 +6,19 @@ lengths in the context say all that a causal mask would.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, TypeVar
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from torch_rpa.transformers.context import AttentionModule, RPAContext
-from torch_rpa.transformers.guards import ATTENTION_NAME, attention_of, guard
+from torch_rpa.transformers.guards import (
+    ATTENTION_NAME,
+    attention_of,
+    guard,
+    refuse_autocast,
+    refuse_float16,
+)
 
 # Keyword arguments of a model that say nothing about what its attention computes.
 _HARMLESS_KWARGS = frozenset(
@@ -77,6 +82,7 @@ def rpa_attention(
     Returns:
         The attention output ``[1, T, Hq, D]``, and no attention weights.
     """
+    _refuse_both_directions(module, is_causal)
     if rpa is None:
         raise ValueError(
             f'rpa must be given with attn_implementation="{ATTENTION_NAME}", got None: '
@@ -84,7 +90,9 @@ def rpa_attention(
             "model.generate(..., custom_generate=torch_rpa.transformers.generate)"
         )
     _refuse_caches(query, key, use_cache)
-    _refuse_other_meanings(module, attention_mask, dropout, is_causal, kwargs)
+    _refuse_other_meanings(module, attention_mask, dropout, kwargs)
+    refuse_float16(query.dtype)
+    refuse_autocast(query.device)
     _refuse_a_second_time(module, rpa)
     batch = rpa.batch
     out = rpa.attention(
@@ -124,11 +132,19 @@ def _refuse_caches(
         )
 
 
+def _refuse_both_directions(module: AttentionModule, is_causal: bool | None) -> None:
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for is_causal=False, as encoders of images "
+            "do: only causal attention can be paged; leave images out, or use another "
+            "attn_implementation for this module"
+        )
+
+
 def _refuse_other_meanings(
     module: AttentionModule,
     attention_mask: torch.Tensor | None,
     dropout: float,
-    is_causal: bool | None,
     kwargs: dict[str, Any],
 ) -> None:
     if attention_mask is not None:
@@ -136,20 +152,15 @@ def _refuse_other_meanings(
             "attention_mask must be None: the lengths in rpa= replace it, got a mask "
             f"of shape {list(attention_mask.shape)}"
         )
-    if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise NotImplementedError(
-            f"{type(module).__name__} asks for is_causal=False: only causal attention "
-            "can be paged; use another attn_implementation for this module"
-        )
     if module.training or dropout:
         raise NotImplementedError(
             f"{ATTENTION_NAME} is for inference, got training={module.training} and "
             f"{dropout=}: call model.eval()"
         )
     if kwargs.get("output_attentions"):
-        warnings.warn(
-            f"output_attentions: {ATTENTION_NAME} computes no attention weights",
-            stacklevel=3,
+        raise NotImplementedError(
+            f"output_attentions must be False, got True: {ATTENTION_NAME} computes no "
+            "attention weights; use another attn_implementation to get them"
         )
     unknown = sorted(
         name

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import torch_rpa
-from torch_rpa.transformers.guards import guard
+from torch_rpa.transformers.guards import guard, refuse_float16
 
 
 class AttentionModule(Protocol):
@@ -80,9 +80,14 @@ def empty_kv_caches(
         dtype: What keys and values are stored as.
         device: Where the caches live. On an XLA device call ``torch_xla.sync()``
             afterwards, so that making them is no part of the first step.
+
+    Raises:
+        NotImplementedError: The model is in float16, its layers are not all attention,
+            or adapters of PEFT act on whole texts.
     """
     layers = _attention_layers(model)
     guard(model)
+    refuse_float16(getattr(model, "dtype", dtype))
     return [
         torch_rpa.empty_kv_cache(
             num_pages,

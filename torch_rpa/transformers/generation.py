@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -28,25 +27,15 @@ from torch_rpa.transformers.guards import (
     ATTENTION_NAME,
     cache_among,
     check_attention,
+    refuse_autocast,
 )
 from torch_rpa.transformers.lockstep import LockstepBatch
+from torch_rpa.transformers.model_arguments import refuse_unknown_arguments
+from torch_rpa.transformers.wrappers import refuse_adapters_of_texts
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
-# What transformers adds to the arguments of a model and a ragged step replaces.
-_REPLACED_KWARGS = frozenset(
-    {
-        "attention_mask",
-        "cache",
-        "cache_position",
-        "logits_to_keep",
-        "past_key_values",
-        "position_ids",
-        "return_dict",
-        "use_cache",
-    }
-)
 # Kinds of cache that hold exactly the keys and values that they are given.
 _EXACT_CACHES = (
     None,
@@ -101,13 +90,14 @@ def generate(
         ``input_ids``, or an output with ``sequences``, ``scores`` and ``logits``.
 
     Raises:
-        NotImplementedError: Beam search and other modes, foreign caches, hidden states
-            and further model inputs.
+        NotImplementedError: Beam search and other modes, foreign caches, hidden states,
+            attention weights, guidance, images and other model inputs, autocast,
+            and adapters that act on whole texts.
     """
     call = _call_of_transformers()
     config = generation_config or model.generation_config
     mode = config.get_generation_mode(call.get("assistant_model"))
-    refuse_other_modes(mode, config, model_kwargs)
+    refuse_other_modes(model, mode, config, model_kwargs)
     _refuse_a_cache(call, model_kwargs)
     check_attention(model)
     ids = input_ids.cpu()
@@ -192,7 +182,7 @@ def _choose_tokens(
 def _prompts(
     ids: torch.Tensor,  # i64[B, L]
     mask: torch.Tensor | None,  # [B, L]
-    positions: torch.Tensor | None,  # i64[B or 1, L]
+    positions: torch.Tensor | None,  # i64[..., B or 1, L]
 ) -> list[list[int]]:
     """Returns the tokens of each row without its padding."""
     mask = torch.ones_like(ids) if mask is None else mask.cpu()
@@ -211,7 +201,8 @@ def _prompts(
                 f"got {mask[row].tolist()} in row {row}"
             )
     counted = is_token.long().cumsum(dim=1) - 1
-    if positions is not None and (positions.cpu() != counted)[is_token].any():
+    # Some models have one for each kind of token, [n, B, L], which text counts alike.
+    if positions is not None and ((positions.cpu() != counted) & is_token).any():
         raise NotImplementedError(
             "position_ids must count the tokens of each prompt from 0, got "
             f"{positions.tolist()}; leave them out"
@@ -220,7 +211,10 @@ def _prompts(
 
 
 def refuse_other_modes(
-    mode: GenerationMode, config: GenerationConfig, model_kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    mode: GenerationMode,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
 ) -> None:
     """Raises for whatever ragged greedy or sampling steps would answer differently."""
     if mode not in _MODES:
@@ -239,25 +233,19 @@ def refuse_other_modes(
             "model itself with rpa= to get them"
         )
     if config.output_attentions:
-        warnings.warn(
-            f"output_attentions: {ATTENTION_NAME} computes no attention weights",
-            stacklevel=3,
-        )
-    refuse_unknown_arguments(model_kwargs)
-
-
-def refuse_unknown_arguments(model_kwargs: dict[str, Any]) -> None:
-    """Raises if there are model arguments besides those that ragged steps replace."""
-    unknown = sorted(
-        name
-        for name, argument in model_kwargs.items()
-        if argument is not None and name not in _REPLACED_KWARGS
-    )
-    if unknown:
         raise NotImplementedError(
-            f"model arguments {unknown} could change the answer and cannot be cut into "
-            "ragged steps; leave them out or use another attn_implementation"
+            f"output_attentions must be False, got True: {ATTENTION_NAME} computes no "
+            "attention weights; use another attn_implementation to get them"
         )
+    if config.guidance_scale not in (None, 1):
+        raise NotImplementedError(
+            f"guidance_scale must be left out, got {config.guidance_scale}: the model "
+            "is not called a second time without its prompt; use another "
+            "attn_implementation"
+        )
+    refuse_autocast(model.device)
+    refuse_adapters_of_texts(model)
+    refuse_unknown_arguments(model, model_kwargs)
 
 
 def _refuse_a_cache(call: dict[str, Any], model_kwargs: dict[str, Any]) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_rpa.transformers.model_arguments import refuse_attention_in_both_directions
+from torch_rpa.transformers.wrappers import refuse_adapters_of_texts
+
 # transformers gives names with "flash", "sdpa", "paged|" or "/" meanings of their own.
 ATTENTION_NAME = "rpa"
 # The model's argument for a cache, since transformers 5.24 and before.
@@ -27,8 +30,12 @@ def guard(model: nn.Module) -> None:
     """Makes calls with ``rpa=`` raise where the context would be ignored or disagree.
 
     The attention function cannot see either case: it is not called by a model with
-    another attention, and transformers drops a padding mask before it. May be repeated.
+    another attention, and transformers drops masks before it. May be repeated.
+
+    Raises:
+        NotImplementedError: Adapters of PEFT act on whole texts.
     """
+    refuse_adapters_of_texts(model)
     if _check_call not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_check_call, with_kwargs=True)
 
@@ -47,11 +54,31 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
             f"{type(mask).__name__}; leave padding out of input_ids, or use "
             "torch_rpa.transformers.generate"
         )
+    refuse_attention_in_both_directions(model, kwargs)
     cache = cache_among(kwargs)
     if cache is not None:
         raise ValueError(
             "past_key_values must be None: the paged caches of rpa= replace it, got "
             f"{type(cache).__name__}"
+        )
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Raises under ``torch.autocast``, which changes the dtype of some keys only."""
+    if torch.is_autocast_enabled(device.type):
+        raise NotImplementedError(
+            "torch.autocast must be off, since keys, values and their cache need one "
+            f"dtype, got it on for {device.type}: load the model with "
+            "dtype=torch.bfloat16"
+        )
+
+
+def refuse_float16(dtype: torch.dtype) -> None:
+    """Raises for a dtype of models that TPUs do not have."""
+    if dtype == torch.float16:
+        raise NotImplementedError(
+            "the model must be in bfloat16 or float32, got float16: load it with "
+            "dtype=torch.bfloat16"
         )
 
 

@@ -15,7 +15,7 @@ from torch_rpa.scheduling import (
 )
 from torch_rpa.scheduling.scheduler import pages_for
 from torch_rpa.transformers.model_runner import ModelRunner
-from torch_rpa.transformers.rotary import length_scaling
+from torch_rpa.transformers.rotary import length_scaling, refuse_other_factors
 from torch_rpa.transformers.step_inputs import (
     StepInputs,
     StepShapes,
@@ -165,28 +165,17 @@ class LockstepBatch:
         former = [request.tokens for request in self.requests]
         changed = [i for i, text in enumerate(texts) if text != former[i]]
         restarted = [i for i in changed if texts[i][:-1] != former[i]]
-        self._refuse_other_factors(texts, restarted)
+        if restarted:
+            # Where the longest sequence sets the factors, those of all others too.
+            is_alone = self._scaling is not None and self._scaling.has_one_switch
+            of = restarted if is_alone else range(len(texts))
+            refuse_other_factors(self._scaling, max(len(texts[i]) for i in of))
         for index in changed:
             if index in restarted:
                 self._restart(index, texts[index])
                 self._lengths[index] = len(texts[index])
             else:
                 self.append(index, texts[index][-1])
-
-    def _refuse_other_factors(self, texts: list[list[int]], indices: list[int]) -> None:
-        scaling = self._scaling
-        if scaling is None or scaling.starts_again:
-            return
-        # Of all sequences, where the longest one sets the factors.
-        of = indices if scaling.has_one_switch or not indices else range(len(texts))
-        longest = max((len(texts[index]) for index in of), default=0)
-        if longest > scaling.unscaled_length:
-            raise NotImplementedError(
-                "past_key_values can take further turns of this model up to "
-                f"{scaling.unscaled_length} tokens, got {longest}: beyond it "
-                "transformers scales rotary positions by the length; pass the whole "
-                "text without past_key_values"
-            )
 
     def end(self, index: int) -> None:
         """Frees the pages of a sequence, which goes on with a token of padding."""

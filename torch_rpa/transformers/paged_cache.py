@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from torch_rpa.transformers.lockstep import LockstepBatch
+from torch_rpa.transformers.rotary import length_scaling, refuse_other_factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,6 @@ class _PagedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
     batch_repeat_interleave = _refusing("batch_repeat_interleave")
     batch_select_indices = _refusing("batch_select_indices")
-    crop = _refusing("crop")
     get_mask_sizes = _refusing("get_mask_sizes")
     lazy_initialization = _refusing("lazy_initialization")
     reorder_cache = _refusing("reorder_cache")
@@ -80,6 +80,7 @@ class PagedCache(Cache):
         options: PagingOptions,
         *,
         compiles: bool = True,
+        caches_of_block: weakref.WeakSet[PagedCache] | None = None,
     ):
         num_layers = model.config.get_text_config().num_hidden_layers
         super().__init__(layers=[_PagedLayer(self) for _ in range(num_layers)])
@@ -91,6 +92,41 @@ class PagedCache(Cache):
         self._is_token: torch.Tensor | None = None  # bool[B, columns seen]
         self._batch: LockstepBatch | None = None
         self._is_closed = False
+        # Which the end of the block closes; copies are among them.
+        self._caches_of_block = caches_of_block
+        if caches_of_block is not None:
+            caches_of_block.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A cache that has seen the same; its keys and values are computed again."""
+        copied = type(self)(
+            self._model,
+            self.capacity,
+            self._options,
+            compiles=self._compiles,
+            caches_of_block=self._caches_of_block,
+        )
+        copied._ids, copied._is_token = self._ids, self._is_token
+        copied._is_closed = self._is_closed
+        memo[id(self)] = copied
+        return copied
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last columns.
+
+        Args:
+            tokens_to_remove: So many, as a negative number. A positive one is how many
+                columns to keep, as in transformers before 5.20.
+        """
+        keep = tokens_to_remove + (self.num_columns if tokens_to_remove <= 0 else 0)
+        if keep < 0:
+            raise ValueError(
+                f"tokens_to_remove must be at least {-self.num_columns}, got "
+                f"{tokens_to_remove}"
+            )
+        if self._ids is not None and self._is_token is not None:
+            self._ids = self._ids[:, :keep]
+            self._is_token = self._is_token[:, :keep]
 
     @property
     def num_columns(self) -> int:
@@ -127,6 +163,10 @@ class PagedCache(Cache):
             )
         is_token = self._checked_mask(ids, mask)
         self._check_positions(is_token, positions)
+        if self._batch is None and self.num_columns:  # in a copy
+            refuse_other_factors(
+                length_scaling(self._model), int(is_token.sum(dim=1).max())
+            )
         columns = ids if self._ids is None else torch.cat([self._ids, ids], dim=1)
         rows = zip(columns, is_token, strict=True)
         texts = [row[keep].tolist() for row, keep in rows]
@@ -175,13 +215,32 @@ class PagedCache(Cache):
                 "attention_mask must leave at least one token in each row, got "
                 f"{is_token.sum(dim=1).tolist()}"
             )
-        seen = self._is_token
-        if seen is not None and not torch.equal(is_token[:, : seen.shape[1]], seen):
+        if self._is_token is not None:
+            self._check_seen(is_token[:, : self.num_columns], self._is_token, mask)
+        return is_token
+
+    def _check_seen(
+        self,
+        is_token: torch.Tensor,  # bool[B, columns seen]
+        seen: torch.Tensor,  # bool[B, columns seen]
+        mask: torch.Tensor | None,
+    ) -> None:
+        """Raises unless the mask hides what it did, and at most the end of rows more.
+
+        That end is what was padding to the caller, after the text of a row had ended.
+        """
+        if (is_token & ~seen).any():
             raise ValueError(
                 "attention_mask must hide the padding that past_key_values was made "
                 f"with, got {'None' if mask is None else 'another padding'}"
             )
-        return is_token
+        is_after_hidden = (seen & ~is_token).long().cumsum(dim=1) > 0
+        if (is_token & is_after_hidden).any():
+            raise NotImplementedError(
+                "attention_mask may hide tokens that past_key_values has seen at the "
+                "end of a row alone, got some before others, which have attended to "
+                "them; pass the whole text without past_key_values"
+            )
 
     def _check_positions(
         self, is_token: torch.Tensor, positions: torch.Tensor | None

@@ -23,12 +23,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from torch_rpa.transformers.generation import (
-    refuse_other_modes,
-    refuse_unknown_arguments,
-)
+from torch_rpa.transformers.generation import refuse_other_modes
 from torch_rpa.transformers.guards import cache_among, check_attention
+from torch_rpa.transformers.model_arguments import refuse_unknown_arguments
 from torch_rpa.transformers.paged_cache import PagedCache, PagingOptions
+from torch_rpa.transformers.wrappers import innermost, refuse_adapters_of_texts
 
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 # transformers 5.24 renamed it.
@@ -50,10 +49,12 @@ def paged_generation(
     For callers that cannot pass ``custom_generate``, such as pipelines. Greedy search
     and sampling, of prompts padded on either side. On an XLA device keep ``input_ids``
     on the CPU. The cache that ``generate`` returns with ``return_dict_in_generate`` can
-    be given to later calls in the block, until it holds ``max_length`` tokens.
+    be given to later calls in the block, until it holds ``max_length`` tokens. It can
+    be cropped and copied; a copy computes its keys and values again.
 
     Args:
-        model: With ``attn_implementation="rpa"``, on an XLA device or the CPU.
+        model: With ``attn_implementation="rpa"``, on an XLA device or the CPU. It may
+            be compiled, and may be a model of PEFT around it.
         page_size: Tokens in a page of the cache.
         num_pages: Pages in the cache of each layer; None is enough for all sequences at
             full length.
@@ -66,8 +67,11 @@ def paged_generation(
     Raises:
         ValueError: The model has another attention, or is in such a block already.
         NotImplementedError: Inside the block: beam search and other modes, foreign
-            caches, hidden states and further model inputs.
+            caches, hidden states, attention weights, guidance, images and other
+            model inputs, autocast, and adapters that act on whole texts.
     """
+    refuse_adapters_of_texts(model)
+    model = innermost(model)
     check_attention(model)
     options = PagingOptions(
         page_size, num_pages, max_length, max_tokens_per_step, cache_dtype
@@ -116,6 +120,13 @@ class _Paging:
         self._model = model
         self._options = options
         self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()
+        self._page = self._compute_new_columns
+        if model._compiled_call_impl is not None:  # by model.compile()
+            self._page = torch.compiler.disable(
+                self._page,
+                reason="paged_generation compiles the ragged steps inside alone, so "
+                "fullgraph must be False",
+            )
 
     def close(self) -> None:
         """Frees every cache."""
@@ -134,11 +145,10 @@ class _Paging:
         """Puts a paged cache among the arguments of the model."""
         del former, batch_size  # the batch may still be repeated
         check_attention(self._model)
-        refuse_other_modes(generation_mode, generation_config, model_kwargs)
-        if generation_config.use_cache is False:
-            raise ValueError(
-                "use_cache must be True in a block of paged_generation, got False"
-            )
+        refuse_other_modes(
+            self._model, generation_mode, generation_config, model_kwargs
+        )
+        generation_config.use_cache = True  # the tokens are the same, and sooner
         if generation_config.prefill_chunk_size is not None:
             raise NotImplementedError(
                 "prefill_chunk_size must be left out, got "
@@ -149,8 +159,13 @@ class _Paging:
         if cache is None:
             capacity = self._options.max_length or max_cache_length + 1
             compiles = not generation_config.disable_compile
-            cache = PagedCache(self._model, capacity, self._options, compiles=compiles)
-            self._caches.add(cache)
+            cache = PagedCache(
+                self._model,
+                capacity,
+                self._options,
+                compiles=compiles,
+                caches_of_block=self._caches,
+            )
             model_kwargs[CACHE_NAME] = cache
         self._require_own(cache).require_room(max_cache_length)
 
@@ -158,18 +173,25 @@ class _Paging:
         self, former: Callable, input_ids: torch.Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """What the model prepares, on the host, where the ragged batch is built."""
+        cache = self._require_own(cache_among(kwargs))
+        # None is all; transformers before 5.20 does not say.
+        num_new = kwargs.get(
+            "next_sequence_length", input_ids.shape[1] - cache.num_columns
+        )
+        if num_new is not None and num_new < 1:
+            raise ValueError(
+                "input_ids must have more columns than past_key_values has seen, got "
+                f"{input_ids.shape[1]} and {cache.num_columns}; crop it to fewer, or "
+                "leave it out"
+            )
         inputs = former(input_ids, *args, **kwargs)
         if inputs.get("input_ids") is None:
             return inputs
-        cache = self._require_own(cache_among(kwargs))
-        start = cache.num_columns
-        if start >= input_ids.shape[1]:
-            raise ValueError(
-                "input_ids must have more columns than past_key_values has seen, got "
-                f"{input_ids.shape[1]} and {start}; crop it to fewer, or leave it out"
-            )
-        # Some models drop it where their rotary factors change; it sees to that itself.
-        inputs[CACHE_NAME] = cache
+        start = input_ids.shape[1] - inputs["input_ids"].shape[1]
+        if cache_among(inputs) is None:
+            # Dropped where rotary factors change, which the cache sees to by itself.
+            inputs[CACHE_NAME] = cache
+            start = 0 if num_new is None else input_ids.shape[1] - num_new
         inputs["input_ids"] = input_ids[:, start:]
         if kwargs.get("attention_mask") is not None:
             inputs["attention_mask"] = kwargs["attention_mask"]
@@ -181,12 +203,15 @@ class _Paging:
         """Computes the new columns of a padded batch."""
         if kwargs.get("rpa") is not None:
             return former(*args, **kwargs)
+        return self._page(former, *args, **kwargs)
+
+    def _compute_new_columns(self, former: Callable, *args: Any, **kwargs: Any) -> Any:
         check_attention(self._model)
         arguments = dict(inspect.signature(former).bind(*args, **kwargs).arguments)
         arguments.update(arguments.pop("kwargs", {}))
         cache = self._require_own(cache_among(arguments))
         ids = arguments.pop("input_ids", None)
-        refuse_unknown_arguments(arguments)
+        refuse_unknown_arguments(self._model, arguments)
         if ids is None or arguments.get("logits_to_keep", 1) != 1:
             raise NotImplementedError(
                 "the model must be called with input_ids and logits_to_keep=1 in a "

@@ -49,6 +49,23 @@ def length_scaling(model: PreTrainedModel) -> LengthScaling | None:
     )
 
 
+def refuse_other_factors(scaling: LengthScaling | None, longest: int) -> None:
+    """Raises if keys that are computed again would not be what they were before.
+
+    Args:
+        scaling: Of the model.
+        longest: Tokens of the longest sequence that counts.
+    """
+    if scaling is None or scaling.starts_again or longest <= scaling.unscaled_length:
+        return
+    raise NotImplementedError(
+        "past_key_values can be cropped, copied or given further turns for this model "
+        f"up to {scaling.unscaled_length} tokens, got {longest}: beyond it "
+        "transformers scales rotary positions by the length; pass the whole text "
+        "without past_key_values"
+    )
+
+
 def unscaled_length(config: Any) -> int | None:
     """Returns up to which length the factors do not depend on it; None is any.
 
