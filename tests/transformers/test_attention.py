@@ -210,7 +210,8 @@ def test_autocast_and_float16_are_refused():
     with pytest.raises(
         NotImplementedError, match=r"load it with dtype=torch\.bfloat16"
     ):
-        rpa_attention(module_of(), half, half, half, None, rpa=RPAContext([], one_sequence(3, 3)))
+        context = RPAContext([], one_sequence(3, 3))
+        rpa_attention(module_of(), half, half, half, None, rpa=context)
     with pytest.raises(
         NotImplementedError, match=r"load it with dtype=torch\.bfloat16"
     ):
