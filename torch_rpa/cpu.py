@@ -30,8 +30,10 @@ from torch_rpa.reference import (
 from torch_rpa.validation import Inputs, host_metadata, validate_static
 
 # Sequences attend together while the longest has at most so many times the pages of the
-# shortest: what is gathered for a shorter one beyond its end is in vain.
+# shortest, or as long as few elements are gathered in vain, beyond the ends of shorter
+# ones: a call of its own for the rest takes about as long as this many.
 MAX_SPREAD = 2
+MAX_WASTE = 1 << 18
 # Queries of one sequence that attend at once; a later block sees more keys.
 MAX_QUERIES = 1024
 
@@ -151,12 +153,15 @@ def plan_step(metadata: Metadata, sizes: CallSizes, sliding_window: int | None) 
         )
 
     by_size = np.argsort(num_pages, kind="stable")
+    page_elements = heads * page_size * sizes.cache.lanes
     return Plan(
         num_tokens=len(tokens),
         slots=torch.from_numpy(slots.reshape(-1)),
         decodes=tuple(
             part(members, starts[members])
-            for members in _similar(by_size[q_lens[by_size] == 1], num_pages)
+            for members in _similar(
+                by_size[q_lens[by_size] == 1], num_pages, MAX_WASTE // page_elements
+            )
         ),
         others=tuple(
             part(np.array([s]), np.arange(starts[s], starts[s + 1]))
@@ -165,14 +170,21 @@ def plan_step(metadata: Metadata, sizes: CallSizes, sliding_window: int | None) 
     )
 
 
-def _similar(ascending: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
+def _similar(
+    ascending: np.ndarray, sizes: np.ndarray, max_waste: int
+) -> Iterator[np.ndarray]:
     """Splits indices of ascending sizes where the spread of sizes becomes too large."""
-    begin = 0
+    begin = waste = 0
     for end in range(1, len(ascending) + 1):
-        is_last = end == len(ascending)
-        if is_last or sizes[ascending[end]] > MAX_SPREAD * sizes[ascending[begin]]:
-            yield ascending[begin:end]
-            begin = end
+        members = ascending[begin:end]
+        if end < len(ascending):
+            longest, last = sizes[ascending[end]], sizes[ascending[end - 1]]
+            waste += int(longest - last) * len(members)
+            is_similar = longest <= MAX_SPREAD * sizes[ascending[begin]]
+            if is_similar or waste <= max_waste:
+                continue
+        yield members
+        begin, waste = end, 0
 
 
 def _part(

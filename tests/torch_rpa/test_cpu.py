@@ -26,6 +26,14 @@ def both(lengths, *, options=None, **arguments):
     return results
 
 
+@pytest.fixture(params=[0, cpu.MAX_WASTE], ids=["two parts", "one part"])
+def max_waste(request, monkeypatch):
+    """Whether sequences of all lengths attend together, or only similar ones."""
+    cpu._plan_of_bytes.cache_clear()
+    monkeypatch.setattr(cpu, "MAX_WASTE", request.param)
+
+
+@pytest.mark.usefixtures("max_waste")
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
@@ -73,7 +81,8 @@ def plan_of(lengths, sliding_window=None) -> tuple[cpu.Plan, CallSizes]:
     return cpu.plan_step(host_metadata(call), sizes, sliding_window), sizes
 
 
-def test_sequences_of_similar_length_attend_together():
+def test_sequences_of_similar_length_attend_together(monkeypatch):
+    monkeypatch.setattr(cpu, "MAX_WASTE", 0)
     plan, sizes = plan_of(MANY)
     # Pages of 8 tokens: 1 and 8 have one page; 9, 17 and 25 have two to four.
     assert [part.tokens.tolist() for part in plan.decodes] == [[2, 3, 0], [5, 1, 4, 11]]
@@ -121,11 +130,19 @@ def test_numbers_out_of_range_are_refused_each_time():
     assert torch.equal(call.kv_cache, before)
 
 
-def test_similar_sizes_are_split_where_they_spread():
+@pytest.mark.parametrize(
+    ("max_waste", "groups"),
+    [
+        (0, [[0, 1], [2, 3], [4, 5]]),
+        (3, [[0, 1, 2], [3, 4], [5]]),  # 1 + 2 are in vain in the first
+        (99, [[0, 1, 2, 3, 4, 5]]),
+    ],
+)
+def test_similar_sizes_are_split_where_they_spread(max_waste, groups):
     sizes = np.array([1, 2, 3, 4, 8, 9])
-    assert [g.tolist() for g in cpu._similar(np.arange(6), sizes)] == [
-        [0, 1],
-        [2, 3],
-        [4, 5],
-    ]
-    assert not [*cpu._similar(np.arange(0), sizes)]
+    split = cpu._similar(np.arange(6), sizes, max_waste)
+    assert [group.tolist() for group in split] == groups
+
+
+def test_no_sizes_make_no_group():
+    assert not [*cpu._similar(np.arange(0), np.arange(0), 0)]

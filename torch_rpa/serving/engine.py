@@ -106,7 +106,10 @@ class Engine:
         self.options = options
         self._config = model.config.get_text_config()
         self._max_sequence_length = options.sequence_length(self._config)
-        self._shapes = options.step_shapes(self._max_sequence_length)
+        self._device = devices.open_device(options.device or model.device)
+        self._shapes = options.step_shapes(
+            self._max_sequence_length, compiled=devices.is_compiled(self._device)
+        )
         self._shapes.bucket(options.max_tokens_per_step)  # raises if none holds it
         num_pages = options.num_pages
         if num_pages is None:
@@ -120,7 +123,6 @@ class Engine:
             lookahead=options.lookahead,
         )
         self._generation_config: Any = model.generation_config
-        self._device = devices.open_device(options.device or model.device)
         compilations = devices.num_compilations(self._device)
         self._runner = ModelRunner(
             model,

@@ -36,7 +36,7 @@ class EngineOptions:
         token_buckets: Sizes that steps are padded to, ascending, the last one at least
             ``max_tokens_per_step``. On any device but the CPU each is compiled. None
             takes ``max_num_sequences`` and multiples by 4 up to
-            ``max_tokens_per_step``.
+            ``max_tokens_per_step``, and on the CPU pads nothing.
         cache_dtype: What keys and values are stored as; None is the model's dtype.
         prefix_caching: Keep full pages, and share them between requests that begin
             with the same tokens.
@@ -105,10 +105,17 @@ class EngineOptions:
             )
         return self.max_sequence_length
 
-    def step_shapes(self, sequence_length: int) -> StepShapes:
-        """Returns the static sizes of the steps."""
+    def step_shapes(self, sequence_length: int, *, compiled: bool = True) -> StepShapes:
+        """Returns the static sizes of the steps.
+
+        Args:
+            sequence_length: Most tokens of a sequence.
+            compiled: Whether each number of tokens is a program of its own. Otherwise
+                steps are padded only if ``token_buckets`` asks for it.
+        """
+        default = self._default_buckets() if compiled else ()
         return StepShapes(
-            token_buckets=tuple(self.token_buckets or self._default_buckets()),
+            token_buckets=tuple(self.token_buckets or default),
             num_sequences=self.max_num_sequences,
             pages_per_sequence=pages_for(sequence_length, self.page_size),
         )

@@ -13,7 +13,7 @@ class StepRecord:
         start: When it was called, by ``time.perf_counter()``.
         seconds: Wall time of the call, compilation included.
         num_tokens: Tokens computed, without padding.
-        num_padded_tokens: The same with padding: the bucket.
+        num_padded_tokens: The same with padding.
         num_sequences: Rows of the step.
         num_decodes: Rows of a single token.
         num_waiting: Requests that wait to start.
