@@ -8,6 +8,7 @@ The same requests of the built-in model, greedily and in float32, go through
 - ``engine``: ``torch_rpa.serving``;
 - ``padded``: ``model.generate``, sixteen requests at a time in the order of arrival, to
   the longest of them, on the XLA device with a sync in each step;
+- ``paged``: the same batches by ``custom_generate`` of this project;
 - ``transformers``: continuous batching of transformers, which runs on plain CPU tensors
   only, so that it is compared there.
 
@@ -124,25 +125,31 @@ def _parser() -> argparse.ArgumentParser:
 
 _HEADER = (
     "| device | scenario | system | tokens/s | engine / system (range) | "
-    "median latency s | computed / needed | first round s | compilations, then |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "system / padded (range) | median latency s | computed / needed | "
+    "first round s | compilations, then |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
 def _line(row: dict[str, Any]) -> str:
-    low, high = row["engine_ratio_range"]
     cells = (
         row["device"],
         row["scenario"],
         row["system"],
         f"{row['tokens_per_second']:.0f}",
-        f"{row['engine_ratio']:.2f} ({low:.2f} to {high:.2f})",
+        _ratio(row, "engine"),
+        _ratio(row, "padded"),
         f"{row['median_latency_seconds']:.2f}",
         f"{row['computed_per_needed']:.2f}",
         f"{row['first_round_seconds']:.1f}",
         f"{row['first_round_compilations']}, {row['later_compilations']}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _ratio(row: dict[str, Any], other: str) -> str:
+    low, high = row[f"{other}_ratio_range"]
+    return f"{row[f'{other}_ratio']:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

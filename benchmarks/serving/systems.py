@@ -141,6 +141,29 @@ def _never_stop(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 def run_padded(model: PreTrainedModel, jobs: Sequence[Job], device: str) -> Outcome:
     """Runs batches of what has arrived, each padded and as long as its longest text."""
+    stopping = {"stopping_criteria": [_never_stop]} if device == "xla" else {}
+    return _run_batches(model, jobs, stopping)
+
+
+def run_paged(model: PreTrainedModel, jobs: Sequence[Job], device: str) -> Outcome:
+    """Runs the same batches by the custom generate of this project."""
+    del device
+    from torch_rpa.transformers import generate
+
+    options = {"custom_generate": generate, "page_size": PAGE_SIZE}
+    return _run_batches(model, jobs, options)
+
+
+def _run_batches(
+    model: PreTrainedModel, jobs: Sequence[Job], options: dict[str, Any]
+) -> Outcome:
+    """Runs batches of what has arrived, each as long as its longest text.
+
+    Args:
+        model: The model.
+        jobs: In the order of their arrival.
+        options: More arguments of ``model.generate``.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -161,7 +184,7 @@ def run_padded(model: PreTrainedModel, jobs: Sequence[Job], device: str) -> Outc
                     max_new_tokens=max(job.max_new_tokens for job in batch),
                     pad_token_id=PAD,
                 ),
-                stopping_criteria=[_never_stop] if device == "xla" else None,
+                **options,
             )
             texts = generated[:, len(ids[0]) :].cpu().tolist()
             for index, (job, text) in enumerate(zip(batch, texts, strict=True), first):
@@ -230,9 +253,15 @@ def run_transformers(
     return _measured(model, jobs, run)
 
 
-SYSTEMS = {"engine": run_engine, "padded": run_padded, "transformers": run_transformers}
+SYSTEMS = {
+    "engine": run_engine,
+    "padded": run_padded,
+    "paged": run_paged,
+    "transformers": run_transformers,
+}
+PAGED = ("engine", "paged")  # these take this project's attention
 
 
 def systems_for(device: str) -> tuple[str, ...]:
-    """Returns what runs on a device. The first is compared with all others."""
-    return tuple(SYSTEMS) if device == "cpu" else ("engine", "padded")
+    """Returns what runs on a device."""
+    return tuple(SYSTEMS) if device == "cpu" else ("engine", "padded", "paged")

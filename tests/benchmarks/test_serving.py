@@ -99,6 +99,8 @@ def test_rounds_are_summed_up_without_the_first():
     assert padded["tokens_per_second"] == 1
     assert padded["engine_ratio"] == 1.5  # of 3, 1.5 and 1
     assert padded["engine_ratio_range"] == [1, 3]
+    assert engine["padded_ratio"] == 1.5 and padded["padded_ratio"] == 1
+    assert engine["padded_ratio_range"] == [1, 3]
     assert (engine["computed_per_needed"], padded["computed_per_needed"]) == (1, 2)
     assert padded["first_round_seconds"] == 9
     assert padded["first_round_compilations"] == 5 and padded["later_compilations"] == 1
@@ -131,7 +133,7 @@ def test_all_systems_give_the_same_tokens(tmp_path, capsys):
     content = json.loads(path.read_text())
     assert {"commit", "transformers"} <= set(content["environment"])
     rows = {row["system"]: row for row in content["rows"]}
-    assert set(rows) == {"engine", "padded", "transformers"}
+    assert set(rows) == {"engine", "padded", "paged", "transformers"}
     assert rows["padded"]["computed_per_needed"] > 1
     assert rows["engine"]["later_compilations"] == 0
     if reason := rows["transformers"].get("did_not_run"):  # an older release
@@ -147,7 +149,8 @@ def test_a_system_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
     def fixed(model, jobs, device):
         return outcome([[1] * job.max_new_tokens for job in jobs])
 
-    replaced = {"engine": fixed, "padded": fixed, "transformers": unavailable}
+    replaced = dict.fromkeys(("engine", "padded", "paged"), fixed)
+    replaced["transformers"] = unavailable
     monkeypatch.setattr(systems, "SYSTEMS", replaced)
     path, page = tmp_path / "serving.json", tmp_path / "page.md"
     page.write_text(f"before\n{command.MARK}\nold\n{command.MARK}\nafter\n")
@@ -163,7 +166,7 @@ def test_a_system_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
     assert "\ntransformers did not run: no memory\n" in updated
     assert "transformers did not run: no memory\n" in capsys.readouterr().err
     rows = json.loads(path.read_text())["rows"]
-    assert [row.get("did_not_run") for row in rows] == [None, None, "no memory"]
+    assert [row.get("did_not_run") for row in rows] == [None] * 3 + ["no memory"]
 
 
 @pytest.mark.parametrize("option", ["--rounds", "--requests", "--max-new-tokens"])
