@@ -79,6 +79,10 @@ def test_a_step_is_timed_through_both_libraries():
 # ---- where there is none
 
 
+def test_the_files_that_a_tpu_is_given_are_there():
+    assert [path for path in KERNEL_TESTS if not (ROOT / path).is_file()] == []
+
+
 @pytest.mark.parametrize(
     ("variable", "is_worker", "has_device", "words"),
     [

@@ -9,9 +9,7 @@ they start.
 import argparse
 import importlib
 import re
-import runpy
 import shlex
-import sys
 import tomllib
 
 import pytest
@@ -252,10 +250,8 @@ def read_options(module: str, arguments: list[str], monkeypatch) -> None:
         raise ReadError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after)
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
     found = importlib.import_module(module)
+    if not hasattr(found, "main"):  # a package
+        found = importlib.import_module(f"{module}.__main__")
     with pytest.raises(ReadError):
-        if hasattr(found, "main"):
-            found.main(arguments)
-        else:  # a package with a __main__
-            runpy.run_module(f"{module}.__main__", run_name="__main__")
+        found.main(arguments)

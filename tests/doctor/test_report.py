@@ -1,6 +1,7 @@
 """The report says nothing of the machine that its owner would not show."""
 
 import json
+import math
 
 import pytest
 
@@ -33,7 +34,10 @@ def make(**more):
             "LIBTPU_INIT_ARGS": "--xla_dump_to=/home/alice/dump --other",
         },
     )
-    made = [checks.of_error("numbers", OSError("/home/alice/x: not found"))]
+    made = [
+        checks.of_error("numbers", OSError("/home/alice/x: not found")),
+        checks.failed("numbers", "not a number", checks.REPORT, error=math.inf),
+    ]
     return report.content(
         installation, {"name": "xla"}, made, {"chips": {}}, complete=True, **more
     )
@@ -46,10 +50,12 @@ def test_nothing_in_a_report_is_a_path():
     assert content["installation"]["variables"]["TPU_LIBRARY_PATH"] == "set"
     assert content["exit_status"] == 1
     assert content["checks"][0]["remedy"] == checks.REPORT
+    assert content["checks"][1]["figures"] == {"error": "inf"}
 
 
 def test_a_report_is_written_whole(tmp_path):
     path = tmp_path / "report.json"
     report.write(path, make())
-    assert json.loads(path.read_text())["complete"] is True
+    content = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert content["complete"] is True
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]

@@ -1,8 +1,12 @@
 """Importing torch_rpa must stay cheap and must not touch a device."""
 
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+
+import torch_rpa
 
 HEAVY = (
     "jax",
@@ -36,6 +40,17 @@ def test_import_and_cpu_calls_load_neither_jax_nor_torch_xla():
         print([name for name in {HEAVY} if name in sys.modules])
     """)
     assert loaded == "[]"
+
+
+def test_nothing_that_is_installed_imports_what_is_not():
+    import jax_kernels
+
+    for package in (torch_rpa, jax_kernels):
+        for path in Path(package.__file__).parent.rglob("*.py"):
+            text = path.read_text("utf-8")
+            assert not re.search(
+                r"^\s*(from|import) (benchmarks|tests)\b", text, re.M
+            ), path
 
 
 def test_torch_ops_handle_exists_after_import():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import socket
 from collections.abc import Sequence
@@ -75,16 +76,18 @@ def content(
 
 
 def _cleaned(value: Any) -> Any:
-    """Returns a value of JSON without names, in whatever it holds."""
+    """Returns a value of JSON without names, and without numbers that JSON has not."""
     if isinstance(value, dict):
         return {key: _cleaned(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_cleaned(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return without_names(value) if isinstance(value, str) else value
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
     """Writes a report, whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1, allow_nan=True) + "\n", "utf-8")
+    part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", "utf-8")
     part.replace(path)
