@@ -46,7 +46,7 @@ def test_nothing_that_is_installed_imports_what_is_not():
     import jax_kernels
 
     for package in (torch_rpa, jax_kernels):
-        for path in Path(package.__file__).parent.rglob("*.py"):
+        for path in Path(str(package.__file__)).parent.rglob("*.py"):
             text = path.read_text("utf-8")
             assert not re.search(
                 r"^\s*(from|import) (benchmarks|tests)\b", text, re.M
