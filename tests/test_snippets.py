@@ -223,6 +223,8 @@ def test_a_command_is_understood(document, command, monkeypatch):
     program, *arguments = words
     if program in ("export", "source"):
         assert arguments
+    elif program == "uv":
+        assert arguments[:2] == ["venv", "--seed"]  # without it there is no pip
     elif "findings/" in program:
         assert (ROOT / program).is_file()
     elif program.endswith("pip") and arguments[0] == "install":

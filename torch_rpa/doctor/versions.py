@@ -74,8 +74,8 @@ def python_check(installation: Installation) -> Check:
     return failed(
         name,
         f"{python} is not within {first} to {last}",
-        "python3.11 -m venv .venv, and install there; uv venv --python 3.11 brings "
-        "that Python where the system has none",
+        "python3.11 -m venv .venv, and install there; uv venv --seed --python 3.11 "
+        ".venv brings that Python where the system has none",
     )
 
 
