@@ -108,3 +108,16 @@ def test_equal_contents_are_found_once():
     assert allocator.has_key(0) and not allocator.has_key(1)
     with pytest.raises(ValueError, match="must have a key to be shared, got 1"):
         allocator.hold([1])
+
+
+def test_what_is_forgotten_is_not_found_and_its_page_is_used_again():
+    allocator = filled(keys=(b"a", b"b"))
+    allocator.free([1])
+    for key in (b"a", b"b", b"c"):  # held, cached and unknown
+        allocator.forget(key)
+        assert allocator.lookup(key) is None
+    assert allocator.num_held == 1 and allocator.num_free == allocator.num_pages - 1
+    allocator.free([0])
+    assert allocator.num_free == allocator.num_pages
+    allocator.reset()
+    assert len(allocator.allocate(allocator.num_pages)) == allocator.num_pages

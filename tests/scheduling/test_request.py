@@ -52,3 +52,11 @@ def test_a_pending_token_counts_but_is_not_known():
 def test_impossible_requests_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Request(*arguments)
+
+
+def test_keys_depend_on_what_stands_before_the_first():
+    request = Request([1, 2, 3, 4], 1)
+    keys = list(request.page_keys(2))
+    others = list(request.page_keys(2, b"another model"))
+    assert len(keys) == len(others) == 2 and not set(keys) & set(others)
+    assert request.page_keys(2) == keys

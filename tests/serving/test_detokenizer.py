@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from torch_rpa.generate.tokenizer import ByteTokenizer
 from torch_rpa.serving import Detokenizer
@@ -46,3 +47,28 @@ class Words:
 def test_spaces_between_words_survive():
     detokenizer = Detokenizer(Words())
     assert [detokenizer.add(token) for token in (0, 1, 2, 0)] == ["a", " b", "c", " a"]
+
+
+@pytest.fixture(scope="module")
+def cleaning():
+    """A tokenizer of words that takes spaces before punctuation away."""
+    words = ("it", "do", "n", "'", "s", "t", "ve", "re", "m", ".", ",", "!", "?", "##y")
+    vocabulary = {word: index for index, word in enumerate(("[UNK]", *words))}
+    backend = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=True
+    )
+
+
+def test_the_tokenizer_of_the_test_cleans_up(cleaning):
+    tokens = cleaning.convert_tokens_to_ids(["it", "'", "s", ".", "n", "##y", "!"])
+    assert cleaning.decode(tokens) == "it's. ny!"
+
+
+@given(tokens=st.lists(st.integers(1, 14), max_size=12))
+def test_cleaned_text_is_the_same_in_pieces(cleaning, tokens):
+    detokenizer = Detokenizer(cleaning)
+    pieces = [detokenizer.add(token) for token in tokens]
+    pieces.append(detokenizer.flush())
+    assert "".join(pieces) == detokenizer.text == cleaning.decode(tokens)

@@ -2,6 +2,7 @@
 
 import contextlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -497,3 +498,117 @@ def test_names_of_others_are_left_to_them(paged):
     assert engine.add_request([1], GREEDY) == "req_1"
     with pytest.raises(ValueError, match="request_id must be a str or None, got 2"):
         engine.add_request([1], GREEDY, request_id=2)  # pyright: ignore
+
+
+@pytest.fixture
+def models():
+    """The same model twice, to be changed: eager and paged."""
+    return build_llama("eager"), build_llama("rpa")
+
+
+@torch.no_grad()
+def train(model):
+    model.model.layers[0].self_attn.v_proj.weight.mul_(-1)
+
+
+def test_changed_weights_make_prefixes_anew(models, prompts, expected):
+    eager, paged = models
+    engine = engine_of(paged)
+    assert tokens_of(engine.generate_batch(prompts[3:], GREEDY)) == expected[3:]
+    for model in models:
+        train(model)
+    changed = expected_tokens(eager, prompts[3:])
+    assert changed != expected[3:]
+    (output,) = engine.generate_batch(prompts[3:], GREEDY).values()
+    assert output.generated_tokens == changed[0] and output.num_shared_tokens == 0
+    (output,) = engine.generate_batch(prompts[3:], GREEDY).values()
+    assert output.generated_tokens == changed[0] and output.num_shared_tokens == 16
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_weights_changed_in_the_middle_hold_from_there_on(models, prompts, lookahead):
+    eager, paged = models
+    engine = engine_of(paged, lookahead=lookahead)
+    name = engine.add_request(prompts[3], GREEDY)
+    tokens = []
+    for update in engine.stream():
+        tokens += update.new_tokens
+        if len(tokens) == 5:
+            for model in models:
+                train(model)
+            num_before = 5 + lookahead  # one more had been started
+    assert update.request_id == name and update.output.num_preemptions == 1
+    rest = reference_generate(
+        eager, prompts[3] + tokens[:num_before], max_new_tokens=NEW_TOKENS - num_before
+    )
+    assert tokens[num_before:] == rest
+
+
+def test_a_reset_forgets_prefixes_and_loses_nobody(paged, prompts, expected):
+    engine = engine_of(paged)
+    engine.generate_batch(prompts[3:], GREEDY)
+    engine.reset_prefix_cache()
+    (output,) = engine.generate_batch(prompts[3:], GREEDY).values()
+    assert output.generated_tokens == expected[3] and output.num_shared_tokens == 0
+    names = [engine.add_request(prompt, GREEDY) for prompt in prompts]
+    outputs = {}
+    for number, update in enumerate(engine.stream()):
+        outputs[update.request_id] = update.output
+        if number in (3, 17):
+            engine.reset_prefix_cache()
+    assert [outputs[name].generated_tokens for name in names] == expected
+    assert {outputs[name].num_preemptions for name in names} == {2}
+
+
+class Switched(torch.nn.Module):
+    """A layer with an adapter that can be switched off, as those of PEFT."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.is_off = layer, False
+
+    @property
+    def disable_adapters(self):
+        return self.is_off
+
+    def forward(self, hidden):
+        return self.layer(hidden) * (1 if self.is_off else -1)
+
+
+def test_prefixes_are_those_of_the_adapters_that_are_on(prompts, expected):
+    model = build_llama("rpa")
+    layers: Any = model.model.layers
+    switch = layers[0].self_attn.v_proj = Switched(layers[0].self_attn.v_proj)
+    engine, texts, shared = engine_of(model), [], []
+    for is_off in (False, True, False, True):
+        switch.is_off = is_off
+        (output,) = engine.generate_batch(prompts[3:], GREEDY).values()
+        texts.append(output.generated_tokens)
+        shared.append(output.num_shared_tokens)
+    assert texts[1] == texts[3] == expected[3]
+    assert texts[0] == texts[2] != expected[3]
+    assert shared == [0, 0, 16, 16]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_logits_that_are_no_numbers_fail_their_own_request(
+    prompts, expected, temperature, lookahead
+):
+    model = build_llama("rpa")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[256] = torch.nan
+    engine = engine_of(model, max_num_sequences=5, lookahead=lookahead, num_pages=20)
+    bad = SamplingParams(max_new_tokens=9, temperature=temperature, seed=1)
+    bad_prompt = [1] * 12 + [256] + [2] * 7
+    for _ in range(2):  # then in the pages that the first one left
+        params = [GREEDY, GREEDY, bad, GREEDY, GREEDY]
+        inputs = [*prompts[:2], bad_prompt, *prompts[2:]]
+        outputs = list(engine.generate_batch(inputs, params).values())
+        failed = outputs.pop(2)
+        assert failed.status == RequestStatus.FAILED
+        assert failed.error is not None and failed.generated_tokens == []
+        assert "logits must be finite, got NaN or infinity after 20 tok" in failed.error
+        assert failed.num_shared_tokens == 0
+        assert [output.generated_tokens for output in outputs] == expected
+    assert engine.stats.num_failed_steps == 0

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from torch_rpa import devices
 from torch_rpa.serving import SamplingParams
+from torch_rpa.serving.finite import NO_TOKEN, marking
 from torch_rpa.serving.sampling import build_sampling_inputs, greedy, sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
@@ -156,3 +158,17 @@ def test_the_xla_device_draws_the_same_tokens_with_one_program_for_all_parameter
         assert torch.equal(on_xla, sample(logits, inputs))
         counts.append(devices.num_compilations(device))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("xla", marks=pytest.mark.torch_xla)]
+)
+def test_rows_of_logits_that_are_no_numbers_have_no_token(device):
+    logits = torch.zeros(6, 5)
+    logits[:, 3] = 1.0
+    logits[1, 2], logits[2, 0], logits[3, 4] = torch.nan, torch.inf, -torch.inf
+    logits[4] = -torch.inf
+    logits[5, 3] = torch.nan
+    on_device = logits.to(devices.open_device(device))
+    tokens = marking(greedy)(on_device).tolist()
+    assert tokens == [3, NO_TOKEN, NO_TOKEN, 3, NO_TOKEN, NO_TOKEN]

@@ -113,6 +113,16 @@ class PageAllocator:
         """Returns the page with these contents, or None."""
         return self._page_of_key.get(key)
 
+    def forget(self, key: bytes) -> None:
+        """Makes sure that ``lookup`` does not find a page with these contents."""
+        page = self._page_of_key.pop(key, None)
+        if page is None:
+            return
+        del self._key_of_page[page]
+        if page in self._cached:
+            del self._cached[page]
+            self._free.append(page)
+
     def _take(self) -> int:
         if self._free:
             return self._free.pop()

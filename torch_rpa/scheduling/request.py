@@ -38,6 +38,7 @@ class Request:
     num_published: int = 0
     num_preemptions: int = 0
     _page_keys: list[bytes] = dataclasses.field(default_factory=list)
+    _first_key: bytes = b""
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
@@ -78,14 +79,20 @@ class Request:
         self.pages = []
         self.num_cached = self.num_published = self.num_pending = 0
 
-    def page_keys(self, page_size: int) -> Sequence[bytes]:
+    def page_keys(self, page_size: int, first_key: bytes = b"") -> Sequence[bytes]:
         """Returns a key for each page that the known tokens fill.
 
         A key stands for all tokens up to the end of its page: it is the digest of the
         key before it and of the page's own tokens.
+
+        Args:
+            page_size: Tokens in a page, always the same.
+            first_key: What stands before the key of the first page.
         """
+        if first_key != self._first_key:
+            self._page_keys, self._first_key = [], first_key
         for page in range(len(self._page_keys), len(self.tokens) // page_size):
-            before = self._page_keys[-1] if self._page_keys else b""
+            before = self._page_keys[-1] if self._page_keys else first_key
             tokens = self.tokens[page * page_size : (page + 1) * page_size]
             data = before + array("q", tokens).tobytes()
             self._page_keys.append(hashlib.blake2b(data, digest_size=16).digest())

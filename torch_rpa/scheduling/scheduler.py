@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 from torch_rpa.scheduling.page_allocator import OutOfPagesError, PageAllocator
@@ -44,6 +44,7 @@ class Scheduler:
     Attributes:
         waiting: Requests without pages, in the order in which they will start.
         running: Requests with pages, in the order in which they started.
+        model_key: Stands for the model that computes what is in the pages.
         num_preemptions: How often a request had to give its pages up.
     """
 
@@ -84,6 +85,7 @@ class Scheduler:
         self.lookahead = lookahead
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.model_key = b""
         self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
@@ -138,13 +140,31 @@ class Scheduler:
         ordered = sorted(sizes.items(), key=lambda item: item[1] > 1)
         return [self._row(index, *item) for index, item in enumerate(ordered)]
 
-    def end(self, request: Request) -> None:
-        """Removes a request, wherever it is, and frees its pages."""
+    def end(self, request: Request, *, is_sound: bool = True) -> None:
+        """Removes a request, wherever it is, and frees its pages.
+
+        Args:
+            request: Running or waiting.
+            is_sound: Whether others may go on sharing what it has in its pages.
+        """
         if request in self.running:
             self.running.remove(request)
             self._release(request)
         else:
             self.waiting.remove(request)
+        if not is_sound:
+            for key in self._page_keys(request):
+                self.allocator.forget(key)
+
+    def change_model(self, key: bytes) -> None:
+        """Has every request computed again, since the model is another from now on.
+
+        All planned steps must have run. What they left in pages is found again if the
+        former model comes back.
+        """
+        while self.running:
+            self._preempt(self.running[-1])
+        self.model_key = key
 
     def restart(self, requests: Iterable[Request]) -> None:
         """Takes all pages back, and forgets steps that are planned and prefixes.
@@ -242,7 +262,7 @@ class Scheduler:
         if not self.prefix_caching:
             return pages
         most = (len(request.tokens) - 1) // self.page_size
-        for key in request.page_keys(self.page_size)[:most]:
+        for key in self._page_keys(request)[:most]:
             page = self.allocator.lookup(key)
             if page is None:
                 break
@@ -253,13 +273,16 @@ class Scheduler:
         """Lets later steps share what the steps planned so far have filled."""
         if not self.prefix_caching:
             return
-        keys = request.page_keys(self.page_size)
+        keys = self._page_keys(request)
         # The last keys may belong to tokens that are not in the cache yet, and the last
         # cached token may be one that is not known yet.
         num_full = min(request.num_cached // self.page_size, len(keys))
         for index in range(request.num_published, num_full):
             self.allocator.publish(request.pages[index], keys[index])
         request.num_published = num_full
+
+    def _page_keys(self, request: Request) -> Sequence[bytes]:
+        return request.page_keys(self.page_size, self.model_key)
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

@@ -24,6 +24,8 @@ from torch_rpa.scheduling import (
 )
 from torch_rpa.serving import sampling
 from torch_rpa.serving.detokenizer import Decoder, Detokenizer
+from torch_rpa.serving.finite import NO_TOKEN, marking
+from torch_rpa.serving.model_version import ModelVersion
 from torch_rpa.serving.options import EngineOptions
 from torch_rpa.serving.outputs import GenerationOutput, RequestStatus, RequestUpdate
 from torch_rpa.serving.prompts import PromptReader
@@ -131,9 +133,12 @@ class Engine:
             device=self._device,
             cache_dtype=options.cache_dtype,
         )
-        self._greedy_step = self._runner.step(sampling.greedy)
-        self._sampling_step = self._runner.step(sampling.sample)
+        self._greedy_step = self._runner.step(marking(sampling.greedy))
+        self._sampling_step = self._runner.step(marking(sampling.sample))
         self._last_generated = self._no_tokens()
+        self._model_version = ModelVersion(self._runner.model)
+        self.scheduler.model_key = self._model_version.key()
+        self._must_restart = False
         self._tokenizer = tokenizer
         self._prompts = _prompt_reader(tokenizer, self._generation_config)
         self._on_step = on_step
@@ -292,6 +297,15 @@ class Engine:
             pass
         return {entry.output.request_id: entry.output for entry in entries}
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets all prefixes; what runs is computed again from its tokens.
+
+        Weights that were changed in place, and adapters that were switched, are noticed
+        without it. It is for changes that cannot be seen: writes through
+        ``weight.data``, or to what is no weight.
+        """
+        self._must_restart = True
+
     def warm_up(self, *, with_sampling: bool = True) -> None:
         """Compiles all programs now, on steps without sequences.
 
@@ -411,6 +425,7 @@ class Engine:
         return []
 
     def _advance(self) -> list[Row]:
+        self._follow_model()
         while self._trials.is_through(self._entries):
             self._finish_all_but(0)
             if self._trials.go_on():
@@ -428,6 +443,17 @@ class Engine:
             self._flights.pop()
         self._finish_all_but(1 if flight.rows and self.options.lookahead else 0)
         return flight.rows
+
+    def _follow_model(self) -> None:
+        """Has all requests computed again if pages are those of another model."""
+        key = self._model_version.key()
+        if key != self.scheduler.model_key:
+            self._finish_all_but(0)
+            self.scheduler.change_model(key)
+        if self._must_restart:
+            self._finish_all_but(0)
+            self.scheduler.restart(self._entries)
+            self._must_restart = False
 
     def _recover(self, error: str) -> None:
         """Makes the engine whole after a step that raised."""
@@ -539,7 +565,10 @@ class Engine:
                 self.stats.num_surplus += row.is_last
             elif row.is_last:
                 try:
-                    self._receive(entry, token)
+                    if token == NO_TOKEN:
+                        self._refuse_logits(entry, row)
+                    else:
+                        self._receive(entry, token)
                 except Exception as error:
                     _logger.warning("a request failed", exc_info=True)
                     if row.request in self._entries:
@@ -560,6 +589,14 @@ class Engine:
         self.stats.num_generated += 1
         if output.finish_reason is not None:
             self._end(entry, RequestStatus.FINISHED)
+
+    def _refuse_logits(self, entry: _Entry, row: Row) -> None:
+        self.scheduler.end(entry.request, is_sound=False)
+        self._fail(
+            entry,
+            f"logits must be finite, got NaN or infinity after {row.end} tokens: look "
+            "for them in the weights, or take a dtype of a larger range",
+        )
 
     def _report(self, output: GenerationOutput) -> None:
         """Has the step report the tokens from here on, or the end."""

@@ -113,7 +113,8 @@ class ModelRunner:
         input_ids = inputs.input_ids
         if last_generated is not None:
             rows = inputs.pending_rows
-            generated = last_generated[rows.clamp(min=0)]
+            # A row without a token has a negative id, and its request ends soon.
+            generated = last_generated[rows.clamp(min=0)].clamp(min=0)
             input_ids = torch.where(rows < 0, input_ids, generated)
         return self.model(
             input_ids=input_ids,
