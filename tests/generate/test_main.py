@@ -3,13 +3,15 @@
 import io
 import runpy
 import sys
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from torch_rpa.generate import check
 from torch_rpa.generate.__main__ import main
+from torch_rpa.generate.tokenizer import PromptEncoder
 
 SHORT = ["--device", "cpu", "--max-new-tokens", "6"]
 
@@ -166,3 +168,51 @@ def test_it_runs_as_a_module(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("torch_rpa.generate", run_name="__main__")
     assert "--- a\n" in capsys.readouterr().out
+
+
+def test_the_models_generation_config_is_honoured(model_directory, capsys):
+    """Such as that of Llama 2, whose length counts the prompt."""
+    arguments = ["--model", str(model_directory), "--device", "cpu", "--prompt", "one"]
+
+    def text(*more):
+        assert main([*arguments, *more]) == 0
+        return capsys.readouterr().out.split("\n\ndevice")[0]
+
+    greedy = text("--max-new-tokens", "6")
+    sampling = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "max_length": 96}
+    GenerationConfig(**sampling).save_pretrained(model_directory)
+    sampled = text("--max-new-tokens", "6")
+    assert sampled != greedy == text("--max-new-tokens", "6", "--temperature", "0")
+    assert len(text()) > len(sampled)
+    check = [*arguments, "--check", "--max-new-tokens", "6"]
+    assert main(check) == 0 and "check passed: 6" in capsys.readouterr().out
+    GenerationConfig(max_new_tokens=3).save_pretrained(model_directory)
+    short = text()
+    assert greedy.startswith(short) and short != greedy
+
+
+@pytest.mark.parametrize("prompt", ["hi", "<s>hi"])
+def test_a_begin_token_is_never_doubled_and_a_chat_is_written(prompt):
+    letters = {letter: index for index, letter in enumerate("hiuser: ")}
+    characters = Tokenizer(models.BPE(vocab={**letters, "<s>": 9}, merges=[]))
+    characters.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 9)]
+    )
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=characters, bos_token="<s>"
+    )
+    assert tokenizer.encode("<s>hi")[:2] == [9, 9]  # of the tokenizer alone
+    assert PromptEncoder(tokenizer).encode(prompt) == [9, 0, 1]
+    with pytest.raises(ValueError, match=r"--chat needs .* chat template, got"):
+        PromptEncoder(tokenizer, as_chat=True)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}i{% endif %}"
+    )
+    chat = [9, *(letters[letter] for letter in "user: hii")]
+    assert PromptEncoder(tokenizer, as_chat=True).encode("hi") == chat
+
+
+def test_a_chat_needs_a_template(capsys):
+    assert main([*SHORT, "--chat"]) == 2
+    assert "--chat needs a tokenizer with a chat template" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from torch_rpa import devices
 from torch_rpa.generate import check, models, report
 from torch_rpa.generate.console import StreamPrinter, printable
-from torch_rpa.generate.tokenizer import Tokenizer
+from torch_rpa.generate.tokenizer import PromptEncoder, Tokenizer
 from torch_rpa.generate.workload import (
     TRACE_FORMAT,
     TimedRequest,
@@ -43,6 +43,7 @@ MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CACHE_DTYPES_BY_NAME = {str(d).removeprefix("torch."): d for d in CACHE_DTYPES}
 # All prompts run at once up to so many, and up to so many tokens in one step.
 USUAL_SEQUENCES, USUAL_STEP_TOKENS = 16, 256
+USUAL_NEW_TOKENS = 48
 # Padded sizes of a step are multiples of this.
 ALIGNMENT = 8
 
@@ -119,6 +120,12 @@ def _add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
         help="replay requests with their arrival times; see below",
     )
     group.add_argument(
+        "--chat",
+        action="store_true",
+        help="each prompt is what a user says: write it with the chat template of the "
+        "tokenizer",
+    )
+    group.add_argument(
         "--stream",
         action="store_true",
         help="print texts as they grow: one as it comes, several line by line",
@@ -133,18 +140,20 @@ def _add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
-    defaults = SamplingParams()
-    group.add_argument("--max-new-tokens", type=_positive, default=48)
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=defaults.temperature,
-        help="0 takes the most likely token",
+    group.description = (
+        "Without an option, what the generation config of the model says. --check is "
+        "greedy and takes the end tokens alone from there."
     )
     group.add_argument(
-        "--top-k", type=int, default=defaults.top_k, help="0 is all tokens"
+        "--max-new-tokens",
+        type=_positive,
+        help=f"without it and in no generation config {USUAL_NEW_TOKENS}",
     )
-    group.add_argument("--top-p", type=float, default=defaults.top_p)
+    group.add_argument(
+        "--temperature", type=float, help="0 takes the most likely token"
+    )
+    group.add_argument("--top-k", type=int, help="0 is all tokens")
+    group.add_argument("--top-p", type=float, help="1 is all tokens")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="ends a text; may be repeated"
@@ -235,18 +244,11 @@ def _run(args: argparse.Namespace) -> int:
 def _workload(
     args: argparse.Namespace, tokenizer: Tokenizer, model: PreTrainedModel
 ) -> Workload:
-    params = SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        eos_token_ids=models.eos_token_ids(model),
-        stop_strings=args.stop or (),
-    )
+    params = _sampling_params(args, model)
+    encoder = PromptEncoder(tokenizer, as_chat=args.chat)
     if args.trace:
         vocabulary = model.config.get_text_config().vocab_size
-        return read_trace(args.trace, tokenizer, params, vocabulary)
+        return read_trace(args.trace, encoder, params, vocabulary)
     texts = [*(args.prompt or ())]
     if args.prompt_file:
         if str(args.prompt_file) == "-":
@@ -256,7 +258,23 @@ def _workload(
         texts += [line for line in text.splitlines() if line]
         if not texts:
             raise ValueError(f"--prompt-file must hold a prompt, got {text!r}")
-    return prompts_workload(texts or DEFAULT_PROMPTS, tokenizer, params)
+    return prompts_workload(texts or DEFAULT_PROMPTS, encoder, params)
+
+
+def _sampling_params(
+    args: argparse.Namespace, model: PreTrainedModel
+) -> SamplingParams:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    given = {name: getattr(args, name) for name in names}
+    changes = {name: value for name, value in given.items() if value is not None}
+    changes["seed"] = args.seed
+    if args.stop:
+        changes["stop_strings"] = args.stop
+    if args.check:
+        ends = models.eos_token_ids(model)
+        number = {"max_new_tokens": USUAL_NEW_TOKENS, "eos_token_ids": ends}
+        return SamplingParams(**{**number, **changes})
+    return models.sampling_params(model, usual_new_tokens=USUAL_NEW_TOKENS, **changes)
 
 
 def _engine_options(args: argparse.Namespace, workload: Workload) -> EngineOptions:
@@ -323,7 +341,7 @@ def _check(
             reference,
             request.prompt_ids,
             max_new_tokens=request.params.max_new_tokens,
-            eos_token_ids=request.params.eos_token_ids,
+            eos_token_ids=models.token_ids(request.params.eos_token_ids),
         )
         for request, _ in tqdm(results, unit="prompt", desc="checking")
     ]

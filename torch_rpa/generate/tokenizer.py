@@ -1,9 +1,11 @@
-"""Text to token ids and back, one token for each byte."""
+"""Text to token ids and back; the built-in tokenizer has one token for each byte."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Protocol
+
+from torch_rpa.serving.prompts import PromptReader
 
 
 class Tokenizer(Protocol):
@@ -41,3 +43,30 @@ class ByteTokenizer:
             elif not skip_special_tokens:
                 text += names[token]
         return text.decode("utf-8", errors="backslashreplace")
+
+
+class PromptEncoder:
+    """Encodes prompts with one begin token, or as the first message of a chat."""
+
+    def __init__(self, tokenizer: Tokenizer, *, as_chat: bool = False):
+        """Remembers how to encode.
+
+        Args:
+            tokenizer: Of the model.
+            as_chat: Each prompt is what a user says, written by the chat template.
+
+        Raises:
+            ValueError: There is no chat template.
+        """
+        if as_chat and not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "--chat needs a tokenizer with a chat template, got "
+                f"{type(tokenizer).__name__} without one"
+            )
+        self._reader = PromptReader(tokenizer, pad_token_id=None, others=())
+        self._as_chat = as_chat
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a prompt."""
+        message = {"role": "user", "content": text}
+        return self._reader.read([message] if self._as_chat else text, "prompt")
