@@ -29,6 +29,13 @@ ALTERNATING = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 EXPERTS = {"num_experts_per_tok": 2}
+WIDE = {"hidden_size": 128}  # heads of 32, where they are a share of it
+PER_LAYER_INPUTS = {
+    **ALTERNATING,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 0,
+}
 GROUPED = {
     "n_routed_experts": 4,
     "n_group": 1,
@@ -36,6 +43,19 @@ GROUPED = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+MANY_EXPERTS = {
+    **EXPERTS,
+    **GROUPED,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_shared_experts": 1,
+    "n_shared_experts": 1,
+    "shared_expert_intermediate_size": 32,
+    "num_dense_layers": 1,
+}
+# Rounding to bfloat16 chooses among all of them alike.
+ALL_EXPERTS = {**MANY_EXPERTS, "num_experts_per_tok": 4}
+OPT = {**WIDE, "word_embed_proj_dim": 128, "ffn_dim": 96}
 
 
 class Family(NamedTuple):
@@ -46,6 +66,14 @@ class Family(NamedTuple):
     special: str
     config: dict[str, Any] = {}  # noqa: RUF012
     needs: tuple[int, int] = (4, 57)  # oldest release of transformers
+    is_extended: bool = False  # tested outside of CI alone
+
+
+def _extended(
+    name: str, title: str, special: str, config: dict[str, Any] | None = None
+) -> Family:
+    """One of the long tail, which is proven with transformers 5.24."""
+    return Family(name, title, special, config or {}, (5, 24), is_extended=True)
 
 
 class Refused(NamedTuple):
@@ -198,6 +226,99 @@ PROVEN = (
     Family("seed_oss", "Seed-OSS", ""),
     Family("smollm3", "SmolLM3", "layers without positions"),
     Family("starcoder2", "StarCoder2", "window", {"sliding_window": 6}),
+    _extended(
+        "afmoe",
+        "AFMoE (Arcee Trinity)",
+        "window, mixture of experts",
+        {**ALTERNATING, **MANY_EXPERTS},
+    ),
+    _extended("apertus1p5_text", "Apertus 1.5 (text)", "QK-norm"),
+    _extended("aria_text", "Aria (text)", "mixture of experts", MANY_EXPERTS),
+    _extended("beam", "Beam", "window", ALTERNATING),
+    _extended("biogpt", "BioGPT", "multi-head", WIDE),
+    _extended("bitnet", "BitNet", "", WIDE),
+    _extended(
+        "cohere2_moe",
+        "Cohere 2 MoE",
+        "window, mixture of experts",
+        {**ALTERNATING, **MANY_EXPERTS},
+    ),
+    _extended("cwm", "Code World Model", "window", ALTERNATING),
+    _extended("exaone", "Exaone 3", ""),
+    _extended(
+        "exaone_moe",
+        "Exaone MoE",
+        "window, mixture of experts",
+        {**ALTERNATING, **MANY_EXPERTS},
+    ),
+    _extended("flex_olmo", "FlexOlmo", "mixture of experts", ALL_EXPERTS),
+    _extended("flint", "Flint", "window, sinks", ALTERNATING),
+    _extended(
+        "gemma3n_text",
+        "Gemma 3n (text)",
+        "window, inputs of each layer",
+        {
+            **PER_LAYER_INPUTS,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "intermediate_size": [96, 96],
+        },
+    ),
+    _extended(
+        "gemma4_text",
+        "Gemma 4 (text), heads up to 256",
+        "window, other heads in full layers",
+        {
+            **PER_LAYER_INPUTS,
+            "global_head_dim": 64,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+        },
+    ),
+    _extended("gpt2", "GPT-2", "multi-head, learned positions", WIDE),
+    _extended("gpt_bigcode", "GPT-BigCode (StarCoder)", "one key head", WIDE),
+    _extended("granite_swa", "Granite with windows", "window, sinks", ALTERNATING),
+    _extended(
+        "granitemoe_swa",
+        "Granite MoE with windows",
+        "window, sinks, mixture of experts",
+        {**ALTERNATING, **EXPERTS, "num_local_experts": 4},
+    ),
+    _extended("granitemoeshared", "Granite MoE, shared experts", "mixture of experts"),
+    _extended("hunyuan_v1_moe", "Hunyuan MoE", "QK-norm, mixture of experts"),
+    _extended("hy_v3", "Hunyuan 3", "mixture of experts", MANY_EXPERTS),
+    _extended("hyperclovax", "HyperCLOVA X", "own scaling"),
+    _extended("internlm3", "InternLM 3", ""),
+    _extended("iquestcoder", "IQuest-Coder", ""),
+    _extended("jais2", "Jais 2", ""),
+    _extended("jetmoe", "JetMoE", "mixture of attention heads and experts"),
+    _extended(
+        "kolibri1",
+        "Kolibri 1",
+        "window, mixture of experts",
+        {**ALTERNATING, **MANY_EXPERTS},
+    ),
+    _extended(
+        "laguna",
+        "Laguna",
+        "window, other numbers of heads in each layer, mixture of experts",
+        {**ALTERNATING, **ALL_EXPERTS, "num_attention_heads_per_layer": [4, 2]},
+    ),
+    _extended(
+        "mellum",
+        "Mellum",
+        "window, mixture of experts",
+        {**ALTERNATING, **MANY_EXPERTS},
+    ),
+    _extended("ministral", "Ministral", "window", ALTERNATING),
+    _extended("ministral3", "Ministral 3", ""),
+    _extended("nanochat", "nanochat", "QK-norm"),
+    _extended("opt", "OPT", "multi-head, learned positions", OPT),
+    _extended("persimmon", "Persimmon, Fuyu (text)", "half rotary, multi-head", WIDE),
+    _extended("sarvam_moe", "Sarvam MoE", "mixture of experts", MANY_EXPERTS),
+    _extended("solar_open", "Solar Open", "mixture of experts", MANY_EXPERTS),
+    _extended("vaultgemma", "VaultGemma", "soft cap, window, own scaling", ALTERNATING),
 )
 REFUSED = (
     Refused(
@@ -234,8 +355,8 @@ REFUSED = (
         {"hidden_size": 128},
     ),
     Refused(
-        "gpt2",
-        "GPT-2, GPT-NeoX, OPT, other older ones",
+        "gpt_neox",
+        "GPT-NeoX, GPT-J, CodeGen, other older ones",
         "their modules do not say how many key heads there are",
         "attention module for each layer",
     ),
@@ -278,12 +399,16 @@ END = "<!-- end of families -->"
 def table() -> str:
     """Returns the table of families, in Markdown."""
     rows = ["| family | `model_type` | transformers | has | state |", "|" + "---|" * 5]
-    for name, title, special, _, needs in PROVEN:
+    for name, title, special, _, needs, _ in sorted(PROVEN, key=_by_title):
         oldest = ".".join(map(str, needs))
         rows.append(f"| {title} | `{name}` | {oldest}+ | {special} | proven |")
     for name, title, reason, *_ in REFUSED:
         rows.append(f"| {title} | `{name}` | | | refused: {reason} |")
     return "\n".join(rows)
+
+
+def _by_title(family: Family) -> str:
+    return family.title.lower()
 
 
 def with_table(document: str) -> str:

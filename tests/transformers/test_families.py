@@ -44,7 +44,16 @@ def build(family):
     return model.eval()
 
 
-@pytest.fixture(params=PROVEN, ids=lambda family: family.name)
+@pytest.fixture(
+    params=[
+        pytest.param(
+            family,
+            id=family.name,
+            marks=[pytest.mark.extended] if family.is_extended else [],
+        )
+        for family in PROVEN
+    ]
+)
 def model(request):
     if request.param.needs > VERSION:
         pytest.skip(f"needs transformers {request.param.needs}")

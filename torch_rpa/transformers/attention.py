@@ -90,6 +90,7 @@ def rpa_attention(
             "model.generate(..., custom_generate=torch_rpa.transformers.generate)"
         )
     _refuse_caches(query, key, use_cache)
+    _refuse_other_heads(module, query, value)
     _refuse_other_meanings(module, attention_mask, dropout, kwargs)
     refuse_float16(query.dtype)
     refuse_autocast(query.device)
@@ -129,6 +130,17 @@ def _refuse_caches(
         raise ValueError(
             "input_ids must be [1, T] with all sequences end to end, got batch size "
             f"{query.shape[0]}"
+        )
+
+
+def _refuse_other_heads(
+    module: AttentionModule, query: torch.Tensor, value: torch.Tensor
+) -> None:
+    if query.shape[-1] != value.shape[-1]:
+        raise NotImplementedError(
+            f"keys and values must have one head_dim, got {query.shape[-1]} and "
+            f"{value.shape[-1]} in {type(module).__name__}; use another "
+            "attn_implementation for this model"
         )
 
 

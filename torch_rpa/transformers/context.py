@@ -92,7 +92,7 @@ def empty_kv_caches(
         torch_rpa.empty_kv_cache(
             num_pages,
             page_size,
-            module.config.num_attention_heads // module.num_key_value_groups,
+            _num_key_heads(module),
             module.head_dim,
             dtype=dtype,
             device=device,
@@ -105,7 +105,8 @@ def _attention_layers(model: nn.Module) -> list[AttentionModule]:
     modules: list[Any] = [
         module
         for module in model.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+        if hasattr(module, "layer_idx")
+        and (hasattr(module, "num_key_value_groups") or hasattr(module, "num_heads"))
     ]
     layers: dict[int, AttentionModule] = {m.layer_idx: m for m in modules}
     if sorted(layers) != list(range(len(layers))) or not layers:
@@ -121,3 +122,9 @@ def _attention_layers(model: nn.Module) -> list[AttentionModule]:
             f"without it in {type(model).__name__}; use another attn_implementation"
         )
     return [layers[index] for index in range(len(layers))]
+
+
+def _num_key_heads(module: AttentionModule) -> int:
+    # Heads may differ from layer to layer. Older modules have one key head for each.
+    num_heads = getattr(module, "num_heads", None) or module.config.num_attention_heads
+    return num_heads // getattr(module, "num_key_value_groups", 1)
