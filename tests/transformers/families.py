@@ -356,7 +356,7 @@ REFUSED = (
     ),
     Refused(
         "gpt_neox",
-        "GPT-NeoX, GPT-J, CodeGen, other older ones",
+        "GPT-NeoX, GPT-J, other older ones",
         "their modules do not say how many key heads there are",
         "attention module for each layer",
     ),
