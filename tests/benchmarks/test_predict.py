@@ -198,6 +198,21 @@ def test_baseline_keeps_other_cases_of_the_same_versions(toy_compiler, tmp_path)
     assert list(json.loads(path.read_text())["cycles"]) == [DECODE]
 
 
+def test_the_record_of_the_doctor_keeps_other_chips_and_cases(toy_compiler, tmp_path):
+    path = tmp_path / "predictions.json"
+    other = "llama-decode-128x512"
+    for chip, name in (("v6e", DECODE), ("tpu7x", other), ("tpu7x", DECODE)):
+        predict.main(["--chip", chip, "--case", name, "--doctor", str(path)])
+    content = json.loads(path.read_text())
+    assert content["kind"] == "prediction"
+    found = {chip: set(record["cases"]) for chip, record in content["chips"].items()}
+    assert found == {"tpu7x": {other, DECODE}, "v6e": {DECODE}}
+    record = content["chips"]["v6e"]["cases"][DECODE]
+    assert record["default_clock_microseconds"] is None  # v6e has one clock
+    low, high = record["expected"]
+    assert record["microseconds"] > 0 and 0 < low < high
+
+
 def test_several_tables_are_updated_in_one_run(one_simulation, tmp_path):
     path = tmp_path / "page.md"
     names = ("main", "deployments")
