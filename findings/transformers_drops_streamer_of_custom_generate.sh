@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# transformers: `streamer=` and `assistant_model=` do not reach custom_generate.
+# transformers: `streamer=`, `assistant_model=` and `tokenizer=` do not reach
+# custom_generate.
 #
 # Versions: transformers 5.24.0, torch 2.9.1, on the CPU. The same in 4.57.6.
 #
@@ -9,6 +10,9 @@
 #   the function gets streamer=None, assistant_model=None
 #   the streamer was given the prompt, no token, and was never ended
 #
+# With `stop_strings=` and `tokenizer=`, `generate` raises before it calls the function:
+# it could not locate a tokenizer, which must be passed as `tokenizer`.
+#
 # Expected: both passed on, as `generate` passes them to its own loops; or an error. The
 # streamer is taken, gets the prompt, and then nothing: who reads from a
 # TextIteratorStreamer waits for ever, since nobody ends it.
@@ -16,7 +20,8 @@
 # Why it matters here: `model.generate(custom_generate=torch_rpa.transformers.generate)`
 # streams. It finds both arguments in the frame of the call to `generate`
 # (`_call_of_transformers` in torch_rpa/transformers/generation.py), feeds the streamer
-# and refuses the assistant; see `test_a_streamer_gets_the_prompt_and_every_token`.
+# and refuses the assistant; see `test_a_streamer_gets_the_prompt_and_every_token`. For
+# stop strings the page of transformers says what to pass in their place.
 set -euo pipefail
 
 work=$(mktemp -d)
@@ -79,4 +84,13 @@ print(f"the streamer was given {streamer.tokens}, ended: {streamer.ended}")
 assert got["streamer"] is None and got["assistant_model"] is None
 assert "logits_processor" in got
 assert streamer.tokens == [5, 6, 7] and not streamer.ended
+
+stop = {"stop_strings": ["a"], "tokenizer": object()}
+try:
+    model.generate(prompt, custom_generate=function, **stop, **options)
+except ValueError as error:
+    print(f"with stop strings: {error}")
+    assert "could not locate a tokenizer" in str(error)
+else:
+    raise AssertionError("the tokenizer was found")
 EOF

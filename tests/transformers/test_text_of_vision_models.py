@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
-from tests.transformers.families import ALTERNATING, SMALL
+from tests.transformers.families import ALTERNATING, SMALL, WIDE
 from tests.transformers.routes import (
     custom_generate,
     eager_generate,
@@ -70,6 +70,21 @@ MODELS = {
         {**SMALL, "model_type": "qwen3_vl_text", "rope_scaling": SECTIONS},
         QWEN_VISION,
         {"video_token_id": 61, "vision_start_token_id": 60},
+    ),
+    "qwen2_5_vl": (
+        {
+            **SMALL,
+            **WIDE,
+            "model_type": "qwen2_5_vl_text",
+            "rope_parameters": SECTIONS,
+        },
+        {**QWEN_VISION, "out_hidden_size": 128, "fullatt_block_indexes": [0]},
+        {"video_token_id": 61, "vision_start_token_id": 60},
+    ),
+    "fuyu": (
+        {**SMALL, **WIDE, "model_type": "persimmon"},
+        {},
+        {"patch_size": 4, **WIDE},
     ),
     "llava": (
         {**SMALL, "model_type": "llama"},
