@@ -11,6 +11,7 @@ framework behind it, so that none of them names one::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,27 @@ def num_compilations(device: torch.device) -> int:
     """Returns how many programs this process has compiled for a device so far."""
     bridge = bridges.find(device.type)
     return 0 if bridge is None else bridge.num_compilations()
+
+
+def keep_programs(device: torch.device | str, directory: str | os.PathLike) -> None:
+    """Keeps compiled programs on disk, so that a later process need not wait for them.
+
+    To be called before models run on the device. Under torch_xla it needs a TPU; on the
+    plain CPU there are no programs, and nothing happens.
+
+    Args:
+        device: One of :func:`names`.
+        directory: Where to keep them. It is made if it is not there. Programs of other
+            sizes, other models and other releases in it do no harm.
+
+    Raises:
+        NotImplementedError: The device cannot load programs.
+        RuntimeError: Something was compiled already.
+    """
+    bridge = bridges.find(str(device).partition(":")[0])
+    if bridge is not None:
+        bridge.keep_programs(os.path.abspath(directory))
+        os.makedirs(directory, exist_ok=True)
 
 
 def multiply_in_float32(device: torch.device) -> None:

@@ -42,14 +42,14 @@ class PageAudit:
         """Every page is held by those who have it in their table, and nobody else."""
         scheduler, allocator = self.scheduler, self.scheduler.allocator
         assert not any(request.pages for request in scheduler.waiting)
-        holders = Counter(page for r in scheduler.running for page in r.pages)
+        holders = Counter(page for r in scheduler.running for page in r.held_pages)
         pages = range(allocator.num_pages)
         assert [allocator.num_holders(p) for p in pages] == [holders[p] for p in pages]
         assert allocator.num_held == len(holders)
         states = [*allocator._free, *allocator._cached, *holders]
         assert sorted(states) == list(pages)  # each page in exactly one state
         for request in scheduler.running:
-            assert len(set(request.pages)) == len(request.pages)
+            assert len(set(request.held_pages)) == len(request.held_pages)
 
     def _check_rows(self, rows: list[Row]) -> None:
         scheduler = self.scheduler
@@ -75,7 +75,9 @@ class PageAudit:
 
     def _check_reads(self, row: Row) -> None:
         """The keys and values that a row sees are those of its own tokens."""
-        for position in range(row.end):
+        window = self.scheduler.window
+        first = 0 if window is None else max(row.start - window + 1, 0)
+        for position in range(first, row.end):
             writer, written_position = self._slots[self._slot(row, position)]
             assert written_position == position
             if writer is not row.request and (

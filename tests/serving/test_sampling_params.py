@@ -1,9 +1,11 @@
 """Parameters are checked, and a generation config is taken over or refused."""
 
+import dataclasses
+
 import pytest
 from transformers import GenerationConfig
 
-from torch_rpa.serving import SamplingParams
+from torch_rpa.serving import SamplingParams, StructuredOutputsParams
 
 
 def converted(**fields):
@@ -36,11 +38,7 @@ def test_changes_win_over_the_config():
     "fields",
     [
         {"num_beams": 2},
-        {"repetition_penalty": 1.2},
         {"no_repeat_ngram_size": 3},
-        {"num_return_sequences": 2, "do_sample": True},
-        {"suppress_tokens": [1]},
-        {"min_new_tokens": 2},
         {"max_length": 77},
     ],
 )
@@ -48,6 +46,53 @@ def test_what_would_change_the_tokens_is_refused(fields):
     (name, *_) = fields
     with pytest.raises(NotImplementedError, match=name):
         converted(**fields)
+
+
+def test_penalties_and_bans_are_taken_over():
+    params = converted(
+        repetition_penalty=1.2,
+        min_new_tokens=2,
+        bad_words_ids=[[1, 2], [9], [9, 3]],
+        suppress_tokens=[4],
+        eos_token_id=9,
+    )
+    # As in transformers, the end of the text is no bad word.
+    assert params == SamplingParams(
+        repetition_penalty=1.2,
+        min_tokens=2,
+        bad_words_ids=((1, 2), (9, 3), (4,)),
+        eos_token_ids=(9,),
+    )
+    params = converted(do_sample=True, top_k=0, min_p=0.1, num_return_sequences=3)
+    assert params == SamplingParams(temperature=1.0, min_p=0.1, n=3)
+
+
+def test_names_that_other_engines_have_are_taken():
+    params = SamplingParams(max_tokens=7, stop="end")
+    assert params == SamplingParams(max_new_tokens=7, stop_strings=("end",))
+    assert dataclasses.replace(params, max_new_tokens=8).max_new_tokens == 8
+    assert params.changed(max_tokens=9, seed=1) == params.changed(
+        max_new_tokens=9, seed=1
+    )
+    with pytest.raises(ValueError, match="max_tokens must be left out beside"):
+        SamplingParams(max_new_tokens=7, max_tokens=8)
+    with pytest.raises(ValueError, match="stop must be left out beside stop_strings"):
+        SamplingParams(stop_strings="a", stop="b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one of json, regex and choice, got none"),
+        ({"json": {}, "regex": "a"}, "got json and regex"),
+        ({"json": 5}, "json must be a dict or JSON text, got 5"),
+        ({"choice": []}, r"choice must be one str or more, got \[\]"),
+        ({"choice": "ab"}, "choice must be a list of str, got 'ab'"),
+    ],
+)
+def test_structured_outputs_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        StructuredOutputsParams(**fields)
 
 
 def test_lists_are_taken_as_tuples():
@@ -78,6 +123,22 @@ def test_lists_are_taken_as_tuples():
         ({"stop_sequences": 5}, "stop_sequences must be sequences of token ids, got 5"),
         ({"stop_sequences": ["ab"]}, "stop_sequences must be token ids, got 'ab'"),
         ({"stop_strings": [5]}, r"stop_strings must be texts, got \[5\]"),
+        ({"min_p": 1.5}, "min_p must be at least 0 and at most 1, got 1.5"),
+        ({"n": 0}, "n must be at least 1, got 0"),
+        ({"n": 2}, "n must be 1 at temperature 0, got 2"),
+        ({"repetition_penalty": 0.0}, "more than 0 and finite, got 0.0"),
+        ({"presence_penalty": 3.0}, "from -2 to 2, got 3.0"),
+        ({"frequency_penalty": float("nan")}, "from -2 to 2, got nan"),
+        ({"min_tokens": 21}, "at most max_new_tokens = 20, got 21"),
+        ({"logit_bias": {1: float("inf")}}, "finite numbers for at most 300 tokens"),
+        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "at most 300 tokens"),
+        ({"bad_words": [""]}, "bad_words must be one character or more each"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids must be one token or more each"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias must be token ids, got"),
+        ({"logit_bias": [1]}, r"logit_bias must be token ids to numbers, got \[1\]"),
+        ({"structured_outputs": 5}, "StructuredOutputsParams, a dict of its fields"),
+        ({"logprobs": 21}, "logprobs must be None or 0 to 20, got 21"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs must be None or 0 to 20, got -1"),
         ({"stop_sequences": ((),)}, "one token or more each"),
         ({"stop_strings": ("a", "")}, "one character or more each"),
     ],

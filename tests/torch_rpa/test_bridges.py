@@ -162,3 +162,33 @@ def test_a_torch_that_fits_is_no_problem(device_type, installed, monkeypatch):
     monkeypatch.setattr(bridges.importlib.util, "find_spec", lambda name: "a package")
     monkeypatch.setattr(torch, "__version__", installed)
     assert bridges.BRIDGES[device_type].problem() is None
+
+
+@pytest.mark.torch_xla
+def test_programs_of_torch_xla_are_kept_on_disk_where_they_can_be_loaded(
+    tmp_path, monkeypatch
+):
+    import torch_xla
+
+    directory = tmp_path / "programs"
+    with pytest.raises(NotImplementedError, match="CPU of torch_xla cannot load"):
+        devices.keep_programs("xla", directory)
+    assert not directory.exists()
+    monkeypatch.setattr(torch_xla.runtime, "device_type", lambda: "TPU")
+    is_initialized = "_xla_computation_cache_is_initialized"
+    monkeypatch.setattr(torch_xla._XLAC, is_initialized, lambda: True)
+    with pytest.raises(RuntimeError, match="before models run"):
+        devices.keep_programs("xla", directory)
+    monkeypatch.setattr(torch_xla._XLAC, is_initialized, lambda: False)
+    for name in ("XLA_PERSISTENT_CACHE_PATH", "XLA_PERSISTENT_CACHE_READ_ONLY"):
+        monkeypatch.setenv(name, "")
+    devices.keep_programs("xla", directory)
+    assert os.environ["XLA_PERSISTENT_CACHE_PATH"] == str(directory)
+    assert directory.is_dir()
+    monkeypatch.setattr(torch_xla._XLAC, is_initialized, lambda: True)
+    devices.keep_programs("xla", directory)  # once more
+
+
+def test_the_cpu_has_no_programs_to_keep(tmp_path):
+    devices.keep_programs("cpu", tmp_path / "programs")
+    assert not any(tmp_path.iterdir())

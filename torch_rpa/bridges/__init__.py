@@ -127,6 +127,18 @@ class Bridge(Protocol):
         """Returns how many programs this process has compiled for the device so far."""
         ...
 
+    def keep_programs(self, directory: str) -> None:
+        """Keeps programs that are compiled from now on, for later processes too.
+
+        Args:
+            directory: Where to keep them; it may be that of another process.
+
+        Raises:
+            NotImplementedError: The device cannot load programs.
+            RuntimeError: It is too late: something was compiled already.
+        """
+        ...
+
     def multiply_in_float32(self) -> None:
         """Makes products of float32 matrices as exact as float32, from now on."""
         ...

@@ -228,6 +228,15 @@ def num_compilations() -> int:
     return torch.tpu._get_cache_misses()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def keep_programs(directory: str) -> None:
+    """Keeps programs on disk; see :meth:`torch_rpa.bridges.Bridge.keep_programs`.
+
+    ``torch.compile`` does so anyway, in a directory for temporary files. Programs of
+    operators that run at once are not kept.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
+
+
 def multiply_in_float32() -> None:
     """Makes the TPU multiply float32 matrices in float32, from now on."""
     torch.set_float32_matmul_precision("highest")

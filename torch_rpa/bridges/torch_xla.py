@@ -63,6 +63,7 @@ from torch_rpa.bridges.lowering import Target
 from torch_rpa.options import AttentionOptions, make_options
 from torch_rpa.validation import Inputs
 
+_PROGRAMS_VARIABLE = "XLA_PERSISTENT_CACHE_PATH"  # of torch_xla
 CALL_NAME = "xla::ragged_paged_attention"
 
 
@@ -236,6 +237,26 @@ def num_compilations() -> int:
     """Returns how many programs torch_xla has compiled in this process so far."""
     compile_times = torch_xla.debug.metrics.metric_data("CompileTime")
     return compile_times[0] if compile_times else 0
+
+
+def keep_programs(directory: str) -> None:
+    """Keeps programs on disk; see :meth:`torch_rpa.bridges.Bridge.keep_programs`.
+
+    torch_xla finds them by a hash of the whole graph, the kernel in it included.
+    """
+    if torch_xla.runtime.device_type() == "CPU":
+        raise NotImplementedError(
+            "the CPU of torch_xla cannot load programs that were kept on disk: leave "
+            f"out the directory of programs, got {directory!r}, or use a TPU"
+        )
+    if os.environ.get(_PROGRAMS_VARIABLE) == directory:
+        return  # asked for before, here or by the user
+    if torch_xla._XLAC._xla_computation_cache_is_initialized():
+        raise RuntimeError(
+            f"programs must be kept in {directory!r} from the first one on, got one "
+            "already compiled: call torch_rpa.devices.keep_programs before models run"
+        )
+    torch_xla.runtime.initialize_cache(directory)
 
 
 def multiply_in_float32() -> None:

@@ -23,9 +23,10 @@ class ByteTokenizer:
     eos_token_id = 257
     vocab_size = 258
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the begin token and the bytes of the text."""
-        return [self.bos_token_id, *text.encode("utf-8")]
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the begin token, unless it is unwanted, and the bytes of the text."""
+        start = [self.bos_token_id] if add_special_tokens else []
+        return [*start, *text.encode("utf-8")]
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text; bytes that are no UTF-8 appear as ``\\xff``.
@@ -43,6 +44,10 @@ class ByteTokenizer:
             elif not skip_special_tokens:
                 text += names[token]
         return text.decode("utf-8", errors="backslashreplace")
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """Returns the byte of a token; None for the begin and end tokens."""
+        return bytes([token]) if token < self.bos_token_id else None
 
 
 class PromptEncoder:

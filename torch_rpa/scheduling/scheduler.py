@@ -57,6 +57,7 @@ class Scheduler:
         max_tokens_per_step: int,
         prefix_caching: bool = True,
         lookahead: bool = True,
+        window: int | None = None,
     ):
         """Makes a scheduler without requests.
 
@@ -67,6 +68,8 @@ class Scheduler:
             max_tokens_per_step: Most tokens in a step.
             prefix_caching: Share full pages between requests with the same beginning.
             lookahead: Plan for a generated token before it is known.
+            window: No token sees more than so many, itself included: pages that are
+                farther back are given back. None keeps all.
         """
         if max_num_sequences < 1:
             raise ValueError(
@@ -83,6 +86,7 @@ class Scheduler:
         self.max_tokens_per_step = max_tokens_per_step
         self.prefix_caching = prefix_caching
         self.lookahead = lookahead
+        self.window = window
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.model_key = b""
@@ -119,6 +123,7 @@ class Scheduler:
         """
         for request in self.running:
             self._publish_full_pages(request)
+            self._leave_pages(request)
         num_preemptions = self.num_preemptions
         sizes: dict[Request, int] = {}
         for request in list(self.running):
@@ -227,15 +232,19 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self._publish_full_pages(request)
-        self.allocator.free(request.pages)
+        self.allocator.free(request.held_pages)
         request.pages = []
-        request.num_cached = request.num_published = 0
+        request.num_cached = request.num_published = request.num_left = 0
 
     def _start_next(self, among: Container[Request] | None) -> bool:
         """Starts the first waiting request that may, if there is room for it."""
         if len(self.running) == self.max_num_sequences:
             return False
-        allowed = (r for r in self.waiting if among is None or r in among)
+        allowed = (
+            r
+            for r in self.waiting
+            if (among is None or r in among) and not self._waits_for_leader(r)
+        )
         request = next(allowed, None)
         if request is None:
             return False
@@ -252,6 +261,15 @@ class Scheduler:
         request.num_cached = request.num_shared = len(shared) * self.page_size
         return True
 
+    def _waits_for_leader(self, request: Request) -> bool:
+        leader = request.leader
+        return (
+            leader is not None
+            and self.prefix_caching
+            and leader in self.running
+            and leader.num_cached < leader.num_prompt
+        )
+
     def _cached_prefix(self, request: Request) -> list[int]:
         """Returns cached pages with the first tokens, but never with the last one.
 
@@ -259,7 +277,7 @@ class Scheduler:
         values are written again, to a page that nobody shares.
         """
         pages: list[int] = []
-        if not self.prefix_caching:
+        if not (self.prefix_caching and request.uses_prefixes):
             return pages
         most = (len(request.tokens) - 1) // self.page_size
         for key in self._page_keys(request)[:most]:
@@ -268,6 +286,20 @@ class Scheduler:
                 break
             pages.append(page)
         return pages
+
+    def _leave_pages(self, request: Request) -> None:
+        """Gives back the pages that no later step of a request will see.
+
+        Steps that were planned before still read them. But those run before any step
+        that is planned from now on, and so before anybody else writes there.
+        """
+        if self.window is None:
+            return
+        num_left = (request.num_cached - self.window + 1) // self.page_size
+        if self.prefix_caching:  # others may still want what is in them
+            num_left = min(num_left, request.num_published)
+        if num_left > request.num_left:
+            self.allocator.free(request.leave_pages(num_left))
 
     def _publish_full_pages(self, request: Request) -> None:
         """Lets later steps share what the steps planned so far have filled."""

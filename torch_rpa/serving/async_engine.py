@@ -51,6 +51,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestUpdate, None]:
         """Yields the updates of one request; leaving the loop early cancels it.
 
+        With ``n`` texts, ``update.output.index`` says of which one an update is.
+
         Args:
             prompt_ids: As in ``Engine.add_request``, which tells what is raised.
             params: Likewise.
@@ -65,23 +67,24 @@ class AsyncEngine:
         added: list[str] = []
 
         def add() -> None:
-            name = self.engine.add_request(prompt_ids, params, request_id=request_id)
-            added.append(name)
-            self._queues[name] = queue
+            names = self.engine.add_texts(prompt_ids, params, request_id=request_id)
+            added.extend(names)
+            self._queues.update(dict.fromkeys(names, queue))
 
         try:
             await self._call(add)
-            while True:
+            num_unfinished = len(added)
+            while num_unfinished:
                 update = await queue.get()
                 if isinstance(update, Exception):
                     raise update
+                num_unfinished -= update.is_last
                 yield update
-                if update.is_last:
-                    break
         finally:
-            if added and self._queues.pop(added[0], None) is not None:
-                # Nobody awaits it: this may be the end of a cancelled task.
-                self._call(lambda: self.engine.cancel(added[0]))
+            for name in added:
+                if self._queues.pop(name, None) is not None:
+                    # Nobody awaits it: this may be the end of a cancelled task.
+                    self._call(lambda name=name: self.engine.cancel(name))
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a request, whose generator gets a last update; see ``Engine.cancel``."""

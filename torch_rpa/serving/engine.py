@@ -23,19 +23,36 @@ from torch_rpa.scheduling import (
     Scheduler,
 )
 from torch_rpa.serving import sampling
-from torch_rpa.serving.detokenizer import Decoder, Detokenizer
-from torch_rpa.serving.finite import NO_TOKEN, marking
+from torch_rpa.serving.finite import NO_TOKEN
+from torch_rpa.serving.logits_processing import (
+    TokenRules,
+    build_logits_inputs,
+    num_special_tokens,
+)
+from torch_rpa.serving.logprobs import LogprobTensors
+from torch_rpa.serving.metrics import PrometheusMetrics
 from torch_rpa.serving.model_version import ModelVersion
 from torch_rpa.serving.options import EngineOptions
-from torch_rpa.serving.outputs import GenerationOutput, RequestStatus, RequestUpdate
+from torch_rpa.serving.outputs import (
+    GenerationOutput,
+    RequestStatus,
+    RequestUpdate,
+    names_of_texts,
+)
 from torch_rpa.serving.prompts import PromptReader
-from torch_rpa.serving.sampling_params import SamplingParams
+from torch_rpa.serving.sampling import SamplingInputs
+from torch_rpa.serving.sampling_params import SamplingParams, end_token_ids
 from torch_rpa.serving.stats import EngineStats, StepRecord
+from torch_rpa.serving.step_programs import Logits, StepPrograms
+from torch_rpa.serving.structured import GrammarFactory, TextGrammar
+from torch_rpa.serving.text import OutputText, bad_word_ids
 from torch_rpa.serving.trials import Trials
 from torch_rpa.transformers.model_runner import ModelRunner
 from torch_rpa.transformers.step_inputs import build_step_inputs
+from torch_rpa.transformers.windows import widest_window
 
 Params = SamplingParams | GenerationConfig | Mapping[str, Any] | None
+_ENDED = SamplingParams()
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +65,8 @@ class _Entry:
     params: SamplingParams
     seed: int
     output: GenerationOutput
-    detokenizer: Detokenizer | None
+    rules: TokenRules | None  # what it asks of its logits
+    grammar: TextGrammar | None
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,6 +76,10 @@ class _Flight:
     rows: list[Row] = dataclasses.field(default_factory=list)
     # i64[S], on the device, where it may still be computed; None before it is started.
     generated: torch.Tensor | None = None
+    # What the model says, where tokens are chosen in a program of their own.
+    logits: Logits | None = None
+    logprobs: LogprobTensors | None = None
+    prompt_logprobs: LogprobTensors | None = None
 
 
 class Engine:
@@ -88,8 +110,9 @@ class Engine:
         model: PreTrainedModel,
         options: EngineOptions | None = None,
         *,
-        tokenizer: Decoder | None = None,
+        tokenizer: Any = None,
         on_step: Callable[[StepRecord], object] = lambda record: None,
+        metrics: PrometheusMetrics | None = None,
     ):
         """Moves the model to its device and makes its caches.
 
@@ -97,8 +120,10 @@ class Engine:
             model: A causal language model of transformers. It is switched to this
                 project's attention.
             options: Limits and cache.
-            tokenizer: Needed for stop strings, and for prompts that are text.
+            tokenizer: Needed for prompts that are texts, for texts of outputs, and for
+                what parameters say as text.
             on_step: Called after each step.
+            metrics: Told what each step brought, such as ``PrometheusMetrics``.
         """
         options = EngineOptions() if options is None else options
         if not isinstance(options, EngineOptions):
@@ -116,6 +141,7 @@ class Engine:
         num_pages = options.num_pages
         if num_pages is None:
             num_pages = options.max_num_sequences * self._shapes.pages_per_sequence
+        window = widest_window(self._config)
         self.scheduler = Scheduler(
             PageAllocator(num_pages),
             page_size=options.page_size,
@@ -123,6 +149,7 @@ class Engine:
             max_tokens_per_step=options.max_tokens_per_step,
             prefix_caching=options.prefix_caching,
             lookahead=options.lookahead,
+            window=window,
         )
         self._generation_config: Any = model.generation_config
         compilations = devices.num_compilations(self._device)
@@ -132,9 +159,9 @@ class Engine:
             page_size=options.page_size,
             device=self._device,
             cache_dtype=options.cache_dtype,
+            window=window,
         )
-        self._greedy_step = self._runner.step(marking(sampling.greedy))
-        self._sampling_step = self._runner.step(marking(sampling.sample))
+        self._programs = StepPrograms(self._runner, len(self._shapes.token_buckets))
         self._last_generated = self._no_tokens()
         self._model_version = ModelVersion(self._runner.model)
         self.scheduler.model_key = self._model_version.key()
@@ -142,6 +169,12 @@ class Engine:
         self._tokenizer = tokenizer
         self._prompts = _prompt_reader(tokenizer, self._generation_config)
         self._on_step = on_step
+        self._metrics = metrics
+        self._grammars = GrammarFactory(
+            tokenizer,
+            self._config.vocab_size,
+            end_token_ids(self._generation_config),
+        )
         self._random = random.Random(options.seed)
         self._entries: dict[Request, _Entry] = {}
         self._entry_of_id: dict[str, _Entry] = {}
@@ -151,7 +184,7 @@ class Engine:
         # What is to be reported, and how many tokens of it have been.
         self._changed: dict[GenerationOutput, int] = {}
         self._num_named = 0
-        self.stats = EngineStats(max_compilations=self._max_compilations())
+        self.stats = EngineStats(max_compilations=self._programs.max_compilations)
         self.stats.num_compilations = self._num_compilations() - compilations
 
     @property
@@ -168,7 +201,8 @@ class Engine:
     ) -> str:
         """Adds a request, which steps from now on compute.
 
-        A request that can never fit the engine fails, as the next step reports.
+        A request that can never fit the engine fails, as the next step reports. With
+        ``n`` texts, each is a request, named by :func:`outputs.names_of_texts`.
 
         Args:
             prompt_ids: Token ids, at least one, or anything else that
@@ -182,27 +216,45 @@ class Engine:
 
         Raises:
             ValueError: The prompt is none, is empty or holds ids that the model does
-                not know, the name is taken, or a stop string or a text is given without
-                a tokenizer.
+                not know, the name is taken, or something is given as text without a
+                tokenizer.
             NotImplementedError: The generation config asks for something else, or the
                 prompt has images.
         """
+        return self.add_texts(prompt_ids, params, request_id=request_id)[0]
+
+    def add_texts(
+        self,
+        prompt_ids: Any,
+        params: Params = None,
+        *,
+        request_id: str | None = None,
+    ) -> list[str]:
+        """Adds a request like ``add_request``; returns the names of its ``n`` texts."""
         tokens = self._prompts.read(prompt_ids, "prompt_ids")
-        entry = self._entry(tokens, self._sampling_params(params), request_id)
-        self._add(entry)
-        return entry.output.request_id
+        entries = self._new_entries(tokens, self._sampling_params(params), request_id)
+        for entry in entries:
+            self._add(entry)
+        return [entry.output.request_id for entry in entries]
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request and frees its pages, as the next step reports.
 
+        Args:
+            request_id: Of a text, or of the first one of a request, which means all.
+
         Returns:
             False if there is no such request, or it has ended.
         """
-        entry = self._entry_of_id.get(request_id)
-        if entry is None:
-            return False
-        self._end(entry, RequestStatus.CANCELLED)
-        return True
+        others = names_of_texts(request_id, 2)[1].removesuffix("0")
+        entries = [
+            entry
+            for name, entry in self._entry_of_id.items()
+            if name == request_id or name.startswith(others)
+        ]
+        for entry in entries:
+            self._end(entry, RequestStatus.CANCELLED)
+        return bool(entries)
 
     def step(self) -> list[RequestUpdate]:
         """Starts a step, and returns what the one before it brought.
@@ -218,6 +270,7 @@ class Engine:
         generated = self.stats.num_generated
         rows = self._attempt_step()
         self.stats.num_preemptions = self.scheduler.num_preemptions
+        self.stats.max_compilations = self._programs.max_compilations
         seconds = time.perf_counter() - start
         self.stats.seconds += seconds
         if rows:
@@ -235,12 +288,29 @@ class Engine:
                 num_compilations=self._num_compilations() - compilations,
             )
             self.stats.add(record)
+            if self._metrics:
+                self._metrics.observe_step(record, self.stats)
             self._on_step(record)
         changed, self._changed = self._changed, {}
-        return [
+        updates = [
             RequestUpdate(o, o.generated_tokens[num_reported:], o.is_finished())
             for o, num_reported in changed.items()
         ]
+        if self._metrics:
+            self._observe(self._metrics, updates)
+        return updates
+
+    def _observe(
+        self, metrics: PrometheusMetrics, updates: Sequence[RequestUpdate]
+    ) -> None:
+        allocator = self.scheduler.allocator
+        metrics.observe_load(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            cache_usage=allocator.num_held / allocator.num_pages,
+        )
+        for update in updates:
+            metrics.observe_update(update)
 
     def stream(self) -> Iterator[RequestUpdate]:
         """Runs steps until every request has ended; yields their updates.
@@ -267,7 +337,8 @@ class Engine:
             changes: Attributes of SamplingParams that are to differ.
 
         Returns:
-            The results by request id, in the order of the inputs.
+            The results by request id, in the order of the inputs; the ``n`` texts of a
+            prompt follow each other.
 
         Raises:
             ValueError: As in ``add_request``; or the lists are of unequal lengths.
@@ -284,12 +355,12 @@ class Engine:
                 f"prompts, got {len(configs)}"
             )
         params = [
-            dataclasses.replace(self._sampling_params(config), **changes)
-            for config in configs
+            self._sampling_params(config).changed(**changes) for config in configs
         ]
         entries = [
-            self._entry(prompt, wishes, None)
+            entry
             for prompt, wishes in zip(prompts, params, strict=True)
+            for entry in self._new_entries(prompt, wishes, None)
         ]
         for entry in entries:
             self._add(entry)
@@ -306,11 +377,20 @@ class Engine:
         """
         self._must_restart = True
 
-    def warm_up(self, *, with_sampling: bool = True) -> None:
-        """Compiles all programs now, on steps without sequences.
+    def warm_up(
+        self,
+        *,
+        with_sampling: bool = True,
+        with_logits: bool = False,
+        with_prompt_logprobs: bool = False,
+    ) -> None:
+        """Compiles programs now, on steps without sequences.
 
         Args:
             with_sampling: Also those for steps with requests that are not greedy.
+            with_logits: Also those for requests that change their logits, by penalties,
+                biases, bans or grammars, or report log probabilities.
+            with_prompt_logprobs: Also those for log probabilities of prompts.
 
         Raises:
             RuntimeError: There are requests, whose tokens would be lost.
@@ -322,33 +402,97 @@ class Engine:
         for size in self._shapes.token_buckets:
             for is_greedy in (True, False) if with_sampling else (True,):
                 self._run([], size, is_greedy)
+            for all_positions in [False] * with_logits + [True] * with_prompt_logprobs:
+                flight = _Flight()
+                self._start_model(flight, size, all_positions=all_positions)
+                self._choose(flight, with_logprobs=True)
         self._last_generated.cpu()
+        self.stats.max_compilations = self._programs.max_compilations
         self.stats.num_compilations += self._num_compilations() - before
 
-    def _entry(
+    def _new_entries(
         self, prompt_ids: list[int], params: SamplingParams, request_id: str | None
-    ) -> _Entry:
-        """Checks a request that is to be added."""
+    ) -> list[_Entry]:
+        """Checks a request that is to be added; returns an entry for each text."""
         if request_id is None:
             request_id = self._new_name()
         if not isinstance(request_id, str):
             raise ValueError(f"request_id must be a str or None, got {request_id!r}")
-        if request_id in self._entry_of_id:
-            raise ValueError(f"request_id must be new, got {request_id!r} again")
-        request = Request(prompt_ids, params.max_new_tokens)
-        vocabulary = self._config.vocab_size
-        if not 0 <= min(request.tokens) <= max(request.tokens) < vocabulary:
-            raise ValueError(
-                f"prompt_ids must be at least 0 and below {vocabulary}, got "
-                f"{min(request.tokens)} to {max(request.tokens)}"
+        names = names_of_texts(request_id, params.n)
+        for name in names:
+            if name in self._entry_of_id:
+                raise ValueError(f"request_id must be new, got {name!r} again")
+        params = self._with_bad_words(params)
+        entries = [
+            self._entry(prompt_ids, params, name, index)
+            for index, name in enumerate(names)
+        ]
+        for entry in entries[1:]:
+            entry.request.leader = entries[0].request
+        return entries
+
+    def _entry(
+        self, prompt_ids: list[int], params: SamplingParams, name: str, index: int
+    ) -> _Entry:
+        request = Request(list(prompt_ids), params.max_new_tokens)
+        request.uses_prefixes = params.prompt_logprobs is None
+        self._check_tokens("prompt_ids", request.tokens)
+        seed = params.seed
+        output = GenerationOutput(name, request.prompt, index=index)
+        if self._tokenizer is not None:
+            output.output_text = OutputText(
+                self._tokenizer,
+                params.stop_strings,
+                keeps_stop_string=params.include_stop_str_in_output,
             )
+        elif params.stop_strings:
+            raise ValueError(
+                "tokenizer must be given to the engine for stop_strings, got None"
+            )
+        if params.logprobs is not None:
+            output.logprobs = []
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None for _ in request.prompt]
+        grammar = rules = None
+        structure: Any = params.structured_outputs  # no dict by now
+        if structure is not None:
+            grammar = self._grammars.grammar(structure)
+        if params.changes_logits:
+            rules = TokenRules(params, request.prompt, self._config.vocab_size, grammar)
         return _Entry(
             request,
             params,
-            self._random.getrandbits(63) if params.seed is None else params.seed,
-            GenerationOutput(request_id, request.prompt),
-            self._detokenizer(params),
+            self._random.getrandbits(63) if seed is None else seed + index,
+            output,
+            rules,
+            grammar,
         )
+
+    def _with_bad_words(self, params: SamplingParams) -> SamplingParams:
+        """Returns the parameters with bad words as token ids, all of them known."""
+        words = bad_word_ids(self._tokenizer, params.bad_words)
+        for name, tokens in (
+            ("logit_bias", list(params.logit_bias or {})),
+            (
+                "bad_words_ids",
+                [token for word in params.bad_words_ids for token in word],
+            ),
+        ):
+            if tokens:
+                self._check_tokens(name, tokens)
+        if not words:
+            return params
+        return dataclasses.replace(
+            params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *words)
+        )
+
+    def _check_tokens(self, name: str, tokens: Sequence[int]) -> None:
+        vocabulary = self._config.vocab_size
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise ValueError(
+                f"{name} must be at least 0 and below {vocabulary}, got "
+                f"{min(tokens)} to {max(tokens)}"
+            )
 
     def _add(self, entry: _Entry) -> None:
         """Hands a request to the scheduler; one that can never fit fails."""
@@ -386,15 +530,6 @@ class Engine:
             return params
         ends = model.eos_token_id
         return dataclasses.replace(params, eos_token_ids=() if ends is None else ends)
-
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        if not params.stop_strings:
-            return None
-        if self._tokenizer is None:
-            raise ValueError(
-                "tokenizer must be given to the engine for stop_strings, got None"
-            )
-        return Detokenizer(self._tokenizer)
 
     def _too_long(self, request: Request) -> str | None:
         length = request.num_prompt + request.max_new_tokens
@@ -437,6 +572,12 @@ class Engine:
         if flight.rows:
             self._prepare_device()
             self._start(flight)
+            if flight.logits is not None:
+                # What is wanted of the logits may depend on the tokens before.
+                self._finish_all_but(1)
+                if flight not in self._flights:  # all is rolled back
+                    return flight.rows
+                self._choose(flight)
         else:
             if self._entries and not (num_before or self._changed):
                 raise RuntimeError(f"none of {len(self._entries)} requests can go on")
@@ -518,33 +659,83 @@ class Engine:
                 row.start == row.request.num_shared
             ):  # started, for the first time or not
                 self.stats.num_shared_tokens += row.request.num_shared
-        is_greedy = all(
-            not row.is_last or self._entries[row.request].params.temperature == 0
-            for row in rows
-        )
+        entries = [self._entries[row.request] for row in rows]
         size = self._shapes.bucket(sum(row.num_tokens for row in rows))
-        flight.generated = self._run(rows, size, is_greedy)
+        reports_prompt = any(
+            entry.output.prompt_logprobs is not None
+            and row.start < len(entry.output.prompt_ids)
+            for entry, row in zip(entries, rows, strict=True)
+        )
+        choosing = [e for e, row in zip(entries, rows, strict=True) if row.is_last]
+        if reports_prompt or any(
+            entry.rules or entry.output.logprobs is not None for entry in choosing
+        ):
+            self._start_model(flight, size, all_positions=reports_prompt)
+        else:
+            is_greedy = all(entry.params.temperature == 0 for entry in choosing)
+            flight.generated = self._run(rows, size, is_greedy)
+
+    def _start_model(self, flight: _Flight, size: int, *, all_positions: bool) -> None:
+        """Starts a step whose tokens are chosen later."""
+        inputs = build_step_inputs(flight.rows, self._shapes, size).to(self._device)
+        flight.logits = self._programs.logits(
+            inputs, self._last_generated, all_positions=all_positions
+        )
+        if flight.logits.all is not None:
+            following = [
+                token for row in flight.rows for token in _following_prompt_tokens(row)
+            ]
+            following += [0] * (len(flight.logits.all) - len(following))
+            flight.prompt_logprobs = self._programs.logprobs(
+                flight.logits.all, torch.tensor(following).to(self._device)
+            )
+
+    def _choose(self, flight: _Flight, *, with_logprobs: bool = False) -> None:
+        """Chooses the tokens of a step when all tokens before them are known."""
+        assert flight.logits is not None
+        # A request may have ended meanwhile.
+        entries = [self._entries.get(row.request) for row in flight.rows]
+        rules = [
+            entry.rules if entry and row.is_last else None
+            for entry, row in zip(entries, flight.rows, strict=True)
+        ]
+        vocabulary = flight.logits.last.shape[-1]
+        changes = build_logits_inputs(
+            rules,
+            num_rows=self._shapes.num_sequences,
+            num_special=num_special_tokens(vocabulary, self._max_sequence_length),
+            vocabulary=vocabulary,
+        )
+        generated = self._programs.choose(
+            flight.logits,
+            self._sampling_inputs(flight.rows).to(self._device),
+            changes.to(self._device),
+        )
+        if with_logprobs or any(e and e.output.logprobs is not None for e in entries):
+            flight.logprobs = self._programs.logprobs(flight.logits.last, generated)
+        flight.logits = None
+        flight.generated = self._last_generated = generated
+
+    def _sampling_inputs(self, rows: list[Row]) -> SamplingInputs:
+        entries = [self._entries.get(row.request) for row in rows]
+        return sampling.build_sampling_inputs(
+            [
+                (entry.params, entry.seed, row.end) if entry else (_ENDED, 0, 0)
+                for entry, row in zip(entries, rows, strict=True)
+            ],
+            num_rows=self._shapes.num_sequences,
+            vocabulary=self._config.vocab_size,
+        )
 
     def _run(self, rows: list[Row], size: int, is_greedy: bool) -> torch.Tensor:
         inputs = build_step_inputs(rows, self._shapes, size).to(self._device)
-        if is_greedy:
-            generated = self._greedy_step(inputs, self._last_generated)
-        else:
-            entries = [self._entries[row.request] for row in rows]
-            wishes = sampling.build_sampling_inputs(
-                [
-                    (entry.params, entry.seed, row.end)
-                    for entry, row in zip(entries, rows, strict=True)
-                ],
-                num_rows=self._shapes.num_sequences,
-                vocabulary=self._config.vocab_size,
-            )
-            generated = self._sampling_step(
-                inputs, self._last_generated, wishes.to(self._device)
-            )
-        self._last_generated = generated
-        self._runner.sync()
-        return generated
+        wishes = None
+        if not is_greedy:
+            wishes = self._sampling_inputs(rows).to(self._device)
+        self._last_generated = self._programs.tokens(
+            inputs, self._last_generated, wishes
+        )
+        return self._last_generated
 
     def _finish_all_but(self, num_running: int) -> None:
         while len(self._flights) > num_running:
@@ -557,35 +748,67 @@ class Engine:
         """
         assert flight.generated is not None
         tokens = flight.generated.cpu().tolist()
+        logprobs = flight.logprobs and flight.logprobs.cpu()
+        prompt_logprobs = flight.prompt_logprobs and flight.prompt_logprobs.cpu()
         self._flights.popleft()
-        is_whole = True
-        for row, token in zip(flight.rows, tokens, strict=False):
+        is_whole, first = True, 0
+        for index, (row, token) in enumerate(zip(flight.rows, tokens, strict=False)):
             entry = self._entries.get(row.request)
             if entry is None:
                 self.stats.num_surplus += row.is_last
-            elif row.is_last:
+            else:
                 try:
-                    if token == NO_TOKEN:
+                    if prompt_logprobs is not None:
+                        self._receive_prompt(entry, row, prompt_logprobs, first)
+                    if row.is_last and token == NO_TOKEN:
                         self._refuse_logits(entry, row)
-                    else:
+                    elif row.is_last:
+                        if logprobs is not None and entry.output.logprobs is not None:
+                            count = entry.params.logprobs or 0
+                            entry.output.logprobs.append(
+                                logprobs.at(index, token, count, self._decode_token())
+                            )
                         self._receive(entry, token)
                 except Exception as error:
                     _logger.warning("a request failed", exc_info=True)
                     if row.request in self._entries:
                         self._fail(entry, _describe(error))
                     is_whole = False
+            first += row.num_tokens
         if not is_whole:
             self._roll_back()
+
+    def _receive_prompt(
+        self, entry: _Entry, row: Row, logprobs: LogprobTensors, first: int
+    ) -> None:
+        """Gives a request the log probabilities of the prompt tokens after a row's."""
+        output, count = entry.output, entry.params.prompt_logprobs
+        if output.prompt_logprobs is None or count is None:
+            return
+        following = _following_prompt_tokens(row)
+        positions = range(row.start + 1, min(row.end + 1, row.request.num_prompt))
+        for index, position in enumerate(positions):
+            output.prompt_logprobs[position] = logprobs.at(
+                first + index, following[index], count, self._decode_token()
+            )
+
+    def _decode_token(self) -> Callable[[int], str] | None:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            return None
+        return lambda token: tokenizer.decode([token], skip_special_tokens=False)
 
     def _receive(self, entry: _Entry, token: int) -> None:
         output = entry.output
         self._report(output)
         entry.request.append(token)
         output.generated_tokens.append(token)
+        if entry.rules is not None:
+            entry.rules.append(token)
         output.timestamps.append(time.perf_counter())
         output.status = RequestStatus.DECODING
         output.num_preemptions = entry.request.num_preemptions
-        output.finish_reason = _finish_reason(entry, token)
+        output.finish_reason, output.stop_reason = _finish_reason(entry, token)
         self.stats.num_generated += 1
         if output.finish_reason is not None:
             self._end(entry, RequestStatus.FINISHED)
@@ -616,18 +839,14 @@ class Engine:
         output = entry.output
         self._report(output)
         output.status = status
+        if output.output_text is not None:
+            output.output_text.finish()
         output.lifespan = (output.lifespan[0], time.perf_counter())
         self._entries.pop(entry.request, None)
         self._entry_of_id.pop(output.request_id, None)
 
     def _num_compilations(self) -> int:
         return devices.num_compilations(self._device)
-
-    def _max_compilations(self) -> int:
-        """Each bucket with greedy and with sampling rows, and the caches."""
-        if not devices.is_compiled(self._device):
-            return 0
-        return 2 * len(self._shapes.token_buckets) + 1
 
 
 def _prompt_reader(tokenizer: Any, config: GenerationConfig) -> PromptReader:
@@ -657,24 +876,35 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _finish_reason(entry: _Entry, token: int) -> str | None:
+def _following_prompt_tokens(row: Row) -> list[int]:
+    """Returns the token of the prompt after each position of a row, 0 for others."""
+    prompt = row.request.prompt
+    following = prompt[row.start + 1 : row.end + 1]
+    return following + [0] * (row.num_tokens - len(following))
+
+
+def _finish_reason(entry: _Entry, token: int) -> tuple[str | None, str | int | None]:
+    """Returns why a text ends, and what ended it; it may hold no more than it has."""
     params, request = entry.params, entry.request
     ends: Any = params.eos_token_ids  # tuples by now, like the sequences
     sequences: Any = params.stop_sequences
-    if token in ends:
-        return "stop"
-    for sequence in sequences:
-        num_tokens = len(sequence)
-        if num_tokens <= request.num_generated and (
-            tuple(request.tokens[-num_tokens:]) == sequence
-        ):
-            return "stop"
-    if entry.detokenizer is not None:
-        piece = entry.detokenizer.add(token)
-        for string in params.stop_strings:
-            # Earlier tokens alone do not hold it, or the text would have ended.
-            if string in entry.detokenizer.text[-len(string) - len(piece) :]:
-                return "stop"
+    may_stop = request.num_generated >= params.min_tokens
+    found = None
+    if entry.output.output_text is not None:
+        found = entry.output.output_text.add(token, may_stop=may_stop)
+    if may_stop:
+        if token in ends:
+            return "stop", token
+        for sequence in sequences:
+            num_tokens = len(sequence)
+            if num_tokens <= request.num_generated and (
+                tuple(request.tokens[-num_tokens:]) == sequence
+            ):
+                return "stop", token
+        if found is not None:
+            return "stop", found
+    if entry.grammar is not None and entry.grammar.is_complete:
+        return "stop", None
     if request.num_generated >= request.max_new_tokens:
-        return "length"
-    return None
+        return "length", None
+    return None, None

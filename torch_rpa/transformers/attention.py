@@ -95,6 +95,8 @@ def rpa_attention(
     refuse_float16(query.dtype)
     refuse_autocast(query.device)
     _refuse_a_second_time(module, rpa)
+    window = _sliding_window(module, sliding_window)
+    _refuse_to_look_too_far(module, window, rpa.window)
     batch = rpa.batch
     out = rpa.attention(
         query[0].transpose(0, 1),
@@ -107,7 +109,7 @@ def rpa_attention(
         batch.distribution,
         None if s_aux is None else s_aux.float(),
         sm_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=_sliding_window(module, sliding_window),
+        sliding_window=window,
         soft_cap=softcap,
         k_scale=rpa.k_scale,
         v_scale=rpa.v_scale,
@@ -197,6 +199,17 @@ def _refuse_a_second_time(module: AttentionModule, rpa: RPAContext) -> None:
             "itself attends twice, use another attn_implementation"
         )
     rpa.layers_done.add(module.layer_idx)
+
+
+def _refuse_to_look_too_far(
+    module: AttentionModule, window: int | None, kept: int | None
+) -> None:
+    if kept is not None and (window is None or window > kept):
+        raise NotImplementedError(
+            f"layer {module.layer_idx} of {type(module).__name__} must see at most the "
+            f"last {kept} tokens, as the config of the model says of all layers, got "
+            f"sliding_window {window}; use another attn_implementation for this model"
+        )
 
 
 def _sliding_window(module: AttentionModule, argument: int | None) -> int | None:

@@ -50,6 +50,8 @@ class RPAContext:
         probabilities_dtype: To which probabilities may be rounded in prefill.
         attention: The operator, or a function of the same arguments, such as
             ``torch_rpa.spmd.sharded_ragged_paged_attention`` with its mesh.
+        window: Keys and values that are farther back may be gone: a layer that sees
+            more than so many tokens raises. None says that all are there.
         layers_done: Layers that the present model call has computed.
     """
 
@@ -60,6 +62,7 @@ class RPAContext:
     decode_q_len: int = 1
     probabilities_dtype: torch.dtype | None = None
     attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention
+    window: int | None = None
     layers_done: set[int] = dataclasses.field(default_factory=set, init=False)
 
 

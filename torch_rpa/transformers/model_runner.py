@@ -33,6 +33,7 @@ class ModelRunner:
         cache_dtype: torch.dtype | None = None,
         fill_caches_first: bool = True,
         compiles: bool = True,
+        window: int | None = None,
     ):
         """Moves the model to its device and makes its caches.
 
@@ -47,9 +48,12 @@ class ModelRunner:
                 first step's program makes them: one program fewer, unless more steps
                 have the first one's sizes, as in chunked prefill.
             compiles: Compile steps where the device does not do so by itself.
+            window: Farther back than so many tokens, pages may be gone; see
+                ``RPAContext``.
         """
         self.device = devices.open_device(device or model.device)
         self._compiles = compiles
+        self._window = window
         self.model = use_rpa(model)
         if model.device != self.device:
             self.model.to(self.device)  # pyright: ignore[reportArgumentType]
@@ -75,7 +79,15 @@ class ModelRunner:
             self.model, *self._cache_shape, dtype=self._cache_dtype, device=self.device
         )
 
-    def step(self, choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns what to call for a function of static shapes, in one program."""
+        if self._compiles:
+            function = devices.compiled(function, self.device)
+        return torch.no_grad()(function)
+
+    def step(
+        self, choose: Callable[..., Any], *, all_positions: bool = False
+    ) -> Callable[..., Any]:
         """Returns a step from its inputs to its result, in one program where it can be.
 
         On a lazy device it runs at the next ``sync``.
@@ -83,6 +95,7 @@ class ModelRunner:
         Args:
             choose: What to make of the logits ``[S, vocabulary]``, which say what may
                 follow the last token of each row.
+            all_positions: Give it the logits ``[T, vocabulary]`` after every token.
 
         Returns:
             A function of what :meth:`forward` takes, and of what ``choose`` takes after
@@ -94,14 +107,18 @@ class ModelRunner:
             inputs: StepInputs,
             last_generated: torch.Tensor | None = None,
             *others: Any,
-        ) -> torch.Tensor:
-            return choose(self.forward(inputs, last_generated), *others)
+        ) -> Any:
+            logits = self.forward(inputs, last_generated, all_positions=all_positions)
+            return choose(logits, *others)
 
-        function = devices.compiled(compute, self.device) if self._compiles else compute
-        return torch.no_grad()(function)
+        return self.compiled(compute)
 
     def forward(
-        self, inputs: StepInputs, last_generated: torch.Tensor | None = None
+        self,
+        inputs: StepInputs,
+        last_generated: torch.Tensor | None = None,
+        *,
+        all_positions: bool = False,
     ) -> torch.Tensor:
         """Computes logits ``[S, vocabulary]``, operation by operation if not compiled.
 
@@ -109,6 +126,7 @@ class ModelRunner:
             inputs: On the device.
             last_generated: i64 ``[S]`` on the device, one token for each row of the
                 step before; needed if ``inputs.pending_rows`` refers to it.
+            all_positions: Return logits ``[T, vocabulary]``, of every token.
         """
         input_ids = inputs.input_ids
         if last_generated is not None:
@@ -120,8 +138,8 @@ class ModelRunner:
             input_ids=input_ids,
             position_ids=inputs.position_ids,
             use_cache=False,
-            rpa=RPAContext(self.kv_caches, inputs.batch),
-            logits_to_keep=inputs.last_tokens,
+            rpa=RPAContext(self.kv_caches, inputs.batch, window=self._window),
+            logits_to_keep=0 if all_positions else inputs.last_tokens,
         ).logits[0]
 
     def sync(self) -> None:

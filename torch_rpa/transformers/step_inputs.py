@@ -101,7 +101,7 @@ def build_step_inputs(
         positions += range(row.start, row.end)
         kv_lens.append(row.end)
         cu_q_lens.append(len(tokens))
-        page_table += _padded(request.pages, shapes.pages_per_sequence)
+        page_table += _padded(request.page_table(), shapes.pages_per_sequence)
         if row.num_tokens == 1 and num_decodes == len(kv_lens) - 1:
             num_decodes += 1
     num_seqs = shapes.num_sequences
