@@ -38,6 +38,9 @@ def test_the_examples_of_serving_run_as_printed(capsys):
     assert capsys.readouterr().out.splitlines() == expected
     (expected_line,) = run(block("async example", SERVING), SERVING, names)
     assert capsys.readouterr().out.strip() == expected_line
+    expected = run(block("features example", SERVING), SERVING, names)
+    assert len(expected) == 2
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_the_commands_are_one_line_each():

@@ -1,5 +1,7 @@
 """On an XLA device: few programs, nothing on the CPU, one wait in a step."""
 
+import dataclasses
+
 import pytest
 
 from tests.serving.traffic import check, random_traffic, run
@@ -128,3 +130,42 @@ def test_a_step_that_fails_half_recorded_leaves_nothing_behind(engine):
         o.generated_tokens for o in expected.values()
     ]
     assert engine.stats.num_compilations == num_compilations
+
+
+def test_what_requests_ask_of_logits_is_compiled_once_for_all_parameters(engine, paged):
+    import torch_xla.debug.metrics as metrics
+
+    wishes = [
+        {"repetition_penalty": 1.4, "logit_bias": {9: 2.0}, "logprobs": 2},
+        {"min_tokens": 4, "eos_token_ids": (3, 4), "temperature": 0.9, "seed": 5},
+        {"prompt_logprobs": 1, "bad_words_ids": [[7], [8, 1]]},
+        {},
+    ]
+    params = [SamplingParams(max_new_tokens=6, **fields) for fields in wishes]
+    num_usual = engine.stats.num_compilations
+    metrics.clear_counters()
+    outputs = list(engine.generate_batch(PROMPTS, params).values())
+    assert [name for name in metrics.counter_names() if name.startswith("aten::")] == []
+    num_programs = engine.stats.num_compilations
+    assert num_usual < num_programs <= engine.stats.max_compilations
+    engine.generate_batch(PROMPTS, params[::-1])
+    engine.generate_batch(PROMPTS, SamplingParams(presence_penalty=1.0, logprobs=9))
+    engine.generate_batch(PROMPTS, PARAMS)
+    assert engine.stats.num_compilations <= engine.stats.max_compilations
+    assert engine.stats.num_failed_steps == 0
+
+    options = dataclasses.replace(OPTIONS, device="cpu")
+    on_cpu = Engine(paged, options).generate_batch(PROMPTS, params).values()
+    for output, expected in zip(outputs, on_cpu, strict=True):
+        assert output.generated_tokens == expected.generated_tokens
+        assert output.cumulative_logprob == pytest.approx(
+            expected.cumulative_logprob, abs=1e-4
+        )
+    (_, *found), (_, *there) = (
+        outputs[2].prompt_logprobs,
+        list(on_cpu)[2].prompt_logprobs,
+    )
+    for table, expected in zip(found, there, strict=True):
+        assert table.keys() == expected.keys()
+        for token, logprob in table.items():
+            assert logprob.logprob == pytest.approx(expected[token].logprob, abs=1e-4)
