@@ -132,10 +132,10 @@ def test_malformed_and_failing_requests_tell_their_own_task(engine, expected):
 def test_a_request_that_breaks_steps_does_not_poison_later_ones(engine, expected):
     forward = engine._runner.forward
 
-    def broken_by_99(inputs, last_generated=None):
+    def broken_by_99(inputs, last_generated=None, **keywords):
         if 99 in inputs.input_ids:
             raise RuntimeError("out of memory")
-        return forward(inputs, last_generated)
+        return forward(inputs, last_generated, **keywords)
 
     engine._runner.forward = broken_by_99
 
@@ -188,12 +188,12 @@ def test_steps_run_outside_of_the_event_loop(engine):
     threads = set()
     forward = engine._runner.forward
 
-    def logged(inputs, last_generated=None):
+    def logged(inputs, last_generated=None, **keywords):
         import threading
 
         threads.add(threading.current_thread().name)
         assert not torch.is_grad_enabled()
-        return forward(inputs, last_generated)
+        return forward(inputs, last_generated, **keywords)
 
     engine._runner.forward = logged
 

@@ -313,10 +313,10 @@ def broken_by(engine, token, error):
     """Has every step with a token raise, when it is started."""
     forward = engine._runner.forward
 
-    def broken(inputs, last_generated=None):
+    def broken(inputs, last_generated=None, **keywords):
         if token in inputs.input_ids:
             raise error
-        return forward(inputs, last_generated)
+        return forward(inputs, last_generated, **keywords)
 
     engine._runner.forward = broken
 
@@ -425,12 +425,12 @@ def test_an_interrupt_leaves_every_request_whole(paged, prompts, expected):
         engine.add_request(prompt, GREEDY)
     forward, tokens, num_calls = engine._runner.forward, {}, 0
 
-    def interrupted(inputs, last_generated=None):
+    def interrupted(inputs, last_generated=None, **keywords):
         nonlocal num_calls
         num_calls += 1
         if num_calls % 5 == 0:
             raise KeyboardInterrupt
-        return forward(inputs, last_generated)
+        return forward(inputs, last_generated, **keywords)
 
     engine._runner.forward = interrupted
     while engine.has_unfinished:

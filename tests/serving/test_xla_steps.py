@@ -110,8 +110,8 @@ def test_a_step_that_fails_half_recorded_leaves_nothing_behind(engine):
     num_compilations = engine.stats.num_compilations
     forward, start = engine._runner.forward, engine._start
 
-    def failing(inputs, last_generated=None):
-        forward(inputs, last_generated)  # caches whose update is yet to run
+    def failing(inputs, last_generated=None, **keywords):
+        forward(inputs, last_generated, **keywords)  # caches whose update is yet to run
         raise RuntimeError("broken")
 
     def start_failing_with_99(flight):
