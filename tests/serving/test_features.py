@@ -338,3 +338,15 @@ def test_pages_that_every_window_has_left_are_free(keywords):
     assert held and max(held) <= 4
     assert audit.num_rows > 50
     assert engine.scheduler.allocator.num_held == 0
+
+
+def test_the_example_of_metrics_runs(paged):
+    pytest.importorskip("prometheus_client")
+    from tests.support import snippets
+
+    (snippet,) = [
+        s for s in snippets.all_snippets("python", "") if s.marker == "metrics example"
+    ]
+    names = {"Engine": Engine, "EngineOptions": EngineOptions, "model": paged}
+    exec(snippet.code, names)
+    assert 'vllm:num_requests_running{model_name="my-model"} 0.0' in names["text"]
