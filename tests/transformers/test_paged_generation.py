@@ -389,7 +389,7 @@ def test_a_text_generation_pipeline_runs_unchanged(eager, paged):
             end = texts[0][0][0]["generated_text"][6:8]
             stopped.append(generator("34567", stop_sequence=end, **keywords))
     assert texts[0] == texts[1] and stopped[0] == stopped[1]
-    assert len(stopped[0][0]["generated_text"]) == 8
+    assert len(stopped[0][0]["generated_text"]) < 5 + 6
 
 
 @pytest.mark.torch_xla

@@ -92,8 +92,10 @@ def _rope_type(parameters: dict[str, Any]) -> str | None:
 
 
 def _unscaled_length(config: Any, parameters: dict[str, Any]) -> int:
+    # Among the parameters it has a meaning since transformers 5 alone.
+    own = parameters if hasattr(config, "rope_parameters") else {}
     return (
-        parameters.get("original_max_position_embeddings")
+        own.get("original_max_position_embeddings")
         or getattr(config, "original_max_position_embeddings", None)
         or config.max_position_embeddings
     )
