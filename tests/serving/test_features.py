@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -85,11 +86,12 @@ def test_changed_logits_give_the_tokens_of_transformers(eager, paged, plain, loo
 
 def test_biases_and_counted_penalties_move_tokens(engine, plain):
     token = plain[0][0]
-    for fields in (
+    wishes: tuple[dict[str, Any], ...] = (
         {"logit_bias": {token: -1000.0}},
         {"frequency_penalty": 2.0, "logit_bias": {token: 8.0}},
         {"bad_words": [chr(token)] if token < 128 else [], "bad_words_ids": [[token]]},
-    ):
+    )
+    for fields in wishes:
         params = SamplingParams(max_tokens=NEW_TOKENS, **fields)
         (output,) = engine.generate_batch(PROMPTS[:1], params).values()
         assert output.status == RequestStatus.FINISHED
@@ -112,7 +114,7 @@ def test_log_probabilities_are_those_of_the_model(eager, paged, plain, budget):
         SamplingParams(max_tokens=NEW_TOKENS, logprobs=0, prompt_logprobs=2),
         SamplingParams(max_tokens=NEW_TOKENS),
     ]
-    outputs = list(engine.generate_batch(PROMPTS, params).values())
+    outputs: list[Any] = list(engine.generate_batch(PROMPTS, params).values())
     for output, top in zip(outputs, (3, 0, None), strict=True):
         if top is None:
             assert output.logprobs is None and output.cumulative_logprob is None

@@ -1,6 +1,7 @@
 """On an XLA device: few programs, nothing on the CPU, one wait in a step."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -140,7 +141,7 @@ def test_what_requests_ask_of_logits_is_compiled_once_for_all_parameters(
     options = dataclasses.replace(OPTIONS, token_buckets=(24,))
     engine = Engine(paged_on_xla, options)
 
-    wishes = [
+    wishes: list[dict[str, Any]] = [
         {"repetition_penalty": 1.4, "logit_bias": {9: 2.0}, "logprobs": 2},
         {"min_tokens": 4, "eos_token_ids": (3, 4), "temperature": 0.9, "seed": 5},
         {"prompt_logprobs": 1, "bad_words_ids": [[7], [8, 1]]},
@@ -148,7 +149,7 @@ def test_what_requests_ask_of_logits_is_compiled_once_for_all_parameters(
     ]
     params = [SamplingParams(max_new_tokens=6, **fields) for fields in wishes]
     metrics.clear_counters()
-    outputs = list(engine.generate_batch(PROMPTS, params).values())
+    outputs: list[Any] = list(engine.generate_batch(PROMPTS, params).values())
     assert [name for name in metrics.counter_names() if name.startswith("aten::")] == []
     num_programs = engine.stats.num_compilations
     # The model with logits of the last or of all tokens, choice, log probabilities.
@@ -160,7 +161,8 @@ def test_what_requests_ask_of_logits_is_compiled_once_for_all_parameters(
     assert engine.stats.num_failed_steps == 0
 
     options = dataclasses.replace(OPTIONS, device="cpu")
-    on_cpu = Engine(paged, options).generate_batch(PROMPTS, params).values()
+    results = Engine(paged, options).generate_batch(PROMPTS, params)
+    on_cpu: list[Any] = list(results.values())
     for output, expected in zip(outputs, on_cpu, strict=True):
         assert output.generated_tokens == expected.generated_tokens
         assert output.cumulative_logprob == pytest.approx(
@@ -168,7 +170,7 @@ def test_what_requests_ask_of_logits_is_compiled_once_for_all_parameters(
         )
     (_, *found), (_, *there) = (
         outputs[2].prompt_logprobs,
-        list(on_cpu)[2].prompt_logprobs,
+        on_cpu[2].prompt_logprobs,
     )
     for table, expected in zip(found, there, strict=True):
         assert table.keys() == expected.keys()
