@@ -2,6 +2,7 @@
 
 import io
 import runpy
+import subprocess
 import sys
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from torch_rpa.generate import check
+from torch_rpa.generate import check, run
 from torch_rpa.generate.__main__ import main
 from torch_rpa.generate.tokenizer import PromptEncoder
+from torch_rpa.serving import Engine, EngineOptions
 
 SHORT = ["--device", "cpu", "--max-new-tokens", "6"]
 
@@ -133,9 +135,16 @@ def test_a_missing_matplotlib_is_reported_before_anything_runs(monkeypatch, caps
     ("arguments", "message"),
     [
         (["--trace", "no/such/file"], "No such file"),
-        (["--max-num-sequences", "4", "--max-tokens-per-step", "2"], "each of the 4"),
-        (["--model", "no/such/directory"], "model must be a directory"),
-        (["--page-size", "12"], "page_size must be a power of two"),
+        (
+            ["--max-num-sequences", "4", "--max-tokens-per-step", "2"],
+            "--max-tokens-per-step must be at least one for each of the 4",
+        ),
+        (["--model", "no/such/directory"], "error: --model must be a directory"),
+        (["--page-size", "12"], "error: --page-size must be a power of two"),
+        (["--num-pages", "1", "--prompt", "b" * 20], "raise --num-pages, or shorten"),
+        (["--plot", "no/such/folder/steps.png"], "--plot must be a file in a folder"),
+        (["--plot", "steps.xyz"], "--plot must end in one of ."),
+        (["--prompt-file", "no/such/file"], "No such file"),
     ],
 )
 def test_user_mistakes_are_one_line(arguments, message, capsys):
@@ -153,6 +162,12 @@ def test_user_mistakes_are_one_line(arguments, message, capsys):
         ["--trace", "file", "--prompt", "a"],
         ["--trace", "file", "--stream"],
         ["--max-new-tokens", "0"],
+        ["--max-new-tokens", "many"],
+        ["--max-num-sequences", "9999999999"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--top-k", "-1"],
+        ["--top-p", "1.5"],
         ["--device", "cuda"],
     ],
 )
@@ -216,3 +231,62 @@ def test_a_begin_token_is_never_doubled_and_a_chat_is_written(prompt):
 def test_a_chat_needs_a_template(capsys):
     assert main([*SHORT, "--chat"]) == 2
     assert "--chat needs a tokenizer with a chat template" in capsys.readouterr().err
+
+
+def test_the_usual_page_size_is_that_of_the_engine(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "run", lambda args, with_option_names: seen.append(args))
+    main(["--device", "cpu"])
+    assert seen[0].page_size == EngineOptions().page_size
+
+
+def test_every_bad_line_of_a_trace_is_named_before_anything_runs(tmp_path, capsys):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"prompt": 1}\n{"prompt": "a"}\n{"prompt": "a", "top_p": 2}\n')
+    arguments = ["--trace", str(trace), "--model", "no/such/directory"]
+    assert main([*SHORT, *arguments]) == 2
+    out, err = capsys.readouterr()
+    first, second = err.splitlines()
+    assert first == f"error: {trace}, line 1: prompt must be a text, got 1"
+    assert second.startswith(f"error: {trace}, line 3: top_p must be more than 0")
+    assert out == ""
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_interrupt_keeps_the_texts_so_far_and_the_summary(
+    streams, monkeypatch, capsys
+):
+    step, num_steps = Engine.step, 0
+
+    def interrupted(self):
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    arguments = [*SHORT, "--prompt", "one", "--prompt", "two"]
+    assert main(arguments) == 0
+    whole = capsys.readouterr().out.split("--- one\n")[1].split("\n--- two")[0]
+    monkeypatch.setattr(Engine, "step", interrupted)
+    assert main([*arguments, *["--stream"] * streams]) == 130
+    out, err = capsys.readouterr()
+    heading = "[0] one" if streams else "--- one\n"
+    assert f"{heading}{whole[:3]}\n" in out
+    assert "generated tokens        6\n" in out
+    assert "interrupted: 0 of 2 texts had ended" in err
+
+
+def test_help_and_range_errors_do_not_wait_for_transformers():
+    code = """
+import contextlib, sys
+from torch_rpa.generate.__main__ import main
+for arguments in (["--help"], ["--top-p", "2"]):
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+print([name for name in ("transformers", "torch_xla", "jax") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--max-new-tokens" in result.stdout and result.stdout.endswith("\n[]\n")
+    assert "--top-p: must be more than 0 and at most 1, got 2" in result.stderr

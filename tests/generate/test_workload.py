@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 
 from torch_rpa.generate.tokenizer import ByteTokenizer
+from torch_rpa.generate.trace import TRACE_FORMAT
 from torch_rpa.generate.workload import (
-    TRACE_FORMAT,
     TimedRequest,
     Workload,
     read_trace,
     replay,
+    trace_workload,
 )
 from torch_rpa.serving import SamplingParams
 
@@ -20,7 +21,8 @@ PARAMS = SamplingParams(max_new_tokens=7, eos_token_ids=(257,), seed=0)
 def read(tmp_path, text):
     path = tmp_path / "trace.jsonl"
     path.write_text(text, encoding="utf-8")
-    return read_trace(path, ByteTokenizer(), PARAMS, vocabulary=256)
+    trace = read_trace(path, PARAMS)
+    return trace_workload(trace, ByteTokenizer(), PARAMS, vocabulary=256)
 
 
 def test_a_line_says_when_and_what_and_how(tmp_path):
@@ -70,9 +72,26 @@ def test_the_example_in_the_help_is_a_trace(tmp_path):
         ('{"prompt": "a"}\n{"promt": "a"}', r"line 2: fields must be .* \['promt'\]"),
         ('{"arrival": 1}', "either prompt or prompt_tokens"),
         ('{"prompt": "a", "prompt_tokens": 1}', "either prompt or prompt_tokens"),
-        ('{"prompt": "a", "arrival": -1}', "arrival must not be negative, got -1"),
+        (
+            '{"prompt": "a", "arrival": -1}',
+            "line 1: arrival must be a number",
+        ),
         ('{"prompt_tokens": 1, "prefix_tokens": 2}', "at most prompt_tokens 1, got 2"),
         ('{"prompt": "a", "top_p": 2}', "line 1: top_p must be"),
+        (
+            '{"prompt": "a", "seed": "b"}',
+            "line 1: seed must be an int or None",
+        ),
+        ('{"prompt": "a", "max_new_tokens": 1.5}', "max_new_tokens must be an int"),
+        ('{"prompt": 42}', "line 1: prompt must be a text, got 42"),
+        ('{"prompt": ""}', "line 1: prompt must be a text, got ''"),
+        ('{"prompt_tokens": "9"}', "line 1: prompt_tokens must be an int from 1"),
+        ('{"prompt_tokens": 1e9}', "line 1: prompt_tokens must be an int from 1"),
+        ('{"prompt_tokens": 2, "prefix": 1}', "line 1: prefix must be a name, got 1"),
+        ('{"prompt": "a", "prefix": "b"}', "prefix must be left out beside prompt"),
+        ('{"prompt": "a", "arrival": "0"}', "line 1: arrival must be a number"),
+        ('{"prompt": "a", "arrival": NaN}', "line 1: arrival must be a number"),
+        ('{"prompt": "a", "arrival": 1, "arrival_step": 1}', "line 1: .* got both"),
         (
             '{"prompt": "a", "arrival": 1}\n{"prompt": "a", "arrival_step": 1}',
             "line 2: all lines must have arrival, or all arrival_step",
@@ -82,6 +101,16 @@ def test_the_example_in_the_help_is_a_trace(tmp_path):
 def test_other_lines_are_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
+
+
+def test_every_bad_line_is_named(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    lines = [b'{"prompt": "a"}', b'{"prompt": 1}', b"", b"{", b'{"prompt": "\xff"}']
+    path.write_bytes(b"\n".join([*lines, b'{"prompt": "b\xe2\x80\xa8c"}']))
+    with pytest.raises(ValueError, match="prompt must be a text, got 1") as caught:
+        read_trace(path, PARAMS)
+    named = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert named == [f"{path}, line {number}" for number in (2, 4, 5)]
 
 
 class Engine(Any):  # of the engine, only what replay calls

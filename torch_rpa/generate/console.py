@@ -53,6 +53,13 @@ class StreamPrinter:
         if update.is_last:
             self._end(request_id)
 
+    def close(self) -> None:
+        """Prints what is left of every text that has not ended."""
+        for request_id, detokenizer in list(self._detokenizers.items()):
+            self._print(request_id, printable(detokenizer.flush()))
+            self._end(request_id)
+        self._out.flush()
+
     def _print(self, request_id: str, text: str) -> None:
         if self._is_alone:
             self._out.write(text)

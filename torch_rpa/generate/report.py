@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,6 +50,19 @@ def require_matplotlib() -> None:
             "--plot needs matplotlib: pip install matplotlib, or the extra [plot] of "
             "this package"
         ) from error
+
+
+def check_plot_path(path: Path) -> None:
+    """Raises a ValueError if a plot could not be written there."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    kinds = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".") not in kinds:
+        raise ValueError(f"--plot must end in one of .{', .'.join(kinds)}, got {path}")
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--plot must be a file in a folder to write to, got {path}")
 
 
 def plot(steps: Iterable[StepRecord], num_pages: int, path: Path) -> None:

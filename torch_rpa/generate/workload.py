@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import time
 from collections import deque
@@ -11,27 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch_rpa.generate.trace import Trace, TraceLine, read_lines
 from torch_rpa.serving import Engine, RequestUpdate, SamplingParams
-
-TRACE_FORMAT = """\
-A trace has one JSON object on each line:
-
-  arrival        seconds after the start (0 without it), or
-  arrival_step   steps after the start: all lines must use the same of the two
-  prompt         text, or
-  prompt_tokens  number of random tokens; then the text does not end early
-  prefix         with prompt_tokens: a name. Requests with the same name begin with the
-  prefix_tokens  same tokens, so many of them
-  max_new_tokens, temperature, top_k, top_p, seed
-                 without them the options of the command line
-
-  {"arrival": 0.0, "prompt": "Once", "max_new_tokens": 20}
-  {"arrival": 0.4, "prompt_tokens": 300, "prefix": "a", "prefix_tokens": 200}
-"""
-
-_PROMPT_FIELDS = {"prompt", "prompt_tokens", "prefix", "prefix_tokens"}
-_PARAMS_FIELDS = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
-_FIELDS = {"arrival", "arrival_step"} | _PROMPT_FIELDS | _PARAMS_FIELDS
 
 
 class Encoder(Protocol):
@@ -70,43 +50,41 @@ class Workload:
     in_steps: bool = False
 
 
-def read_trace(
-    path: Path, tokenizer: Encoder, params: SamplingParams, vocabulary: int
-) -> Workload:
-    """Reads a trace in the format of ``TRACE_FORMAT``.
+def read_trace(path: Path, params: SamplingParams) -> Trace:
+    """Reads a trace, before there is a model.
 
     Args:
-        path: One JSON object on each line.
+        path: In the format of ``torch_rpa.generate.trace.TRACE_FORMAT``.
+        params: For what a line does not say.
+
+    Raises:
+        ValueError: Lines are not in the format; the message names them all.
+    """
+    return read_lines(path, lambda changes: dataclasses.replace(params, **changes))
+
+
+def trace_workload(
+    trace: Trace, tokenizer: Encoder, params: SamplingParams, vocabulary: int
+) -> Workload:
+    """Returns the requests of a trace.
+
+    Args:
+        trace: Of the same parameters.
         tokenizer: For prompts that are text.
         params: For what a line does not say.
         vocabulary: Random tokens are below it.
-
-    Raises:
-        ValueError: A line is not in the format; the message names it.
     """
-    requests, units = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = _fields(line)
-            units.add("arrival_step" in fields)
-            if len(units) > 1:
-                raise ValueError("all lines must have arrival, or all arrival_step")
-            requests.append(
-                TimedRequest(
-                    f"line {number}",
-                    _prompt_ids(fields, tokenizer, vocabulary, seed=number),
-                    _params(fields, params),
-                    float(fields.get("arrival_step", fields.get("arrival", 0))),
-                )
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if not requests:
-        raise ValueError(f"{path} must hold at least one request, got none")
+    requests = [
+        TimedRequest(
+            f"line {line.number}",
+            _prompt_ids(line.fields, tokenizer, vocabulary, seed=line.number),
+            _params(line, params),
+            line.arrival,
+        )
+        for line in trace.lines
+    ]
     requests.sort(key=lambda request: request.arrival)
-    return Workload(requests, in_steps=True in units)
+    return Workload(requests, in_steps=trace.in_steps)
 
 
 def replay(
@@ -138,21 +116,6 @@ def replay(
             time.sleep(max(0.0, coming[0].arrival - (time.perf_counter() - start)))
 
 
-def _fields(line: str) -> dict[str, Any]:
-    fields = json.loads(line)
-    if not isinstance(fields, dict):
-        raise ValueError(f"must be a JSON object, got {line.strip()}")
-    unknown = sorted(fields.keys() - _FIELDS)
-    if unknown:
-        raise ValueError(f"fields must be among {sorted(_FIELDS)}, got {unknown}")
-    if ("prompt" in fields) == ("prompt_tokens" in fields):
-        raise ValueError("must have either prompt or prompt_tokens")
-    for name in ("arrival", "arrival_step"):
-        if not fields.get(name, 0) >= 0:
-            raise ValueError(f"{name} must not be negative, got {fields[name]}")
-    return fields
-
-
 def _prompt_ids(
     fields: dict[str, Any], tokenizer: Encoder, vocabulary: int, seed: int
 ) -> list[int]:
@@ -160,11 +123,6 @@ def _prompt_ids(
         return tokenizer.encode(fields["prompt"])
     num_tokens = fields["prompt_tokens"]
     num_shared = fields.get("prefix_tokens", 0)
-    if not 0 <= num_shared <= num_tokens:
-        raise ValueError(
-            f"prefix_tokens must be at most prompt_tokens {num_tokens}, got "
-            f"{num_shared}"
-        )
     shared = _random_tokens(f"prefix {fields.get('prefix')}", num_shared, vocabulary)
     own = _random_tokens(f"line {seed}", num_tokens - num_shared, vocabulary)
     return shared + own
@@ -175,9 +133,9 @@ def _random_tokens(seed: str, count: int, vocabulary: int) -> list[int]:
     return [generator.randrange(vocabulary) for _ in range(count)]
 
 
-def _params(fields: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
-    changes = {name: fields[name] for name in _PARAMS_FIELDS & fields.keys()}
-    if "prompt_tokens" in fields:
+def _params(line: TraceLine, defaults: SamplingParams) -> SamplingParams:
+    changes = line.changes
+    if "prompt_tokens" in line.fields:
         changes.update(eos_token_ids=(), stop_strings=())
     return dataclasses.replace(defaults, **changes)
 

@@ -1,0 +1,268 @@
+"""Runs what the command line asks for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from torch_rpa import devices
+from torch_rpa.generate import check, models, report
+from torch_rpa.generate.console import StreamPrinter, printable
+from torch_rpa.generate.constants import (
+    CACHE_DTYPES_BY_NAME,
+    DEFAULT_PROMPTS,
+    MODEL_DTYPES,
+    USUAL_NEW_TOKENS,
+    USUAL_SEQUENCES,
+    USUAL_STEP_TOKENS,
+)
+from torch_rpa.generate.tokenizer import PromptEncoder, Tokenizer
+from torch_rpa.generate.trace import Trace
+from torch_rpa.generate.workload import (
+    TimedRequest,
+    Workload,
+    prompts_workload,
+    read_trace,
+    replay,
+    trace_workload,
+)
+from torch_rpa.serving import (
+    Engine,
+    EngineOptions,
+    GenerationOutput,
+    SamplingParams,
+    StepRecord,
+)
+from torch_rpa.transformers import ATTENTION_NAME
+
+# Padded sizes of a step are multiples of this.
+ALIGNMENT = 8
+INTERRUPTED = 130  # as shells number what Ctrl-C ends
+
+
+def run(args: argparse.Namespace, with_option_names: Callable[[str], str]) -> int:
+    """Runs and prints; returns the exit code.
+
+    Args:
+        args: Of the command line.
+        with_option_names: What to do with messages, which name arguments of Python.
+    """
+    try:
+        if args.plot:
+            report.check_plot_path(args.plot)
+        trace = None
+        if args.trace:
+            try:
+                trace = read_trace(args.trace, SamplingParams())
+            except ValueError as error:  # the names are those of the trace
+                _print_errors(str(error))
+                return 2
+        texts = None if trace else _texts(args)
+        return _run(args, trace, texts, with_option_names)
+    except (ValueError, NotImplementedError, OSError) as error:
+        _print_errors(with_option_names(str(error)))
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before there was a text", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _print_errors(message: str) -> None:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+
+
+def _run(
+    args: argparse.Namespace,
+    trace: Trace | None,
+    texts: Sequence[str] | None,
+    with_option_names: Callable[[str], str],
+) -> int:
+    device = devices.open_device(args.device)
+    if args.check:
+        devices.multiply_in_float32(device)
+    tokenizer = models.load_tokenizer(args.model)
+    model = models.load_model(args.model, ATTENTION_NAME, MODEL_DTYPES[args.dtype])
+    workload = _workload(args, trace, texts, tokenizer, model)
+    steps: list[StepRecord] = []
+    engine = Engine(
+        model,
+        _engine_options(args, workload),
+        tokenizer=tokenizer,
+        on_step=steps.append,
+    )
+    if trace:  # compiling would delay the first requests
+        sampled = (r.params.temperature > 0 for r in workload.requests)
+        with tqdm(desc="compiling", bar_format="{desc} {elapsed}"):
+            engine.warm_up(with_sampling=any(sampled))
+    results, is_whole = _generate(args, engine, workload, tokenizer, steps)
+    if not args.trace and not args.stream:
+        for request, output in results:
+            print(f"--- {request.name}")
+            print(printable(tokenizer.decode(output.generated_tokens, True)))
+    outputs = [output for _, output in results]
+    print(f"\n{report.summary(engine, outputs, args.device)}")
+    if args.plot and steps:
+        report.plot(steps, engine.scheduler.allocator.num_pages, args.plot)
+    if not is_whole:
+        ended = sum(output.is_finished() for output in outputs)
+        print(
+            f"interrupted: {ended} of {len(workload.requests)} texts had ended",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    failed = [(r.name, o.error) for r, o in results if o.error is not None]
+    for name, error in failed:
+        print(f"error: {name!r}: {with_option_names(error)}", file=sys.stderr)
+    if failed:
+        return 2
+    if not args.check:
+        return 0
+    del model, engine
+    return _check(args, results)
+
+
+def _texts(args: argparse.Namespace) -> Sequence[str]:
+    """Returns the prompts of arguments, of a file or of standard input."""
+    texts = [*(args.prompt or ())]
+    if args.prompt_file:
+        if str(args.prompt_file) == "-":
+            text = sys.stdin.read()
+        else:
+            text = args.prompt_file.read_text(encoding="utf-8")
+        texts += [line for line in text.splitlines() if line]
+        if not texts:
+            raise ValueError(f"--prompt-file must hold a prompt, got {text!r}")
+    return texts or DEFAULT_PROMPTS
+
+
+def _workload(
+    args: argparse.Namespace,
+    trace: Trace | None,
+    texts: Sequence[str] | None,
+    tokenizer: Tokenizer,
+    model: PreTrainedModel,
+) -> Workload:
+    params = _sampling_params(args, model)
+    encoder = PromptEncoder(tokenizer, as_chat=args.chat)
+    if trace:
+        vocabulary = model.config.get_text_config().vocab_size
+        return trace_workload(trace, encoder, params, vocabulary)
+    return prompts_workload(texts or (), encoder, params)
+
+
+def _sampling_params(
+    args: argparse.Namespace, model: PreTrainedModel
+) -> SamplingParams:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    given = {name: getattr(args, name) for name in names}
+    changes = {name: value for name, value in given.items() if value is not None}
+    changes["seed"] = args.seed
+    if args.stop:
+        changes["stop_strings"] = args.stop
+    if args.check:
+        ends = models.eos_token_ids(model)
+        number = {"max_new_tokens": USUAL_NEW_TOKENS, "eos_token_ids": ends}
+        return SamplingParams(**{**number, **changes})
+    return models.sampling_params(model, usual_new_tokens=USUAL_NEW_TOKENS, **changes)
+
+
+def _engine_options(args: argparse.Namespace, workload: Workload) -> EngineOptions:
+    requests = workload.requests
+    step_tokens = args.max_tokens_per_step or min(
+        USUAL_STEP_TOKENS, sum(len(request.prompt_ids) for request in requests)
+    )
+    num_sequences = args.max_num_sequences or min(
+        len(requests), step_tokens, USUAL_SEQUENCES
+    )
+    # Prompts that start together have two sizes of steps: with prompts, and decode. A
+    # trace has all sizes.
+    buckets = {-(-n // ALIGNMENT) * ALIGNMENT for n in (num_sequences, step_tokens)}
+    return EngineOptions(
+        max_num_sequences=num_sequences,
+        max_tokens_per_step=step_tokens,
+        max_sequence_length=max(
+            len(request.prompt_ids) + request.params.max_new_tokens
+            for request in requests
+        ),
+        page_size=args.page_size,
+        num_pages=args.num_pages,
+        token_buckets=None if args.trace else tuple(sorted(buckets)),
+        cache_dtype=CACHE_DTYPES_BY_NAME.get(args.cache_dtype),
+        prefix_caching=args.prefix_caching,
+        device=args.device,
+    )
+
+
+def _generate(
+    args: argparse.Namespace,
+    engine: Engine,
+    workload: Workload,
+    tokenizer: Tokenizer,
+    steps: Sequence[StepRecord],
+) -> tuple[list[tuple[TimedRequest, GenerationOutput]], bool]:
+    """Runs all requests; returns them with their results, in order of arrival.
+
+    Beside them, whether it came to its end: Ctrl-C leaves those that have a token, with
+    the text so far.
+    """
+    requests: dict[str, TimedRequest] = {}
+    outputs: dict[str, GenerationOutput] = {}
+    num_requests = len(workload.requests)
+    printer = None
+    if args.stream:
+        printer = StreamPrinter(tokenizer, sys.stdout, num_texts=num_requests)
+
+    def on_add(request_id: str, request: TimedRequest) -> None:
+        requests[request_id] = request
+        if printer:
+            printer.add(request_id, request.name)
+
+    total = sum(request.params.max_new_tokens for request in workload.requests)
+    first = "compiling" if engine.stats.max_compilations else "generating"
+    is_whole = True
+    with tqdm(total=total, unit="token", desc=first, disable=args.stream) as progress:
+        try:
+            for update in replay(engine, workload, on_add):
+                is_compiling = bool(steps) and steps[-1].num_compilations > 0
+                progress.set_description(
+                    "compiling" if is_compiling else "generating", refresh=False
+                )
+                progress.update(len(update.new_tokens))
+                outputs[update.request_id] = update.output
+                if printer:
+                    printer.update(update)
+        except KeyboardInterrupt:
+            is_whole = False
+            if printer:
+                printer.close()
+    known = [(requests[name], outputs[name]) for name in requests if name in outputs]
+    return known, is_whole
+
+
+def _check(
+    args: argparse.Namespace, results: Sequence[tuple[TimedRequest, GenerationOutput]]
+) -> int:
+    reference = models.load_model(args.model, "eager", torch.float32)
+    expected = [
+        check.reference_generate(
+            reference,
+            request.prompt_ids,
+            max_new_tokens=request.params.max_new_tokens,
+            eos_token_ids=models.token_ids(request.params.eos_token_ids),
+        )
+        for request, _ in tqdm(results, unit="prompt", desc="checking")
+    ]
+    generated = [output.generated_tokens for _, output in results]
+    difference = check.first_difference(generated, expected)
+    if difference is not None:
+        print(f"check FAILED: {difference}", file=sys.stderr)
+        return 1
+    num_tokens = sum(map(len, generated))
+    print(f"check passed: {num_tokens} tokens equal the model's own generate")
+    return 0
