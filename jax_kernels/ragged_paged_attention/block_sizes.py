@@ -160,6 +160,8 @@ def preferred(problem: Problem, spec: AttentionSpec) -> BlockSizes:
     if spec.sliding_window is not None:
         seen = spec.sliding_window + spec.decode_q_len - 1
         offset = min(problem.cache.page_size, MAX_WINDOW_OFFSET) - 1
+        if _is_one_cell(spec, cell):
+            cell = spec.sliding_window
         cell = min(cell, _power_of_two_above(seen + offset))
         block = min(block, _power_of_two_above(spec.sliding_window + block_q))
     return BlockSizes(
@@ -167,6 +169,14 @@ def preferred(problem: Problem, spec: AttentionSpec) -> BlockSizes:
         block_q=block_q,
         block_kv=max(MIN_BLOCK_KV, block),
     )
+
+
+def _is_one_cell(spec: AttentionSpec, largest: int) -> bool:
+    """Whether a cell of the window's size holds all that a decode query sees."""
+    window = spec.sliding_window
+    if window is None or window.bit_count() > 1 or spec.decode_q_len > 1:
+        return False
+    return MIN_BLOCK_KV <= window <= largest
 
 
 def fit(
@@ -261,27 +271,35 @@ def make_config(
         interpret=interpret,
     )
     decode_block_q = _power_of_two_above(spec.decode_q_len)
-    phases = [_phase(Phase.DECODE, problem, blocks, decode_block_q, chip)]
+    phases = [_phase(Phase.DECODE, problem, spec, blocks, decode_block_q, chip)]
     if chunk_prefill_size is not None:
         block_q = min(blocks.block_q, _power_of_two_above(chunk_prefill_size))
         block_q = max(block_q, MIN_BLOCK_Q)
-        phases.append(_phase(Phase.PREFILL, problem, blocks, block_q, chip))
-    phases.append(_phase(Phase.MIXED, problem, blocks, blocks.block_q, chip))
+        phases.append(_phase(Phase.PREFILL, problem, spec, blocks, block_q, chip))
+    phases.append(_phase(Phase.MIXED, problem, spec, blocks, blocks.block_q, chip))
     return dataclasses.replace(config, phases=tuple(phases))
 
 
 def _phase(
-    phase: Phase, problem: Problem, blocks: BlockSizes, block_q: int, chip: Chip
+    phase: Phase,
+    problem: Problem,
+    spec: AttentionSpec,
+    blocks: BlockSizes,
+    block_q: int,
+    chip: Chip,
 ) -> PhaseConfig:
     if phase is Phase.DECODE:
         slots, lookahead = DECODE_RING
         cell_bytes = blocks.decode_block_kv * problem.cache.token_bytes
         step_bytes = min(STEP_BYTES, chip.vmem_bytes // STEP_VMEM_SHARE)
-        is_short = blocks.decode_block_kv < MIN_BLOCK_OF_MANY_CELLS
+        is_window = block_q == 1 and blocks.decode_block_kv == spec.sliding_window
+        is_short = blocks.decode_block_kv < MIN_BLOCK_OF_MANY_CELLS and not is_window
         most = MAX_CELLS_OF_SHORT_BLOCKS if is_short else MAX_CELLS_PER_STEP
         cells = min(max(step_bytes // cell_bytes, 1), most)
         num_kv_rings = 1
-        pages = cells * max(blocks.decode_block_kv // problem.cache.page_size, 1)
+        pages = max(blocks.decode_block_kv // problem.cache.page_size, 1)
+        # A window begins in the middle of a page.
+        pages = cells * (pages + is_window)
         fits = chip.vmem_bytes >= MIN_VMEM_OF_TWO_RINGS
         if fits and cells > 1 and pages in PAGES_IN_SHADOW:
             (slots, lookahead), num_kv_rings = DECODE_RINGS, 2

@@ -16,8 +16,11 @@ from jax_kernels.ragged_paged_attention import (
     ragged_paged_attention,
 )
 from jax_kernels.ragged_paged_attention.config import AttentionSpec
+from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
+    StepCursor,
+    describe_step,
+)
 from jax_kernels.ragged_paged_attention.kernel.schedule import (
-    Cursor,
     Lengths,
     Schedule,
 )
@@ -113,12 +116,13 @@ def test_wide_heads_get_long_blocks_on_tpu7x():
 
 @pytest.mark.parametrize(
     "window, decode_block_kv, block_kv",
-    [(1, 128, 512), (128, 256, 512), (200, 512, 512), (900, 512, 1024)],
+    [(1, 128, 512), (128, 128, 512), (200, 512, 512), (900, 512, 1024)],
 )
 def test_a_window_bounds_the_blocks(window, decode_block_kv, block_kv):
     """A tile has 256 queries, so it sees the window and 255 more.
 
-    A decode query sees a window that begins at any of the 128 places of a page.
+    A decode query sees a window that begins at any of the 128 places of a page, or at
+    its own start if it is a power of two.
     """
     spec = AttentionSpec(sliding_window=window)
     blocks = block_sizes.preferred(make_problem(num_tokens=4096), spec)
@@ -137,8 +141,10 @@ def test_a_decode_query_meets_one_block_of_its_window(window, page_size):
     config = block_sizes.make_config(problem, spec, blocks, None, False)
     schedule = Schedule(config, config.phases[0])
     for kv_len in range(3000, 3000 + page_size):
-        cell = schedule.describe(Cursor(0, 0, 0), Lengths(0, 1, kv_len))
-        assert cell.num_blocks == 1
+        step, _ = describe_step(
+            schedule, StepCursor(0, 0), 1, lambda _, end=kv_len: Lengths(0, 1, end)
+        )
+        assert [cell.visible_end > 0 for cell in step.cells[:2]] == [True, False]
 
 
 def test_steps_of_small_blocks_have_more_cells():

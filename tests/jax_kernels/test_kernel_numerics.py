@@ -77,6 +77,10 @@ COMBINED = {
     "q_f32_cache_e4m3",
     "q_f32_cache_int8",
     "quantised_queries",
+    "window_of_many",
+    "window_paired",
+    "window_split",
+    "window_without_update",
 }
 
 
@@ -250,6 +254,61 @@ MANY_PAGES = BlockSizes(256, 32, 32)
 )
 def test_pages_start_in_the_shadow_of_decode(case):
     """Blocks of many pages are in two rings, on chips that have room for them."""
+    options = {"chip": "tpu7x"} | case.options
+    dataclasses.replace(case, options=options).check()
+
+
+# Around one and two pages, and around a window of 64 at each place of a packed row.
+AROUND_A_WINDOW = tuple(
+    (1, n) for n in (1, 16, 31, 63, 64, 65, 66, 67, 68, 95, 127, 128, 129, 131, 200)
+)
+
+
+@cases(
+    window_fused=Case(
+        lengths=AROUND_A_WINDOW,
+        blocks=BlockSizes(128, 32, 32),
+        page_size=128,
+        head_dim=64,
+        heads=(8, 4),
+        with_sinks=True,
+        options={"sliding_window": 128},
+    ),
+    window_split=Case(
+        lengths=AROUND_A_WINDOW,
+        blocks=SMALL_PAGES,
+        heads=(8, 1),
+        cache_dtype=E4M3,
+        options={"sliding_window": 64, "k_scale": 0.5},
+    ),
+    window_without_update=Case(
+        lengths=AROUND_A_WINDOW,
+        blocks=SMALL_PAGES,
+        page_size=32,
+        head_dim=64,
+        heads=(16, 2),
+        cache_dtype=E4M3,
+        options={"sliding_window": 64, "update_kv_cache": False},
+    ),
+    # Seven steps: more of them than both rings have slots.
+    window_of_many=Case(
+        lengths=tuple((1, 1 + 37 * n % 190) for n in range(112)),
+        blocks=SMALL_PAGES,
+        page_size=32,
+        head_dim=64,
+        heads=(2, 1),
+        options={"sliding_window": 64},
+    ),
+    window_paired=Case(
+        lengths=((1, 400), (1, 513), (1, 512), (1, 700)),
+        blocks=BlockSizes(512, 32, 32),
+        page_size=64,
+        head_dim=64,
+        heads=(8, 1),
+        options={"sliding_window": 512},
+    ),
+)
+def test_a_block_as_long_as_the_window_begins_with_it(case):
     options = {"chip": "tpu7x"} | case.options
     dataclasses.replace(case, options=options).check()
 

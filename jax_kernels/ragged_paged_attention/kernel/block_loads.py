@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig
@@ -63,13 +64,25 @@ def to_tokens(
     words: jax.Array, dtype, config: KernelConfig, *, few_queries: bool
 ) -> jax.Array:
     """Packed rows as [tokens, lanes], for a product with what is of a dtype."""
-    stored_dtype = config.cache.dtype
-    if config.numerics.reads_e4m3_shifted and dtype == jnp.bfloat16:
+    stored_dtype = _stored_dtype(dtype, config)
+    if stored_dtype != config.cache.dtype:
         words = tile_io.without_negative_zeros(words)
-        stored_dtype = jnp.dtype(jnp.float8_e4m3b11fnuz)
     is_left_to_compiler = config.chip.multiplies_float8 or few_queries
     keep_float8 = is_left_to_compiler and not config.interpret
     return tile_io.words_to_tokens(words, stored_dtype, dtype, keep_float8=keep_float8)
+
+
+def words_of_ones(dtype, config: KernelConfig) -> jax.Array:
+    """u32: the word of packed rows of which ``to_tokens`` makes ones."""
+    ones = np.ones(config.cache.packing, _stored_dtype(dtype, config))
+    return jnp.uint32(ones.view(np.uint32)[0])
+
+
+def _stored_dtype(dtype, config: KernelConfig) -> np.dtype:
+    """What the tokens of the cache are taken as, for a product with a dtype."""
+    if config.numerics.reads_e4m3_shifted and dtype == jnp.bfloat16:
+        return jnp.dtype(jnp.float8_e4m3b11fnuz)
+    return config.cache.dtype
 
 
 def value_words_mask(

@@ -31,19 +31,19 @@ def attention_mask(
 
 
 def decode_mask(
-    visible_begin: Int, visible_end: Int, size: int, spec: AttentionSpec
+    visible_begin: Int | None, visible_end: Int, size: int
 ) -> jax.Array:  # bool[1, size]
     """True at the tokens of a block that its only query sees.
 
     Args:
-      visible_begin: First token of the window, counted from the start of the block.
+      visible_begin: First token of the window, counted from the start of the block, or
+        None: there is none before it.
       visible_end: The one after the last live token, likewise.
       size: Tokens of the block.
-      spec: Says whether there is a window.
     """
     key = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
     mask = key < visible_end
-    if spec.sliding_window is not None:
+    if visible_begin is not None:
         mask &= key >= visible_begin
     return mask
 

@@ -66,6 +66,9 @@ class Pages:
                 semaphore,
             ).start()
 
+        if self.schedule.cell_is_window:
+            self._for_each_page_from(place, end, fetch, unrolled=unrolled)
+            return
         # Without a window, blocks start at pages.
         has_head = self.schedule.config.spec.sliding_window is not None
         self._for_each_page(
@@ -108,9 +111,47 @@ class Pages:
         """The page of a row of a block, and the row within the page."""
         if self.schedule.block_is_one_page_part:
             return self.page_indices[place.table_index], place.page_row + row
+        if self.schedule.cell_is_window:
+            row += place.page_row
+        return self._locate_from_page(place, row)
+
+    def _locate_from_page(self, place: BlockPlace, row: Int) -> tuple[Int, Int]:
+        """``_locate`` for a row that is counted from the start of a page."""
         rows = self.schedule.config.cache.rows_per_page
         page = self.page_indices[place.table_index + (row >> log2(rows))]
         return page, row & (rows - 1)
+
+    def _for_each_page_from(
+        self, place: BlockPlace, end: Int, copy, *, unrolled: bool
+    ) -> None:
+        """``_for_each_page`` for rows 0 .. end of a block that starts within a page."""
+        first = place.page_row
+        rows = self.schedule.config.cache.rows_per_page
+        if rows < self.schedule.block_rows:
+
+            def copy_shifted(page: Int, page_row: Int, row: Int, num_rows: Int) -> None:
+                copy(page, page_row, row - first, num_rows)
+
+            self._for_each_page(
+                place,
+                first,
+                first + end,
+                copy_shifted,
+                has_head=True,
+                unrolled=unrolled,
+            )
+            return
+        # The block is in one page or in two.
+        num_first = jnp.minimum(end, rows - first)
+
+        @pl.when(end > 0)
+        def _():
+            copy(self.page_indices[place.table_index], first, 0, num_first)
+
+        @pl.when(end > num_first)
+        def _():
+            page = self.page_indices[place.table_index + 1]
+            copy(page, 0, num_first, end - num_first)
 
     def _for_each_page(
         self,
@@ -125,7 +166,8 @@ class Pages:
         """Calls ``copy(page, page_row, block_row, num_rows)`` for rows begin .. end.
 
         Args:
-          place: Where the block starts.
+          place: Where the block starts. If blocks start within pages, rows are counted
+            from the start of its first page.
           begin: First row.
           end: Row after the last.
           copy: Starts one copy; called under a predicate or in a loop.
@@ -133,11 +175,14 @@ class Pages:
           unrolled: See ``start_fetch``.
         """
 
+        is_one_page_part = self.schedule.block_is_one_page_part
+        locate = self._locate if is_one_page_part else self._locate_from_page
+
         def copy_part(part_begin: Int, part_end: Int) -> None:
-            page, page_row = self._locate(place, part_begin)
+            page, page_row = locate(place, part_begin)
             copy(page, page_row, part_begin, part_end - part_begin)
 
-        if self.schedule.block_is_one_page_part:
+        if is_one_page_part:
             pl.when(end > begin)(lambda: copy_part(begin, end))
             return
 
@@ -157,7 +202,9 @@ class Pages:
             head_end = jnp.minimum(end, first_whole << shift)
             pl.when(begin < head_end)(lambda: copy_part(begin, head_end))
         if unrolled:
+            # A block that starts within a page may end in one more than it has.
             num_pages = self.schedule.block_rows >> shift
+            num_pages += self.schedule.cell_is_window
             pages = self.page_indices.at[pl.ds(place.table_index, num_pages)]
             for index in range(num_pages):
                 is_whole = index < end_whole

@@ -192,6 +192,26 @@ class Schedule:
         return self.phase.block_kv // self.packing
 
     @property
+    def cell_is_window(self) -> bool:
+        """Whether a cell of decode has all that its query sees, and nothing else.
+
+        Then blocks are as long as the window. They start at the packed row of the first
+        token that is seen, wherever it is in its page.
+        """
+        phase = self.phase
+        window = self.config.spec.sliding_window
+        return phase.is_decode and phase.block_q == 1 and window == phase.block_kv
+
+    @property
+    def cell_rows(self) -> int:
+        """Packed rows that a cell takes in VMEM.
+
+        A block that starts within a packed row may end in one more than it has.
+        """
+        extra = self.config.rows_per_chunk if self.cell_is_window else 0
+        return self.block_rows + extra
+
+    @property
     def anchor_step(self) -> int:
         """Blocks start at multiples of this, so no block splits a page it skips."""
         return min(self.config.cache.page_size, self.phase.block_kv)
@@ -199,7 +219,8 @@ class Schedule:
     @property
     def block_is_one_page_part(self) -> bool:
         """Whether every block lies within one page."""
-        return self.phase.block_kv <= self.config.cache.page_size
+        fits = self.phase.block_kv <= self.config.cache.page_size
+        return fits and not self.cell_is_window
 
     @property
     def blocks_divide_table(self) -> bool:

@@ -23,6 +23,7 @@ twice::
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,8 +41,10 @@ from jax_kernels.ragged_paged_attention.kernel.block_loads import (
     load_words,
     to_tokens,
     value_words_mask,
+    words_of_ones,
 )
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, log2
+from jax_kernels.ragged_paged_attention.layout import LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,13 @@ class CellBlock:
       kv: VMEM of the step, [heads_per_page, rows, packing, lanes].
       first_row: Of the cell among the rows of the step.
       num_rows: Rows of the cell.
+      wraps: Whether tokens behind the last one of ``size`` take the places of those
+        before the first that is visible.
       size: Tokens of the cell to compute.
       visible_begin: First token that the query sees; may be out of the block.
       visible_end: The one after the last, likewise.
       masks_words: Whether the words of dead tokens are masked one by one.
+      is_alone: Whether no other cell adds to its weighted values.
       swapped: Rows with swapped lanes, by run, from ``products`` to
         ``weighted_values``: to move lanes twice takes longer than to keep the result.
       saved: What ``restore`` puts back: head of the page, row and words of chunks.
@@ -66,10 +72,12 @@ class CellBlock:
     kv: Any
     first_row: int
     num_rows: int
+    wraps: bool
     size: int
     visible_begin: Int
     visible_end: Int
     masks_words: bool
+    is_alone: bool
     swapped: list[jax.Array] = dataclasses.field(default_factory=list)
     saved: list[tuple[Int, Int, jax.Array]] = dataclasses.field(default_factory=list)
 
@@ -80,28 +88,40 @@ class CellBlock:
         return self.config.cache.is_fused_kv and self._pairs >= columns
 
     def merge(
-        self, head: Int, part: int, chunk: Int, new: jax.Array, is_new: jax.Array
+        self,
+        new: Sequence[tuple[Int, int, jax.Array]],
+        chunk: Int,
+        is_new: jax.Array,
     ) -> None:
-        """Merges new tokens into a chunk, and clears dead values in it.
+        """Merges new tokens into a chunk of some heads, and clears dead values in it.
 
         Args:
-          head: Key head.
-          part: 1 for values that have rows of their own, else 0.
+          new: Key head, part, and u32[rows_per_chunk, lanes], packed rows. The part is
+            1 for values that have rows of their own, else 0.
           chunk: Number of the chunk in the cell.
-          new: u32[rows_per_chunk, lanes], packed rows.
           is_new: u32[rows_per_chunk, 1], the bits to take.
         """
-        row_head, row = self._row_head(head, part), self._row_of_chunk(chunk)
-        old = self._rows(row_head).load(row, self.config.rows_per_chunk)
-        words = (new & is_new) | (old & ~is_new)
-        if part == self._value_part and not self.masks_words:
-            self._store_live(row_head, chunk, words)
-        else:
-            self._rows(row_head).store(words, row)
+        row = self._row_of_chunk(chunk)
+        merged = []
+        # All loads first: none of them can pass a store to a place that is not known.
+        for head, part, words in new:
+            row_head = self._row_head(head, part)
+            old = self._load_chunk(row_head, row)
+            merged.append((row_head, part, (words & is_new) | (old & ~is_new)))
+        firsts = [self._wrapped(row_head, words) for row_head, _, words in merged]
+        for (row_head, part, words), first in zip(merged, firsts, strict=True):
+            # First, since it may be the same chunk, into which no token is taken then.
+            if first is not None:
+                self._rows(row_head).store(first, self.first_row)
+            if part == self._value_part and not self.masks_words:
+                self._store_live(row_head, chunk, words)
+            else:
+                self._rows(row_head).store(words, row)
 
     def clear_end(self, head: Int) -> None:
         """Clears dead values in the last chunk of a key head with live ones.
 
+        It also takes tokens to the places of dead ones, if there are some to take.
         Where new tokens are merged, this is done with them.
         """
         config = self.config
@@ -112,8 +132,14 @@ class CellBlock:
         chunk = jnp.clip(chunk, 0, last_chunk)
         row_head = self._row_head(head, self._value_part)
         row = self._row_of_chunk(chunk)
-        words = self._rows(row_head).load(row, config.rows_per_chunk)
-        self._store_live(row_head, chunk, words)
+        self._store_live(row_head, chunk, self._load_chunk(row_head, row))
+        if self.wraps:
+            row = self._row_of_chunk(self.size // config.tokens_per_chunk)
+            for part in range(self._value_part + 1):
+                row_head = self._row_head(head, part)
+                first = self._wrapped(row_head, self._load_chunk(row_head, row))
+                if first is not None:
+                    self._rows(row_head).store(first, self.first_row)
 
     def restore(self) -> None:
         """Puts back what was cleared: rows are written to the cache as they were."""
@@ -121,14 +147,29 @@ class CellBlock:
             self._rows(row_head).store(words, row)
         self.saved.clear()
 
-    def products(self, x: jax.Array, head: Int) -> jax.Array:
-        """f32[rows, size], queries f32[rows, lanes] with the keys of a key head."""
+    @property
+    def heads_per_product(self) -> int:
+        """Key heads whose keys, or values, a matrix unit takes at once.
+
+        A product with fewer tokens than it has columns takes as long as one with more.
+        """
+        if self.size % LANES:
+            return 1
+        return max(self.config.chip.matrix_columns // self.size, 1)
+
+    def products(self, x: jax.Array, heads: Sequence[Int]) -> list[jax.Array]:
+        """f32[rows, size], queries f32[rows, lanes] with the keys of each key head.
+
+        There are up to ``heads_per_product``.
+        """
         config = self.config
         dtype = config.numerics.multiply_dtype
         if not self.is_paired:
-            words = self._load(head, 0, self.size)
+            words = _concatenate([self._load(head, 0, self.size) for head in heads])
             k = to_tokens(words, dtype, config, few_queries=True)
-            return online_softmax.products(tile_io.prepare_queries(x, config), k)
+            by_head = online_softmax.products(tile_io.prepare_queries(x, config), k)
+            return jnp.split(by_head, len(heads), axis=1)
+        (head,) = heads
         num_rows = x.shape[0]
         q = tile_io.prepare_queries(jnp.concatenate([x, self._swap_halves(x)]), config)
         by_run = []
@@ -143,10 +184,13 @@ class CellBlock:
             k = to_tokens(words, dtype, config, few_queries=True)
             by_run.append(online_softmax.products(q, k))
         by_pair = jnp.concatenate(by_run, axis=1)
-        return jnp.concatenate([by_pair[:num_rows], by_pair[num_rows:]], axis=1)
+        return [jnp.concatenate([by_pair[:num_rows], by_pair[num_rows:]], axis=1)]
 
-    def weighted_values(self, p: jax.Array, head: Int) -> jax.Array:
-        """f32[rows, lanes], values of a key head by probabilities f32[rows, size].
+    def weighted_values(self, p: jax.Array, heads: Sequence[Int]) -> jax.Array:
+        """f32[rows, lanes], values of key heads by probabilities.
+
+        The probabilities are f32[rows, size] for each head, side by side. A row that is
+        not of a head has zeros for it.
 
         In a fused row both halves of the lanes have a part of each sum, which
         ``added_halves`` adds. Called for the same heads as ``products``, in the same
@@ -155,14 +199,22 @@ class CellBlock:
         config = self.config
         dtype = config.numerics.value_dtype
         if not self.is_paired:
-            row_head = self._row_head(head, self._value_part)
-            words = self._load_live(row_head, 0, self.size)
-            v = to_tokens(self._without_dead(words), dtype, config, few_queries=True)
+            words = []
+            for head in heads:
+                row_head = self._row_head(head, self._value_part)
+                live = self._load_live(row_head, 0, self.size)
+                words.append(self._without_dead(live))
+            words = _concatenate(words)
+            if self.gives_sums:
+                ones = words_of_ones(dtype, config)
+                words = jnp.where(self._is_low_lane(), ones, words)
+            v = to_tokens(words, dtype, config, few_queries=True)
             weighted = online_softmax.dot_f32(p.astype(dtype), v, rhs_contract=0)
-            if config.cache.is_fused_kv:
+            if config.cache.is_fused_kv and not self.gives_sums:
                 # Below are sums of keys.
                 weighted = jnp.where(self._is_low_lane(), 0.0, weighted)
             return weighted
+        (head,) = heads
         num_rows, runs = p.shape[0], []
         for start, size in self._runs():
             first, second = self._load_live(head, start, size), self.swapped.pop(0)
@@ -177,7 +229,43 @@ class CellBlock:
         """The whole sums of ``weighted_values``, from lane 0 on."""
         if not self.config.cache.is_fused_kv:
             return weighted
-        return weighted + self._swap_halves(weighted)
+        swapped = self._swap_halves(weighted)
+        return swapped if self.gives_sums else weighted + swapped
+
+    @property
+    def gives_sums(self) -> bool:
+        """Whether ``weighted_values`` has the sums of probabilities in lanes of keys.
+
+        Ones in the place of keys save the vector units the sum.
+        """
+        return self.config.cache.is_fused_kv and self.is_alone and not self.is_paired
+
+    def _wrapped(self, row_head: Int, words: jax.Array) -> jax.Array | None:
+        """The first chunk with the tokens behind the block in its first row.
+
+        A window that begins within a packed row ends within another, at the same place
+        of it. So its last tokens fill the first row.
+
+        Args:
+          row_head: Which of the heads of a page.
+          words: u32[rows_per_chunk, lanes]. If there is a token behind the block, they
+            are those of the chunk behind it.
+
+        Returns:
+          u32[rows_per_chunk, lanes], or None if no cell has tokens there.
+        """
+        if not self.wraps:
+            return None
+        first, mask = self._load_chunk(row_head, self.first_row), self._wrapped_mask
+        return (words & mask) | (first & ~mask)
+
+    @functools.cached_property
+    def _wrapped_mask(self) -> jax.Array:
+        """u32[rows_per_chunk, 1], the bits of tokens behind the block."""
+        config = self.config
+        return masking.leading_word_mask(
+            self.visible_end - self.size, config.rows_per_chunk, config.cache.packing
+        )
 
     def _store_live(self, row_head: Int, chunk: Int, words: jax.Array) -> None:
         """Stores a chunk with zeros for what is dead."""
@@ -260,6 +348,10 @@ class CellBlock:
     def _row_of_chunk(self, chunk: Int) -> Int:
         return self.first_row + chunk * self.config.rows_per_chunk
 
+    def _load_chunk(self, row_head: Int, row: Int) -> jax.Array:
+        """u32[rows_per_chunk, lanes]"""
+        return self._rows(row_head).load(row, self.config.rows_per_chunk)
+
     def _load(self, head: Int, first_token: int, size: int) -> jax.Array:
         """u32[size // packing, lanes]"""
         first_row = first_token // self.config.cache.packing
@@ -275,3 +367,7 @@ class CellBlock:
 
     def _rows(self, head: Int) -> tile_io.WordRows:
         return tile_io.WordRows(self.kv.at[head], self.config.interpret)
+
+
+def _concatenate(words: Sequence[jax.Array]) -> jax.Array:
+    return words[0] if len(words) == 1 else jnp.concatenate(words)

@@ -18,6 +18,7 @@ from jax_kernels.ragged_paged_attention.kernel.decode.steps import (
     step_structure,
     tokens_per_step,
 )
+from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Schedule
@@ -29,9 +30,7 @@ class Buffers(NamedTuple):
 
     rings: refs.Rings
     sinks: Any  # f32[softmax tiles, query rows, 128]: where rows start, or None
-    m: Any  # f32[1, softmax tiles, query rows, 128]
-    l: Any  # noqa: E741  f32[1, softmax tiles, query rows, 128]
-    acc: Any  # f32[1, softmax tiles, query rows, lanes]
+    state: Any  # SoftmaxState of all softmax tiles; None: no cell needs another's
 
 
 DecodeContext: TypeAlias = PhaseContext[Buffers]
@@ -86,10 +85,10 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     if phase.block_q == 1:
         # Whole registers are loaded from the first word of any key head.
         word_rows += (query_rows + SUBLANES) * queries.columns
-    block_rows = phase.block_kv // cache.packing
+    schedule = Schedule(config, phase)
     num_softmax_tiles = config.num_kv_heads // config.heads_per_softmax_tile(phase)
     state = num_softmax_tiles, query_rows
-    kv_rows = cells * block_rows + (SUBLANES if phase.num_kv_rings > 1 else 0)
+    kv_rows = cells * schedule.cell_rows + (SUBLANES if phase.num_kv_rings > 1 else 0)
     kv = Shaped(
         (
             phase.slots_per_kv_ring,
@@ -121,10 +120,14 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             ),
         ),
         sinks=Shaped((*state, LANES), jnp.float32) if config.spec.has_sinks else None,
-        m=Shaped((1, *state, LANES), jnp.float32),
-        l=Shaped((1, *state, LANES), jnp.float32),
-        acc=Shaped((1, *state, config.lanes), jnp.float32),
+        state=None if schedule.cell_is_window else _state_shapes(config, state),
     )
+
+
+def _state_shapes(config: KernelConfig, shape: tuple[int, int]) -> Any:
+    """``Shaped`` in the place of each array of a state, [softmax tiles, query rows]."""
+    widths = LANES, LANES, config.lanes  # of m, l and acc
+    return SoftmaxState._make(Shaped((*shape, width), jnp.float32) for width in widths)
 
 
 def new_tokens_margin(config: KernelConfig, phase: PhaseConfig) -> int:

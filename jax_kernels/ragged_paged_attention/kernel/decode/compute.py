@@ -16,7 +16,9 @@ each of the key heads, and every row takes its own. Many softmax tiles take turn
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,8 @@ MAX_ROUND_HEADS = 8
 MIN_STRETCH_TOKENS = 256
 # Scores that wait for their softmax while the matrix units compute the next ones.
 SCORE_REGISTERS = 32
+# In cells of a window fewer: more of them would be spilled.
+WINDOW_SCORE_REGISTERS = 16
 MIN_CELLS_AHEAD = 2
 
 
@@ -114,7 +118,9 @@ def _compute_stretch(
         # Too little vector work for the code of all pages.
         shadow = shadow.start_all_pages()
     tiles_per_round = _softmax_tiles_per_round(context, size)
-    num_rounds = context.buffers.m.shape[1] // tiles_per_round
+    heads_per_tile = context.config.heads_per_softmax_tile(context.phase)
+    num_softmax_tiles = context.config.num_kv_heads // heads_per_tile
+    num_rounds = num_softmax_tiles // tiles_per_round
 
     def run_round(index: Int, shadow):
         first = index * tiles_per_round
@@ -162,18 +168,19 @@ def _attend_round(
     works = [
         _CellWork.make(context, step, slot, i, size) for i in range(len(step.cells))
     ]
-    states = [
-        SoftmaxState(
-            buffers.m[0, softmax_tile],
-            buffers.l[0, softmax_tile],
-            buffers.acc[0, softmax_tile],
-        )
-        for softmax_tile in softmax_tiles
-    ]
+    states: list[SoftmaxState] | None = None
+    if buffers.state is not None:
+        states = [
+            SoftmaxState(*(array[softmax_tile] for array in buffers.state))
+            for softmax_tile in softmax_tiles
+        ]
     registers_per_cell = pl.cdiv(
         len(softmax_tiles) * config.query_rows(phase) * size, SUBLANES * LANES
     )
-    ahead = max(SCORE_REGISTERS // registers_per_cell, MIN_CELLS_AHEAD)
+    registers = SCORE_REGISTERS
+    if context.schedule.cell_is_window:
+        registers = WINDOW_SCORE_REGISTERS
+    ahead = max(registers // registers_per_cell, MIN_CELLS_AHEAD)
     ahead = min(ahead, len(works))
     scores = [work.scores(softmax_tiles) for work in works[:ahead]]
     # Scalar work is issued beside vector work, so it is cheapest next to most of it.
@@ -187,10 +194,31 @@ def _attend_round(
         work.store_output(softmax_tiles, states)
     for work in works:
         work.block.restore()
-    for softmax_tile, state in zip(softmax_tiles, states, strict=True):
-        buffers.m[0, softmax_tile], buffers.l[0, softmax_tile] = state.m, state.l
-        buffers.acc[0, softmax_tile] = state.acc
+    if buffers.state is not None and states is not None:
+        for softmax_tile, state in zip(softmax_tiles, states, strict=True):
+            for array, value in zip(buffers.state, state, strict=True):
+                array[softmax_tile] = value
     return progress
+
+
+class _HeadGroup(NamedTuple):
+    """Key heads whose keys meet the same queries in one product.
+
+    Both count from the first of the round.
+    """
+
+    heads: range
+    tiles: range  # the softmax tiles that the heads are of
+    tile_rows: int  # query rows of each
+
+    def rows_of(self, array: jax.Array, tile: int) -> jax.Array:
+        """The rows of one of the softmax tiles."""
+        first = (tile - self.tiles.start) * self.tile_rows
+        return array[first : first + self.tile_rows]
+
+
+def _stacked(arrays: Sequence[jax.Array]) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +230,7 @@ class _CellWork:
       cell: The cell.
       first_token: First token of the step, in the flat arrays.
       slot: Slot of the step.
-      num_before: i32[query rows, 128], that of the cell in all lanes.
+      num_before: i32[query rows, 128], that of the cell in all lanes, or None.
       mask: bool[1 or query rows, size], the tokens that a query sees.
       block: Its keys and values.
     """
@@ -211,7 +239,7 @@ class _CellWork:
     cell: DecodeCell
     first_token: Int
     slot: Int
-    num_before: jax.Array
+    num_before: jax.Array | None
     mask: jax.Array
     block: CellBlock
 
@@ -224,27 +252,31 @@ class _CellWork:
         index: int,
         size: int,
     ) -> "_CellWork":
-        config, cell = context.config, step.cells[index]
+        config, cell, schedule = context.config, step.cells[index], context.schedule
+        num_before = None
+        if cell.num_before is not None:
+            # Laid out now: later, the scalar unit is busy with the copies of pages.
+            num_before = jnp.full(
+                (config.query_rows(context.phase), LANES), cell.num_before
+            )
         return cls(
             context,
             cell,
             step.first_token,
             slot,
-            # Laid out now: later, the scalar unit is busy with the copies of pages.
-            num_before=jnp.full(
-                (config.query_rows(context.phase), LANES), cell.num_before
-            ),
+            num_before=num_before,
             mask=_mask(context, cell, size),
             block=CellBlock(
                 config,
                 kv_of_slot(context, slot),
-                first_row=index * context.schedule.block_rows,
-                num_rows=context.schedule.block_rows,
+                first_row=index * schedule.cell_rows,
+                num_rows=schedule.cell_rows,
+                wraps=schedule.cell_is_window and size == context.phase.block_kv,
                 size=size,
                 visible_begin=cell.visible_begin,
                 visible_end=cell.visible_end,
-                masks_words=config.spec.sliding_window is not None
-                or context.phase.block_q > 1,
+                masks_words=cell.visible_begin is not None or context.phase.block_q > 1,
+                is_alone=schedule.cell_is_window,
             ),
         )
 
@@ -267,48 +299,69 @@ class _CellWork:
         config, per_word = self.config, self.config.new_heads_per_word
         packing = config.query_layout.packing
         first_head = softmax_tiles[0] * self.heads_per_tile
-        scores = []
-        for offset, softmax_tile in enumerate(softmax_tiles):
-            rows_before = offset * self.query_heads
-            x = self._load_query(softmax_tile, rows_before % packing)
-            by_head = []
-            for head_offset in self._head_offsets(offset):
+        scores, queries, by_head = [], [], []
+        for group in self._groups(len(softmax_tiles)):
+            for offset in range(len(queries), group.tiles.stop):
+                parity = offset * self.query_heads % packing
+                queries.append(self._load_query(softmax_tiles[offset], parity))
+            for head_offset in group.heads:
                 if self._merges and head_offset % per_word == 0:
                     # Just before its head, so that the matrix units start at once.
                     self._merge(
                         (first_head >> log2(per_word)) + head_offset // per_word
                     )
                 self.block.clear_end(first_head + head_offset)
-                by_head.append(self.block.products(x, first_head + head_offset))
-            s = online_softmax.finish_scores(self._own_rows(by_head), config.numerics)
-            scores.append(jnp.where(self.mask, s, online_softmax.MASKED_SCORE))
+            x = _stacked([queries[offset] for offset in group.tiles])
+            products = self.block.products(x, [first_head + h for h in group.heads])
+            by_head += [
+                group.rows_of(array, head_offset // self.heads_per_tile)
+                for head_offset, array in zip(group.heads, products, strict=True)
+            ]
+            if len(by_head) % self.heads_per_tile:
+                continue
+            for offset in group.tiles:
+                own = self._own_rows([by_head[h] for h in self._head_offsets(offset)])
+                s = online_softmax.finish_scores(own, config.numerics)
+                scores.append(jnp.where(self.mask, s, online_softmax.MASKED_SCORE))
         return scores
 
     def attend(
         self,
         softmax_tiles: Sequence[Int],
-        states: Sequence[SoftmaxState],
+        states: Sequence[SoftmaxState] | None,
         scores: Sequence[jax.Array],
     ) -> list[SoftmaxState]:
         """The states of the softmax tiles with this cell's keys and values added."""
-        weights = []
-        for softmax_tile, state, s in zip(softmax_tiles, states, scores, strict=True):
-            state = self._start_state(softmax_tile, state)
-            p, m, correction = online_softmax.probabilities(s, state.m)
-            weights.append((p, correction, state._replace(m=m)))
+        probabilities, starts = [], []
+        for index, (softmax_tile, s) in enumerate(
+            zip(softmax_tiles, scores, strict=True)
+        ):
+            before = None if states is None else states[index]
+            start = self._start_state(softmax_tile, before)
+            p, m, correction = online_softmax.probabilities(s, start.m)
+            probabilities.append(p)
+            starts.append((start._replace(m=m), correction))
         first_head = softmax_tiles[0] * self.heads_per_tile
-        results = []
-        for offset, (p, correction, state) in enumerate(weights):
-            by_head = [
-                self.block.weighted_values(p, first_head + head_offset)
-                for head_offset in self._head_offsets(offset)
-            ]
-            row_sum = jnp.sum(p, axis=1, keepdims=True)
-            results.append(
-                online_softmax.add_block(
-                    state, correction, row_sum, self._own_rows(by_head)
-                )
+        results, parts = [], [[] for _ in softmax_tiles]
+        for group in self._groups(len(softmax_tiles)):
+            weights = _stacked(
+                [self._weights(probabilities[i], i, group) for i in group.tiles]
             )
+            weighted = self.block.weighted_values(
+                weights, [first_head + h for h in group.heads]
+            )
+            for offset in group.tiles:
+                parts[offset].append(group.rows_of(weighted, offset))
+            if group.heads.stop % self.heads_per_tile:
+                continue
+            for offset in group.tiles:
+                own, (start, correction) = (
+                    self._own_parts(parts[offset]),
+                    starts[offset],
+                )
+                results.append(
+                    self._add_block(start, correction, probabilities[offset], own)
+                )
         return results
 
     def store_output(
@@ -324,12 +377,12 @@ class _CellWork:
         layout = config.out_layout
         packing = layout.packing
         ring = rings.out.at[self.slot]
-        outs = [
-            self.block.added_halves(
-                online_softmax.normalise(state, config.numerics.output_scale)
-            )[:, : config.io_lanes]
-            for state in states
-        ]
+        outs = []
+        for state in states:
+            out = online_softmax.normalise(state, config.numerics.output_scale)
+            if not self.block.is_alone:
+                out = self.block.added_halves(out)
+            outs.append(out[:, : config.io_lanes])
         query_heads = self.query_heads
         if num_tokens == 1 and query_heads % packing == 0:
             token = tile_io.TokenWords(
@@ -363,6 +416,49 @@ class _CellWork:
         group = self.config.group
         return head * group + min(member, group - 1)
 
+    def _groups(self, num_tiles: int) -> list["_HeadGroup"]:
+        """The key heads of some softmax tiles, by product."""
+        per_tile = self.heads_per_tile
+        num_heads = num_tiles * per_tile
+        # Both are powers of two: heads of one softmax tile, or of whole ones.
+        size = math.gcd(self.block.heads_per_product, num_heads)
+        return [
+            _HeadGroup(
+                heads=range(first, first + size),
+                tiles=range(first // per_tile, pl.cdiv(first + size, per_tile)),
+                tile_rows=self.config.query_rows(self.context.phase),
+            )
+            for first in range(0, num_heads, size)
+        ]
+
+    def _weights(self, p: jax.Array, offset: int, group: "_HeadGroup") -> jax.Array:
+        """The probabilities of a softmax tile for each head of a product.
+
+        Rows have zeros for the heads of others.
+        """
+        if len(group.heads) == 1:
+            return p
+        own_heads = self._head_offsets(offset)
+        row = lax.broadcasted_iota(jnp.int32, (p.shape[0], 1), 0)
+        num_rows = self.config.group * self.context.phase.block_q
+        weights = []
+        for head_offset in group.heads:
+            place = row - (head_offset - own_heads.start) * num_rows
+            if head_offset not in own_heads:
+                weights.append(jnp.zeros_like(p))
+            elif len(own_heads) == 1:
+                weights.append(p)
+            else:
+                is_own = (place >= 0) & (place < num_rows)
+                weights.append(jnp.where(is_own, p, 0.0))
+        return jnp.concatenate(weights, axis=1)
+
+    def _own_parts(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """The weighted values of a softmax tile, from those of each product."""
+        if len(parts) == self.heads_per_tile:
+            return self._own_rows(parts)
+        return functools.reduce(jnp.add, parts)
+
     def _head_offsets(self, offset: int) -> range:
         """The key heads of a softmax tile, counted from the first one of the round."""
         first = offset * self.heads_per_tile
@@ -377,18 +473,54 @@ class _CellWork:
             own = jnp.where(row >= first, array, own)
         return own
 
-    def _start_state(self, softmax_tile: Int, state: SoftmaxState) -> SoftmaxState:
+    def _start_state(
+        self, softmax_tile: Int, state: SoftmaxState | None
+    ) -> SoftmaxState:
         """The state so far or, in the first block of a sequence, that without keys."""
-        sinks = self.context.buffers.sinks
-        is_first = self.num_before == 0
-        is_first_lanes = online_softmax.across(self.num_before, state.acc.shape[1]) == 0
+        sinks, config = self.context.buffers.sinks, self.config
         # A sink counts as one key with its logit and a zero value.
         start_m = online_softmax.NO_KEY_MAX if sinks is None else sinks[softmax_tile]
         start_l = 0.0 if sinks is None else 1.0
+        if state is None or self.num_before is None:
+            num_rows = config.query_rows(self.context.phase)
+            start = (
+                jnp.broadcast_to(jnp.float32(value), (num_rows, width))
+                for value, width in (
+                    (start_m, LANES),
+                    (start_l, LANES),
+                    (0.0, config.lanes),
+                )
+            )
+            return SoftmaxState(*start)
+        is_first = self.num_before == 0
+        is_first_lanes = online_softmax.across(self.num_before, state.acc.shape[1]) == 0
         return SoftmaxState(
             m=jnp.where(is_first, start_m, state.m),
             l=jnp.where(is_first, start_l, state.l),
             acc=jnp.where(is_first_lanes, 0.0, state.acc),
+        )
+
+    def _add_block(
+        self,
+        state: SoftmaxState,
+        correction: jax.Array,
+        p: jax.Array,
+        weighted_values: jax.Array,
+    ) -> SoftmaxState:
+        """``online_softmax.add_block``, without what is known of an only block."""
+        block = self.block
+        if block.gives_sums:
+            row_sum = weighted_values
+        else:
+            row_sum = jnp.sum(p, axis=1, keepdims=True)
+        if not block.is_alone:
+            return online_softmax.add_block(state, correction, row_sum, weighted_values)
+        if self.config.spec.has_sinks:
+            row_sum += correction
+        return SoftmaxState(
+            state.m,
+            jnp.broadcast_to(row_sum, state.m.shape),
+            block.added_halves(weighted_values),
         )
 
     @property
@@ -457,7 +589,7 @@ def _mask(context: DecodeContext, cell: DecodeCell, size: int) -> jax.Array:
     """bool[1 or query rows, size]: the tokens of a block that a query sees."""
     spec, num_tokens = context.config.spec, context.phase.block_q
     if num_tokens == 1:
-        return masking.decode_mask(cell.visible_begin, cell.visible_end, size, spec)
+        return masking.decode_mask(cell.visible_begin, cell.visible_end, size)
     num_rows = context.config.query_rows(context.phase)
     row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
     first_query = cell.visible_end - cell.num_queries

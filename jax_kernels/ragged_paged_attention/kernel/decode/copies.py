@@ -95,7 +95,7 @@ class StepCopies(PhaseCopies[Buffers]):
 
 def _block(context: DecodeContext, slot: Int, index: int):
     """The block of the cell ``index`` of a step."""
-    rows = context.schedule.block_rows
+    rows = context.schedule.cell_rows
     return kv_of_slot(context, slot).at[:, pl.ds(index * rows, rows)]
 
 

@@ -64,9 +64,16 @@ def merge(
         for ring in (rings.keys, rings.values)
     )
     first_head = group * config.new_heads_per_word
-    for offset, (key, value) in enumerate(zip(keys, values, strict=True)):
-        for part, new in enumerate(tile_io.pack_tokens(key, value, config)):
-            block.merge(first_head + offset, part, chunk, new, is_new)
+    new = [
+        (first_head + offset, part, words)
+        for offset, (key, value) in enumerate(zip(keys, values, strict=True))
+        for part, words in enumerate(tile_io.pack_tokens(key, value, config))
+    ]
+    if block.is_alone:
+        block.merge(new, chunk, is_new)
+        return
+    for one in new:
+        block.merge([one], chunk, is_new)
 
 
 def merge_several(context: DecodeContext, step: Step, slot: Int, index: int) -> None:

@@ -51,14 +51,14 @@ class DecodeCell(NamedTuple):
     What is the same for all cells of a phase is None.
     """
 
-    place: BlockPlace  # page_row None: a block starts with a page
+    place: BlockPlace  # page_row None: blocks start with a page
     row_begin: Int | None  # rows fetched; None: from the first one on
     row_end: Int
     visible_begin: Int | None  # tokens that some query sees; None: from the first on
     visible_end: Int  # may be out of the block, as the begin
     new_place: Int  # where the first new token goes, or -1; None: none is kept
     query: Int  # number of its first query among those of the step; past them if none
-    num_before: Int  # 0: the first block of its sequence
+    num_before: Int | None  # 0: the first block of its sequence; None: the only one
     num_queries: Int | None  # None: one, if it has any
 
 
@@ -77,16 +77,17 @@ class Step(NamedTuple):
 def cell_structure(schedule: Schedule) -> Any:
     """How the numbers of a cell are laid out: a tree of JAX."""
     spec, phase = schedule.config.spec, schedule.phase
-    has_window = spec.sliding_window is not None
+    is_one_cell = schedule.cell_is_window
+    has_window = spec.sliding_window is not None and not is_one_cell
     cell = DecodeCell(
-        place=BlockPlace(0, 0 if schedule.block_is_one_page_part else None),
+        place=BlockPlace(0, 0 if _starts_within_page(schedule) else None),
         row_begin=0 if has_window else None,
         row_end=0,
         visible_begin=0 if has_window else None,
         visible_end=0,
         new_place=0 if spec.update_kv_cache else None,
         query=0,
-        num_before=0,
+        num_before=None if is_one_cell else 0,
         num_queries=None if phase.block_q == 1 else 0,
     )
     return jax.tree.structure(cell)
@@ -132,7 +133,7 @@ def describe_step(
         )
         keep(index, cell)
         cells.append(cell)
-        is_last = cell.visible_end <= phase.block_kv
+        is_last = schedule.cell_is_window or cell.visible_end <= phase.block_kv
         cursor = StepCursor(
             ints.where(is_last, cursor.sequence + 1, cursor.sequence),
             ints.where(is_last, 0, cursor.num_before + phase.block_kv),
@@ -176,16 +177,21 @@ def _describe_cell(
     if spec.sliding_window is not None:
         begin = kv_len - (num_queries + (spec.sliding_window - 1))
         begin = ints.maximum(begin, 0)
-        start += floor_to(begin, schedule.anchor_step)
-        visible_begin = begin - start
-        row_begin = ints.maximum(visible_begin, 0) >> shift
-    visible_end = kv_len - start
-    block_end = ints.minimum(visible_end, phase.block_kv)
+        if schedule.cell_is_window:
+            start = floor_to(begin, config.cache.packing)
+        else:
+            start += floor_to(begin, schedule.anchor_step)
+            visible_begin = begin - start
+            row_begin = ints.maximum(visible_begin, 0) >> shift
+    visible_end = block_end = kv_len - start
+    if not schedule.cell_is_window:
+        block_end = ints.minimum(visible_end, phase.block_kv)
     new_place = None
     if spec.update_kv_cache:
         new_place = ints.maximum(visible_end - num_queries, 0)
         if phase.block_q == 1:
-            is_new, new_place = visible_end <= phase.block_kv, visible_end - 1
+            is_new = schedule.cell_is_window or visible_end <= phase.block_kv
+            new_place = visible_end - 1
         else:
             is_new = new_place < block_end
         new_place = ints.where(is_new, new_place, -1)
@@ -199,7 +205,7 @@ def _describe_cell(
         query=ints.where(
             has_query, lengths.q_start - first_token, tokens_per_step(phase)
         ),
-        num_before=num_before,
+        num_before=None if schedule.cell_is_window else num_before,
         num_queries=None if phase.block_q == 1 else num_queries,
     )
 
@@ -210,9 +216,14 @@ def _block_place(schedule: Schedule, sequence: Int, start: Int) -> BlockPlace:
     layout = config.cache
     index = sequence * config.pages_per_sequence + (start >> log2(layout.page_size))
     row = None
-    if schedule.block_is_one_page_part:
+    if _starts_within_page(schedule):
         row = (start & (layout.page_size - 1)) >> log2(layout.packing)
     return BlockPlace(index, row)
+
+
+def _starts_within_page(schedule: Schedule) -> bool:
+    """Whether some blocks do."""
+    return schedule.block_is_one_page_part or schedule.cell_is_window
 
 
 def _num_rows(cell: DecodeCell) -> Int:

@@ -84,17 +84,23 @@ def poisoned(pages: np.ndarray, begin: int, end: int) -> np.ndarray:
     return result
 
 
-def cell_of(ref, config: KernelConfig, size: int, begin, end) -> CellBlock:
+def cell_of(
+    ref, config: KernelConfig, size: int, begin, end, *, is_window: bool = False
+) -> CellBlock:
+    """A cell; as a window's only one it may end behind ``size``."""
     packing = config.cache.packing
+    extra = config.rows_per_chunk if is_window else 0
     return CellBlock(
         config,
         ref,
         first_row=FIRST_TOKEN // packing,
-        num_rows=size // packing,
+        num_rows=size // packing + extra,
+        wraps=is_window,
         size=size,
         visible_begin=begin,
         visible_end=end,
-        masks_words=config.spec.sliding_window is not None,
+        masks_words=config.spec.sliding_window is not None and not is_window,
+        is_alone=is_window,
     )
 
 
@@ -125,8 +131,8 @@ def test_nothing_dead_meets_what_is_seen(dtype, head_dim, num_tokens, windowed):
         scores, values = [], []
         for head in range(NUM_HEADS):
             cell.clear_end(head)
-            scores.append(cell.products(x[head], head))
-            weighted = cell.weighted_values(p[head], head)
+            scores += cell.products(x[head], [head])
+            weighted = cell.weighted_values(p[head], [head])
             values.append(cell.added_halves(weighted)[:, :head_dim])
         return jnp.stack(scores), jnp.stack(values)
 
@@ -170,10 +176,10 @@ def test_dead_tokens_are_put_back_as_they_were(dtype, head_dim, window):
         for part in range(num_parts):
             rows = tile_io.WordRows(ArrayRef(new[part * NUM_HEADS]), interpret=True)
             words = rows.load(0, config.rows_per_chunk)
-            cell.merge(1, part, place // chunk, words, is_new)
+            cell.merge([(1, part, words)], place // chunk, is_new)
         cell.clear_end(1)
-        cell.products(jnp.ones((NUM_ROWS, config.lanes)), 1)
-        sums = cell.weighted_values(jnp.ones((NUM_ROWS, size)), 1)
+        cell.products(jnp.ones((NUM_ROWS, config.lanes)), [1])
+        sums = cell.weighted_values(jnp.ones((NUM_ROWS, size)), [1])
         cell.restore()
         return sums, ref.value
 
@@ -191,3 +197,54 @@ def test_dead_tokens_are_put_back_as_they_were(dtype, head_dim, window):
         np.testing.assert_array_equal(
             np.asarray(after).view(np.uint8), expected.view(np.uint8)
         )
+
+
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize("dtype", CHUNKS)
+def test_a_window_may_end_behind_its_block(dtype, head_dim):
+    """Its last tokens take the places of those before the first, of any two heads.
+
+    Both heads are in one product, which has twice as many columns as there are tokens.
+    """
+    size, chip = 128, dataclasses.replace(CHIP, matrix_columns=256)
+    config = make_config(dtype, head_dim, sliding_window=size, update_kv_cache=False)
+    config = dataclasses.replace(config, chip=chip)
+    packing = config.cache.packing
+    rng = np.random.default_rng(1)
+    pages = make_pages(dtype, head_dim, STEP_TOKENS)
+    queries = rng.integers(-2, 3, (NUM_HEADS, NUM_ROWS, head_dim)).astype(np.float32)
+    weights = rng.integers(0, 3, (NUM_HEADS, NUM_ROWS, size)).astype(np.float32)
+
+    @jax.jit
+    def run(cache, end):
+        cell = cell_of(ArrayRef(cache), config, size, None, end, is_window=True)
+        x = jnp.pad(queries, [(0, 0), (0, 0), (0, config.lanes - head_dim)])
+        assert cell.heads_per_product == NUM_HEADS
+        for head in range(NUM_HEADS):
+            cell.clear_end(head)
+        products = cell.products(jnp.concatenate(list(x)), range(NUM_HEADS))
+        scores = [products[i][i * NUM_ROWS :][:NUM_ROWS] for i in range(NUM_HEADS)]
+        zeros = jnp.zeros((NUM_ROWS, size))
+        p = jnp.concatenate(
+            [
+                jnp.concatenate([weights[0], zeros], axis=1),
+                jnp.concatenate([zeros, weights[1]], axis=1),
+            ]
+        )
+        weighted = cell.weighted_values(p, range(NUM_HEADS))
+        values = cell.added_halves(weighted)[:, :head_dim]
+        sums = weighted[:, 0] if cell.gives_sums else p.sum(axis=1)
+        return jnp.stack(scores), values.reshape(NUM_HEADS, NUM_ROWS, -1), sums
+
+    for behind in range(packing):
+        begin, end = FIRST_TOKEN + behind, FIRST_TOKEN + size + behind
+        cache = np.asarray(layout.pack_kv_cache(poisoned(pages, begin, end)))[0]
+        scores, values, sums = run(cache, size + behind)
+        # The tokens in the order of their places.
+        order = [*range(FIRST_TOKEN + size, end), *range(begin, FIRST_TOKEN + size)]
+        keys, seen = pages[0, :, :, order].astype(np.float32).transpose(1, 2, 0, 3)
+        np.testing.assert_allclose(
+            scores, queries @ keys.transpose(0, 2, 1), rtol=1e-6, atol=1e-4
+        )
+        np.testing.assert_array_equal(values, weights @ seen)
+        np.testing.assert_array_equal(sums, weights.sum(axis=2).reshape(-1))

@@ -132,6 +132,19 @@ def test_a_window_skips_the_blocks_before_it():
     assert [cell.new_place for cell in step.cells] == [-1, -1, -1, 0]
 
 
+def test_a_block_as_long_as_the_window_begins_with_it():
+    """Every sequence has one cell, at the packed row of the first visible token."""
+    schedule = make_schedule(window=BLOCK_KV)
+    (step,) = steps_of(schedule, [(1, 70_001), (1, 5), (0, 3), (1, 16)])
+    # Rows of two tokens, four to a page: 69,993 is the second one of its row.
+    places = [cell.place for cell in step.cells]
+    assert places == [(8749, 0), (8, 0), (16, 0), (25, 0)]
+    assert [cell.visible_end for cell in step.cells] == [9, 5, 0, 8]
+    assert [cell.row_end for cell in step.cells] == [5, 3, 0, 4]
+    assert [cell.new_place for cell in step.cells] == [8, 4, -1, 7]
+    assert (step.num_rows, step.num_written, step.num_ended) == (12, 3, 3)
+
+
 @pytest.mark.parametrize(
     "packing, cells_per_step, update",
     [(1, 4, True), (2, 4, True), (4, 4, True), (2, 1, True), (2, 4, False)],
@@ -143,7 +156,7 @@ def test_a_window_skips_the_blocks_before_it():
         min_size=1,
         max_size=MAX_SEQUENCES,
     ),
-    window=st.sampled_from([None, 5]),
+    window=st.sampled_from([None, 5, BLOCK_KV]),
 )
 def test_every_visible_token_is_met_once(
     packing, cells_per_step, update, sequences, window
@@ -167,9 +180,16 @@ def test_every_visible_token_is_met_once(
         for cell in step.cells:
             token = step.first_token + cell.query
             first_page = cell.place.table_index % PAGES_PER_SEQUENCE
-            start = first_page * PAGE_SIZE
+            start = first_page * PAGE_SIZE + (cell.place.page_row or 0) * packing
             begin = max(cell.visible_begin or 0, 0)
-            end = min(cell.visible_end, BLOCK_KV)
+            end = cell.visible_end
+            if schedule.cell_is_window:
+                # What is behind the block takes the place of what is before the window.
+                begin = max(end - BLOCK_KV, 0)
+                assert end <= schedule.cell_rows * packing
+                assert begin < packing
+            else:
+                end = min(end, BLOCK_KV)
             if cell.query < cells_per_step:
                 met.setdefault(token, []).extend(range(start + begin, start + end))
                 # What is seen is fetched or new, whole packed rows at a time.
