@@ -24,8 +24,9 @@ napoleon_use_rtype = False
 # other projects are not linked, so that the build needs no network.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|contextlib|os|typing)\..*"),
+    (r"py:.*", r"(collections|contextlib|dataclasses|os|typing|weakref)\..*"),
     (r"py:.*", r"(jax|numpy|np|torch|torch_xla|transformers)\..*"),
     (r"py:.*", r"torch_rpa\.transformers\.attention\.Model"),  # a type variable
-    (r"py:.*", r"(Any|Array|ArrayLike|DTypeLike|Mesh|ndarray)"),
+    (r"py:.*", r"torch_rpa\.serving\.text\.OutputText"),  # not for users
+    (r"py:.*", r"(Any|Array|ArrayLike|CollectorRegistry|DTypeLike|Mesh|ndarray)"),
 ]

@@ -149,7 +149,7 @@ def test_a_system_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
     def fixed(model, jobs, device):
         return outcome([[1] * job.max_new_tokens for job in jobs])
 
-    replaced = dict.fromkeys(("engine", "padded", "paged"), fixed)
+    replaced = {name: fixed for name in systems.SYSTEMS}
     replaced["transformers"] = unavailable
     monkeypatch.setattr(systems, "SYSTEMS", replaced)
     path, page = tmp_path / "serving.json", tmp_path / "page.md"

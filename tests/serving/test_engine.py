@@ -301,9 +301,14 @@ def test_impossible_options_are_refused(paged, keywords, message):
 
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
 def test_positions_scaled_by_the_batch_are_refused_where_they_would_be(name):
-    scaling = {"rope_type": "dynamic", "original_max_position_embeddings": 100}
+    length = {"original_max_position_embeddings": 100}
+    # Older releases of transformers have the length beside the parameters.
+    inside, beside = (length, {}) if name == "rope_parameters" else ({}, length)
+    scaling = {"rope_type": "dynamic", **inside}
     for parameters in (scaling, {"full_attention": scaling}):
-        config = SimpleNamespace(**{name: parameters}, max_position_embeddings=400)
+        config = SimpleNamespace(
+            **{name: parameters}, **beside, max_position_embeddings=400
+        )
         assert EngineOptions().sequence_length(config) == 100
         with pytest.raises(NotImplementedError, match="at most 100 for this model"):
             EngineOptions(max_sequence_length=101).sequence_length(config)

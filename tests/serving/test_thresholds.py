@@ -98,6 +98,6 @@ def test_kept_tokens_are_those_of_the_warpers_of_transformers(way):
             TopPLogitsWarper(top_p),
             MinPLogitsWarper(min_p),
         ):
-            scores = warper(torch.zeros(200, 1), scores)
+            scores = warper(torch.zeros(200, 1, dtype=torch.int64), scores)  # pyright: ignore[reportArgumentType]
         got = kept(logits, [(top_k, top_p, min_p)] * len(logits))
         assert torch.equal(got, scores > -torch.inf)

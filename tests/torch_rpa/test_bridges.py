@@ -169,6 +169,7 @@ def test_programs_of_torch_xla_are_kept_on_disk_where_they_can_be_loaded(
     tmp_path, monkeypatch
 ):
     import torch_xla
+    import torch_xla.runtime
 
     directory = tmp_path / "programs"
     with pytest.raises(NotImplementedError, match="CPU of torch_xla cannot load"):

@@ -202,11 +202,11 @@ class Engine:
         """Adds a request, which steps from now on compute.
 
         A request that can never fit the engine fails, as the next step reports. With
-        ``n`` texts, each is a request, named by :func:`outputs.names_of_texts`.
+        ``n`` texts, each is a request, named by ``outputs.names_of_texts``.
 
         Args:
             prompt_ids: Token ids, at least one, or anything else that
-                :class:`torch_rpa.serving.prompts.PromptReader` reads, such as a text.
+                ``serving.prompts`` reads, such as a text.
             params: Sampling and stop conditions, or a dict of them; a generation config
                 of transformers is converted. None is the model's own.
             request_id: A name that no unfinished request has; None makes one.

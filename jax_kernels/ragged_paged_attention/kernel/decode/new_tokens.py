@@ -68,6 +68,7 @@ def merge(
         (first_head + offset, part, words)
         for offset, (key, value) in enumerate(zip(keys, values, strict=True))
         for part, words in enumerate(tile_io.pack_tokens(key, value, config))
+        if words is not None
     ]
     if block.is_alone:
         block.merge(new, chunk, is_new)
