@@ -171,6 +171,7 @@ def make_engine(device: str, **options) -> tuple[Engine, list]:
                 max_tokens_per_step=24,
                 max_sequence_length=96,
                 page_size=8,
+                token_buckets=(8, 24),  # for the CPU too, which would not pad
                 device=device,
                 **options,
             ),

@@ -100,7 +100,7 @@ def test_a_model_runs_without_torch_compile(v6e):
 @pytest.mark.parametrize(
     ("case", "programs", "num_prefills"),
     [
-        ("generate_twice", [3, 0], 1),  # the caches, the prefill and decode
+        ("generate_twice", [4, 0], 1),  # opening, the caches, prefill and decode
         ("generate_in_chunks", [1, 0], 3),  # a chunk; the rest is known
         ("generate_in_a_block", [0, 0], 1),  # all are known
     ],
@@ -112,7 +112,8 @@ def test_programs_steps_and_copies_of_generation(v6e, case, programs, num_prefil
     assert result["made"] == 4 and result["left"] == 0  # without a search for cycles
     num_steps = 2 * (num_prefills + 20)
     num_fills = 4
-    assert v6e.count(case, "execute") == num_steps + num_fills
+    num_openings = 1 if case == "generate_twice" else 0  # of the device, the first
+    assert v6e.count(case, "execute") == num_steps + num_fills + num_openings
     assert v6e.count(case, "copy_to_host") == num_steps
     # Transformers copies ids, mask and positions of a step for its own forward.
     further = 3 if case == "generate_in_a_block" else 0
@@ -147,9 +148,9 @@ def test_a_step_that_samples_is_one_program_too(v6e):
     result = v6e.results["serving_sampled"]
     assert result["programs"] == 0
     assert v6e.count("serving_sampled", "execute") == result["steps"]
-    # The wishes of the requests are four tensors; a step that samples nothing needs
+    # The wishes of the requests are five tensors; a step that samples nothing needs
     # none.
-    assert usual_copies(v6e, "serving_sampled") == COPIES_OF_A_STEP + 4
+    assert usual_copies(v6e, "serving_sampled") == COPIES_OF_A_STEP + 5
 
 
 def test_a_second_engine_finds_the_programs_of_the_first(v6e):

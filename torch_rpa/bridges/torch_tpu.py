@@ -191,14 +191,19 @@ def open_device(device: torch.device) -> torch.device:
 
     TorchTPU gives each process one of them.
     """
-    # Filled, since memory alone does not start the runtime that `chip` asks.
-    opened = torch.zeros(1, device="tpu").device
+    opened = _open()
     if device.index not in (None, opened.index):
         raise ValueError(
             f"device must be {opened}, which is the one TPU device of this process, "
             f"got {device}; run one process for each TensorCore"
         )
     return opened
+
+
+@functools.cache
+def _open() -> torch.device:
+    # Filled, since memory alone does not start the runtime that `chip` asks.
+    return torch.zeros(1, device="tpu").device
 
 
 def target(device: torch.device) -> Target:
