@@ -82,18 +82,7 @@ class Plan:
 
 
 def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
-    """Writes new keys and values to ``inputs.kv_cache`` and returns the attention.
-
-    Everything is checked before the first write.
-
-    Returns:
-        ``[T, Hq, D]`` in ``options.out_dtype`` or the dtype of ``q``. Rows of no live
-        sequence are zeros.
-
-    Raises:
-        ValueError: The arguments do not fit together, or a length or page id is out of
-            range.
-    """
+    """Does what :func:`torch_rpa.reference.ragged_paged_attention_` does."""
     sizes = validate_static(inputs, options)
     arrays = ((array.tobytes(), array.dtype.str) for array in host_metadata(inputs))
     plan = _plan_of_bytes(tuple(arrays), sizes, options.sliding_window)

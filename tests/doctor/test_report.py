@@ -11,7 +11,7 @@ from torch_rpa.doctor.installation import Installation
 TEXTS = {
     "cannot open /home/alice/models/weights.bin": "cannot open .../weights.bin",
     'File "/home/alice/a.py", line 3': 'File ".../a.py", line 3',
-    "--xla_dump_to=/tmp/alice": "--xla_dump_to=.../alice",
+    "--xla_dump_to=/srv/alice": "--xla_dump_to=.../alice",
     "~/secret/x": ".../x",
     "see https://github.com/jax-ml/jax/issues": "see https://github.com/jax-ml/jax/issues",
     "1/2 of 3 TB/s, float32/int8": "1/2 of 3 TB/s, float32/int8",

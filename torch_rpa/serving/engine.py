@@ -620,6 +620,8 @@ class Engine:
                 return flight
             try:
                 self._finish(flight)
+            # The error of the step that is recovered from, met again as its tokens are
+            # read, or one that hid behind it: the caller treats both as that step's.
             except Exception:
                 return flight
         return None
