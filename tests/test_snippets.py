@@ -138,6 +138,7 @@ def one_process():
 
 
 ON_THE_CPU = {
+    "import torch_xla\n": "",
     '"xla"': '"cpu"',
     "EngineOptions(": 'EngineOptions(device="cpu", ',
     "max_new_tokens=64": "max_new_tokens=2",

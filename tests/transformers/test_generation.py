@@ -314,7 +314,7 @@ def test_the_examples_of_the_readme_run_as_printed(eager, tmp_path):
         "name": tmp_path,
         "inputs": {**padded(), "max_new_tokens": 3, "pad_token_id": PAD},
     }
-    for marker in ("transformers example", "paged generation example"):
-        run(block(marker), README, names)
+    for needed in ("name, inputs", "rpa_transformers, model, inputs"):
+        run(block(f"fragment: {needed}"), README, names)
         expected = eager_generate(eager, padded(), max_new_tokens=3)
         assert torch.equal(names.pop("tokens"), expected)

@@ -65,7 +65,10 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 def refuse_autocast(device: torch.device) -> None:
     """Raises under ``torch.autocast``, which changes the dtype of some keys only."""
-    if torch.is_autocast_enabled(device.type):
+    # A device without autocast has no such switch to ask.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(
+        device.type
+    ):
         raise NotImplementedError(
             "torch.autocast must be off, since keys, values and their cache need one "
             f"dtype, got it on for {device.type}: load the model with "
