@@ -1,18 +1,24 @@
 """The command line: what it prints, checks and refuses."""
 
 import io
+import os
+import resource
 import runpy
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from torch_rpa.generate import check, run
+from jax_kernels.contract.cache import CACHE_DTYPES
+from torch_rpa import devices
+from torch_rpa.generate import check, constants, run
 from torch_rpa.generate.__main__ import main
 from torch_rpa.generate.tokenizer import PromptEncoder
+from torch_rpa.options import torch_dtype
 from torch_rpa.serving import Engine, EngineOptions
 
 SHORT = ["--device", "cpu", "--max-new-tokens", "6"]
@@ -135,12 +141,8 @@ def test_a_missing_matplotlib_is_reported_before_anything_runs(monkeypatch, caps
     ("arguments", "message"),
     [
         (["--trace", "no/such/file"], "No such file"),
-        (
-            ["--max-num-sequences", "4", "--max-tokens-per-step", "2"],
-            "--max-tokens-per-step must be at least one for each of the 4",
-        ),
+        (["--max-new-tokens", "999"], "--max-new-tokens together must be at most the"),
         (["--model", "no/such/directory"], "error: --model must be a directory"),
-        (["--page-size", "12"], "error: --page-size must be a power of two"),
         (["--num-pages", "1", "--prompt", "b" * 20], "raise --num-pages, or shorten"),
         (["--plot", "no/such/folder/steps.png"], "--plot must be a file in a folder"),
         (["--plot", "steps.xyz"], "--plot must end in one of ."),
@@ -154,27 +156,34 @@ def test_user_mistakes_are_one_line(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["--check", "--dtype", "bfloat16"],
-        ["--check", "--cache-dtype", "float8_e4m3fn"],
-        ["--check", "--temperature", "1"],
-        ["--trace", "file", "--prompt", "a"],
-        ["--trace", "file", "--stream"],
-        ["--max-new-tokens", "0"],
-        ["--max-new-tokens", "many"],
-        ["--max-num-sequences", "9999999999"],
-        ["--temperature", "-1"],
-        ["--temperature", "nan"],
-        ["--top-k", "-1"],
-        ["--top-p", "1.5"],
-        ["--device", "cuda"],
+        (["--check", "--dtype", "bfloat16"], "drop --dtype and --cache-dtype"),
+        (["--check", "--cache-dtype", "float8_e4m3fn"], "drop --dtype and --cache"),
+        (["--check", "--temperature", "1"], "drop --temperature and --stop"),
+        (["--trace", "file", "--prompt", "a"], "drop --prompt and --prompt-file"),
+        (["--trace", "file", "--stream"], "drop --stream"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: must be an int of at least 1"),
+        (["--max-new-tokens", "many"], "--max-new-tokens: must be an int of at least"),
+        (["--max-num-sequences", "9999999999"], "below 2**31, got 9999999999"),
+        (
+            ["--max-num-sequences", "4", "--max-tokens-per-step", "2"],
+            "--max-tokens-per-step must be at least one for each of the 4 of --max-num",
+        ),
+        (["--page-size", "12"], "--page-size: must be a power of two from 8 to 512"),
+        (["--temperature", "-1"], "--temperature: must be 0 or at least 1e-05"),
+        (["--temperature", "nan"], "--temperature: must be 0 or at least 1e-05"),
+        (["--top-k", "-1"], "--top-k: must be an int, 0 (all) or more"),
+        (["--top-p", "1.5"], "--top-p: must be more than 0 and at most 1, got 1.5"),
+        (["--device", "cuda"], "--device: invalid choice: 'cuda'"),
     ],
 )
-def test_impossible_options_are_refused(arguments, capsys):
+def test_impossible_options_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert "usage: python -m torch_rpa.generate" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: python -m torch_rpa.generate" in err
+    assert message in err.splitlines()[-1]
 
 
 def test_it_runs_as_a_module(monkeypatch, capsys):
@@ -233,11 +242,14 @@ def test_a_chat_needs_a_template(capsys):
     assert "--chat needs a tokenizer with a chat template" in capsys.readouterr().err
 
 
-def test_the_usual_page_size_is_that_of_the_engine(monkeypatch):
+def test_what_is_known_before_torch_is_imported_is_what_it_knows(monkeypatch):
     seen = []
     monkeypatch.setattr(run, "run", lambda args, with_option_names: seen.append(args))
-    main(["--device", "cpu"])
+    main([])
     assert seen[0].page_size == EngineOptions().page_size
+    assert devices.names() == constants.DEVICES
+    for name in (*constants.MODEL_DTYPES, *CACHE_DTYPES):
+        assert isinstance(torch_dtype(name), torch.dtype)
 
 
 def test_every_bad_line_of_a_trace_is_named_before_anything_runs(tmp_path, capsys):
@@ -277,16 +289,56 @@ def test_an_interrupt_keeps_the_texts_so_far_and_the_summary(
     assert "interrupted: 0 of 2 texts had ended" in err
 
 
-def test_help_and_range_errors_do_not_wait_for_transformers():
-    code = """
-import contextlib, sys
-from torch_rpa.generate.__main__ import main
-for arguments in (["--help"], ["--top-p", "2"]):
-    with contextlib.suppress(SystemExit):
-        main(arguments)
-print([name for name in ("transformers", "torch_xla", "jax") if name in sys.modules])
-"""
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "--max-new-tokens" in result.stdout and result.stdout.endswith("\n[]\n")
-    assert "--top-p: must be more than 0 and at most 1, got 2" in result.stderr
+@pytest.mark.parametrize("as_script", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], "--max-new-tokens"),
+        (["--top-p", "2"], "--top-p: must be more than 0 and at most 1, got 2"),
+    ],
+)
+def test_help_and_range_errors_take_less_than_a_second(
+    arguments, expected, as_script, tmp_path
+):
+    """Of the processors. Importing torch alone takes longer."""
+    command = ["-m", "torch_rpa.generate"]
+    if as_script:  # as pip writes it
+        script = tmp_path / "torch-rpa-generate"
+        script.write_text(
+            "import sys\n"
+            "from torch_rpa.generate.__main__ import main\n"
+            "sys.exit(main())\n"
+        )
+        command = [str(script)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert expected in result.stdout + result.stderr
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "torch_rpa.generate.command_line" in imported
+    assert not imported & {"torch", "transformers", "torch_xla", "jax"}
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert used < 1
+
+
+def test_names_that_the_command_line_left_for_later_are_found(tmp_path):
+    """By a model's own code, for example."""
+    script = tmp_path / "torch-rpa-generate"
+    script.write_text(
+        "import sys, torch_rpa\n"
+        "assert 'torch' not in sys.modules\n"
+        "torch_rpa.ragged_paged_attention\n"
+        "import torch\n"
+        "torch.ops.rpa.ragged_paged_attention\n"
+        "assert all(hasattr(torch_rpa, name) for name in torch_rpa.__all__)\n"
+        "print(hasattr(torch_rpa, 'nothing'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.stdout == "False\n", result.stderr

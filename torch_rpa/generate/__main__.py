@@ -2,218 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import math
-import re
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from torch_rpa import devices
-from torch_rpa.generate.constants import (
-    CACHE_DTYPES_BY_NAME,
-    DEFAULT_PROMPTS,
-    MODEL_DTYPES,
-    USUAL_NEW_TOKENS,
-    USUAL_SEQUENCES,
-    USUAL_STEP_TOKENS,
-)
-from torch_rpa.generate.trace import TRACE_FORMAT
-
-# Of parameters and options whose rooms take long to import.
-DEFAULT_PAGE_SIZE, LEAST_TEMPERATURE, LARGEST = 16, 1e-5, 2**31 - 1
+from torch_rpa.generate import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.check and (args.dtype, args.cache_dtype or args.dtype) != ("float32",) * 2:
-        parser.error("--check compares in float32: drop --dtype and --cache-dtype")
-    if args.check and (args.temperature or args.stop):
-        parser.error("--check compares greedy texts: drop --temperature and --stop")
-    if args.trace and (args.prompt or args.prompt_file):
-        parser.error("--trace has prompts of its own: drop --prompt and --prompt-file")
-    if args.trace and args.stream:
-        parser.error("--trace prints no texts: drop --stream")
-    # Only now: --help and most mistakes need not wait for transformers. If it is
-    # missing, the first of the two says which extra to install.
+    parser = command_line.parser()
+    args = command_line.parse(parser, argv)
+    # Only now: --help and most mistakes need not wait for torch and transformers. If
+    # one is missing, the first import of it says which extra to install.
+    import torch_rpa.public
     import torch_rpa.transformers  # noqa: F401
     from torch_rpa.generate.run import run
 
-    return run(args, _with_option_names(parser))
-
-
-def _with_option_names(parser: argparse.ArgumentParser) -> Callable[[str], str]:
-    """Returns a function that calls options in a message as the command line does."""
-    options = {
-        action.dest: action.option_strings[0]
-        for action in parser._actions
-        if action.option_strings
-    }
-    # Names of one word may be words of a sentence, unless they begin it.
-    several = "|".join(name for name in options if "_" in name)
-    pattern = re.compile(rf"\b({several})\b|^({'|'.join(options)})(?= must)")
-    return lambda message: pattern.sub(lambda m: options[m[0]], message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m torch_rpa.generate",
-        description="Generate for many prompts at once with ragged paged attention.",
-        epilog=TRACE_FORMAT,
-        formatter_class=_HelpFormatter,
-    )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help="a model saved by transformers, with its tokenizer; without it the small "
-        "built-in one",
-    )
-    parser.add_argument(
-        "--device",
-        choices=devices.names(),
-        default=devices.usual_name(),
-        help="of the model; the CPU is a device without any framework",
-    )
-    parser.add_argument("--dtype", choices=MODEL_DTYPES, default="float32")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="compare every token with the model's own generate (eager attention, "
-        "float32, CPU) and fail on the first difference",
-    )
-    _add_prompt_arguments(parser.add_argument_group("prompts"))
-    _add_sampling_arguments(parser.add_argument_group("sampling"))
-    _add_engine_arguments(parser.add_argument_group("engine"))
-    return parser
-
-
-def _add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help=f"may be repeated; without any {len(DEFAULT_PROMPTS)} built-in prompts",
-    )
-    group.add_argument(
-        "--prompt-file",
-        type=Path,
-        metavar="FILE",
-        help="one prompt on each line; - is standard input",
-    )
-    group.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help="replay requests with their arrival times; see below",
-    )
-    group.add_argument(
-        "--chat",
-        action="store_true",
-        help="each prompt is what a user says: write it with the chat template of the "
-        "tokenizer",
-    )
-    group.add_argument(
-        "--stream",
-        action="store_true",
-        help="print texts as they grow: one as it comes, several line by line",
-    )
-    group.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="draw sequences, tokens and pages of the steps over time (PNG, PDF, SVG); "
-        "needs matplotlib",
-    )
-
-
-def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
-    group.description = (
-        "Without an option, what the generation config of the model says. --check is "
-        "greedy and takes the end tokens alone from there."
-    )
-    group.add_argument(
-        "--max-new-tokens",
-        type=_positive,
-        help=f"without it and in no generation config {USUAL_NEW_TOKENS}",
-    )
-    group.add_argument(
-        "--temperature", type=_temperature, help="0 takes the most likely token"
-    )
-    group.add_argument("--top-k", type=_top_k, help="0 is all tokens")
-    group.add_argument("--top-p", type=_top_p, help="1 is all tokens")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="ends a text; may be repeated"
-    )
-
-
-def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--max-num-sequences",
-        type=_positive,
-        help=f"at once; without it all prompts, up to {USUAL_SEQUENCES}",
-    )
-    group.add_argument(
-        "--max-tokens-per-step",
-        type=_positive,
-        help="cut prefills into several steps; without it "
-        f"{USUAL_STEP_TOKENS}, or fewer for short prompts",
-    )
-    group.add_argument(
-        "--page-size", type=_positive, default=DEFAULT_PAGE_SIZE, help="tokens"
-    )
-    group.add_argument(
-        "--num-pages",
-        type=_positive,
-        help="without it enough for --max-num-sequences of the longest",
-    )
-    group.add_argument(
-        "--no-prefix-caching", dest="prefix_caching", action="store_false"
-    )
-    group.add_argument(
-        "--cache-dtype", choices=CACHE_DTYPES_BY_NAME, help="without it --dtype"
-    )
-
-
-class _HelpFormatter(
-    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-):
-    """Shows defaults, and the trace format as it is."""
-
-
-def _number(
-    kind: type[int] | type[float], is_valid: Callable[[Any], bool], expected: str
-) -> Callable[[str], Any]:
-    """Returns what argparse calls with the text of a number."""
-
-    def parse(text: str) -> Any:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = None
-        if number is None or not is_valid(number):
-            raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
-        return number
-
-    return parse
-
-
-_positive = _number(
-    int, lambda n: 1 <= n <= LARGEST, "an int of at least 1, below 2**31"
-)
-_top_k = _number(
-    int, lambda n: 0 <= n <= LARGEST, "an int, 0 (all) or more, below 2**31"
-)
-_top_p = _number(float, lambda n: 0 < n <= 1, "more than 0 and at most 1")
-_temperature = _number(
-    float,
-    lambda n: n == 0 or LEAST_TEMPERATURE <= n < math.inf,
-    f"0 or at least {LEAST_TEMPERATURE}, and finite",
-)
+    return run(args, command_line.option_names(parser))
 
 
 if __name__ == "__main__":

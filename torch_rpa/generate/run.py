@@ -14,9 +14,7 @@ from torch_rpa import devices
 from torch_rpa.generate import check, models, report
 from torch_rpa.generate.console import StreamPrinter, printable
 from torch_rpa.generate.constants import (
-    CACHE_DTYPES_BY_NAME,
     DEFAULT_PROMPTS,
-    MODEL_DTYPES,
     USUAL_NEW_TOKENS,
     USUAL_SEQUENCES,
     USUAL_STEP_TOKENS,
@@ -31,6 +29,7 @@ from torch_rpa.generate.workload import (
     replay,
     trace_workload,
 )
+from torch_rpa.options import torch_dtype
 from torch_rpa.serving import (
     Engine,
     EngineOptions,
@@ -52,6 +51,7 @@ def run(args: argparse.Namespace, with_option_names: Callable[[str], str]) -> in
         args: Of the command line.
         with_option_names: What to do with messages, which name arguments of Python.
     """
+    args.device = args.device or devices.usual_name()
     try:
         if args.plot:
             report.check_plot_path(args.plot)
@@ -87,7 +87,7 @@ def _run(
     if args.check:
         devices.multiply_in_float32(device)
     tokenizer = models.load_tokenizer(args.model)
-    model = models.load_model(args.model, ATTENTION_NAME, MODEL_DTYPES[args.dtype])
+    model = models.load_model(args.model, ATTENTION_NAME, torch_dtype(args.dtype))
     workload = _workload(args, trace, texts, tokenizer, model)
     steps: list[StepRecord] = []
     engine = Engine(
@@ -193,7 +193,7 @@ def _engine_options(args: argparse.Namespace, workload: Workload) -> EngineOptio
         page_size=args.page_size,
         num_pages=args.num_pages,
         token_buckets=None if args.trace else tuple(sorted(buckets)),
-        cache_dtype=CACHE_DTYPES_BY_NAME.get(args.cache_dtype),
+        cache_dtype=args.cache_dtype and torch_dtype(args.cache_dtype),
         prefix_caching=args.prefix_caching,
         device=args.device,
     )
