@@ -1,7 +1,9 @@
 """The command line: what it prints, checks and refuses."""
 
+import dataclasses
 import io
 import os
+import re
 import resource
 import runpy
 import subprocess
@@ -15,11 +17,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from jax_kernels.contract.cache import CACHE_DTYPES
 from torch_rpa import devices
-from torch_rpa.generate import check, constants, run
+from torch_rpa.generate import check, command_line, constants, run
+from torch_rpa.generate import models as generate_models
 from torch_rpa.generate.__main__ import main
-from torch_rpa.generate.tokenizer import PromptEncoder
+from torch_rpa.generate.tokenizer import ByteTokenizer, PromptEncoder
+from torch_rpa.generate.trace import PARAMS_FIELDS
 from torch_rpa.options import torch_dtype
-from torch_rpa.serving import Engine, EngineOptions
+from torch_rpa.serving import Engine, EngineOptions, SamplingParams, sampling_params
+from torch_rpa.transformers import ATTENTION_NAME
 
 SHORT = ["--device", "cpu", "--max-new-tokens", "6"]
 
@@ -44,9 +49,10 @@ def model_directory(llama, tmp_path):
 def test_the_built_in_model_passes_its_check_on_the_xla_device(capsys):
     arguments = ["--check", "--max-new-tokens", "8", "--page-size", "8"]
     assert main(arguments) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "--- Once upon a time\n" in out
     assert "compilations            3\n" in out  # prefill, decode and the caches
+    assert "compiling:   0%" in err  # before there is a step
     assert "check passed: 32 tokens" in out
 
 
@@ -102,6 +108,86 @@ def test_streamed_texts_are_the_same_texts(capsys):
     assert text not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--repetition-penalty", "1.5"],
+        ["--presence-penalty", "1.5"],
+        ["--frequency-penalty", "1.5"],
+        ["--temperature", "5", "--min-p", "0.9"],
+    ],
+)
+def test_an_option_of_sampling_means_what_it_means_to_the_engine(arguments, capsys):
+    prompt = "aaaaaaaa"
+    names = [arg.removeprefix("--").replace("-", "_") for arg in arguments[::2]]
+    wishes = dict(zip(names, map(float, arguments[1::2]), strict=True))
+    model = generate_models.load_model(None, ATTENTION_NAME, torch.float32)
+    engine = Engine(model, EngineOptions(device="cpu"), tokenizer=ByteTokenizer())
+
+    def text(**fields):
+        params = SamplingParams(max_new_tokens=16, seed=0, **fields)
+        (output,) = engine.generate_batch([prompt], params).values()
+        return output.text
+
+    expected = text(**wishes)
+    assert expected != text(**{"temperature": wishes.get("temperature", 0.0)})
+    command = ["--device", "cpu", "--max-new-tokens", "16", "--prompt", prompt]
+    assert main([*command, *arguments]) == 0
+    assert f"--- {prompt}\n{expected}\n\ndevice" in capsys.readouterr().out
+
+
+def test_min_tokens_keep_a_text_from_its_end(capsys):
+    arguments = [*SHORT, "--prompt", "one", "--stop", " "]
+    assert main(arguments) == 0
+    short = capsys.readouterr().out
+    assert main([*arguments, "--min-tokens", "6"]) == 0
+    assert "generated tokens        6\n" in capsys.readouterr().out != short
+
+
+def test_several_texts_are_numbered_and_have_log_probabilities(capsys):
+    arguments = [*SHORT, "--prompt", "one", "--prompt", "two", "--temperature", "1"]
+    assert main([*arguments, "--n", "2", "--logprobs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "generated tokens        24\n" in out
+    texts = [text.splitlines() for text in out.split("\n\ndevice")[0].split("--- ")]
+    headings = [text[0] for text in texts[1:]]
+    assert headings == ["one [1 of 2]", "one [2 of 2]", "two [1 of 2]", "two [2 of 2]"]
+    for _, text, title, *lines in texts[1:]:
+        assert title == "logprob  rank  token: most likely"
+        rows = [re.fullmatch(r" *(-\S+) +(\d+)  '(.+?)': (.+)", line) for line in lines]
+        assert "".join(row[3] for row in rows if row) == text and len(rows) == 6
+        for row in rows:
+            entries = row[4].split(", ") if row else []
+            assert row and entries[min(int(row[2]), 3) - 1] == f"'{row[3]}' {row[1]}"
+    assert main([*arguments, "--n", "2", "--stream"]) == 0
+    streamed = {line[:3] for line in capsys.readouterr().out.splitlines()}
+    assert {"[0]", "[1]", "[2]", "[3]"} <= streamed
+
+
+def test_the_bar_says_compiling_until_a_step_compiles_nothing(monkeypatch):
+    seen = []
+
+    class Bar(run.tqdm):
+        def update(self, n=1):
+            seen.append(self.desc.removesuffix(": "))
+            return super().update(n)
+
+    class Compiling(Engine):
+        """Compiles in its first three steps: each asks twice how much it has been."""
+
+        num_calls = 0
+
+        def _num_compilations(self):
+            self.num_calls = min(self.num_calls + 1, 8)
+            return self.num_calls
+
+    monkeypatch.setattr(run, "tqdm", Bar)
+    monkeypatch.setattr(run, "Engine", Compiling)
+    assert main([*SHORT, "--prompt", "a"]) == 0
+    # What the first step brings comes with the second.
+    assert seen == ["compiling", "compiling", *["generating"] * 4]
+
+
 @pytest.mark.slow
 def test_a_trace_is_replayed_checked_and_plotted(tmp_path, capsys):
     trace, picture = tmp_path / "trace.jsonl", tmp_path / "steps.png"
@@ -143,6 +229,11 @@ def test_a_missing_matplotlib_is_reported_before_anything_runs(monkeypatch, caps
         (["--trace", "no/such/file"], "No such file"),
         (["--max-new-tokens", "999"], "--max-new-tokens together must be at most the"),
         (["--model", "no/such/directory"], "error: --model must be a directory"),
+        (["--n", "2"], "error: --n must be 1 at temperature 0, got 2"),
+        (
+            ["--min-tokens", "7"],
+            "--min-tokens must be at least 0 and at most --max-",
+        ),
         (["--num-pages", "1", "--prompt", "b" * 20], "raise --num-pages, or shorten"),
         (["--plot", "no/such/folder/steps.png"], "--plot must be a file in a folder"),
         (["--plot", "steps.xyz"], "--plot must end in one of ."),
@@ -160,9 +251,13 @@ def test_user_mistakes_are_one_line(arguments, message, capsys):
     [
         (["--check", "--dtype", "bfloat16"], "drop --dtype and --cache-dtype"),
         (["--check", "--cache-dtype", "float8_e4m3fn"], "drop --dtype and --cache"),
-        (["--check", "--temperature", "1"], "drop --temperature and --stop"),
+        (["--check", "--temperature", "1", "--stop", "a"], "--temperature and --stop"),
+        (["--check", "--n", "2"], "the model's own greedy texts: drop --n"),
+        (["--check", "--presence-penalty", "1"], "drop --presence-penalty"),
         (["--trace", "file", "--prompt", "a"], "drop --prompt and --prompt-file"),
-        (["--trace", "file", "--stream"], "drop --stream"),
+        (["--trace", "file", "--stream"], "drop --stream and --logprobs"),
+        (["--trace", "file", "--logprobs", "0"], "drop --stream and --logprobs"),
+        (["--stream", "--logprobs", "0"], "printed after a text: drop --stream"),
         (["--max-new-tokens", "0"], "--max-new-tokens: must be an int of at least 1"),
         (["--max-new-tokens", "many"], "--max-new-tokens: must be an int of at least"),
         (["--max-num-sequences", "9999999999"], "below 2**31, got 9999999999"),
@@ -175,6 +270,14 @@ def test_user_mistakes_are_one_line(arguments, message, capsys):
         (["--temperature", "nan"], "--temperature: must be 0 or at least 1e-05"),
         (["--top-k", "-1"], "--top-k: must be an int, 0 (all) or more"),
         (["--top-p", "1.5"], "--top-p: must be more than 0 and at most 1, got 1.5"),
+        (["--min-p", "2"], "--min-p: must be at least 0 and at most 1, got 2"),
+        (["--n", "0"], "--n: must be an int of at least 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty: must be more than 0"),
+        (["--presence-penalty", "3"], "--presence-penalty: must be from -2 to 2"),
+        (["--frequency-penalty", "nan"], "--frequency-penalty: must be from -2 to 2"),
+        (["--min-tokens", "-1"], "--min-tokens: must be an int of at least 0"),
+        (["--logprobs", "21"], "--logprobs: must be an int from 0 to 20, got 21"),
+        (["--stop", ""], "--stop: must have one character or more"),
         (["--device", "cuda"], "--device: invalid choice: 'cuda'"),
     ],
 )
@@ -248,6 +351,10 @@ def test_what_is_known_before_torch_is_imported_is_what_it_knows(monkeypatch):
     main([])
     assert seen[0].page_size == EngineOptions().page_size
     assert devices.names() == constants.DEVICES
+    assert command_line.MOST_LOGPROBS == sampling_params.MAX_LOGPROBS
+    fields = [field.name for field in dataclasses.fields(SamplingParams)]
+    assert set(run.SAMPLING_OPTIONS) <= {*fields} & {*vars(seen[0])}
+    assert set(PARAMS_FIELDS) <= {*run.SAMPLING_OPTIONS}
     for name in (*constants.MODEL_DTYPES, *CACHE_DTYPES):
         assert isinstance(torch_dtype(name), torch.dtype)
 

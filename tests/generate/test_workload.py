@@ -125,10 +125,10 @@ class Engine(Any):  # of the engine, only what replay calls
     def has_unfinished(self):
         return bool(self.running)
 
-    def add_request(self, prompt_ids, params):
+    def add_texts(self, prompt_ids, params):
         self.added.append((self.num_steps, prompt_ids))
         self.running.append(3)
-        return f"request {len(self.added)}"
+        return [f"request {len(self.added)}"]
 
     def step(self):
         self.num_steps += 1

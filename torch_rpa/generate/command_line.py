@@ -22,6 +22,18 @@ from torch_rpa.generate.trace import TRACE_FORMAT
 
 # Of parameters and options whose rooms take long to import.
 DEFAULT_PAGE_SIZE, LEAST_TEMPERATURE, LARGEST = 16, 1e-5, 2**31 - 1
+MOST_LOGPROBS = 20
+# What can make a text another one than the model's own greedy text, and what of it does
+# not.
+_NEUTRAL = {
+    "temperature": 0,
+    "n": 1,
+    "min_tokens": 0,
+    "stop": None,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
 # What messages call by the name of a parameter, and the command line otherwise.
 _OTHER_NAMES = {
     "max_sequence_length": "prompt tokens and --max-new-tokens together",
@@ -37,12 +49,20 @@ def parse(
     args = parser.parse_args(argv)
     if args.check and (args.dtype, args.cache_dtype or args.dtype) != ("float32",) * 2:
         parser.error("--check compares in float32: drop --dtype and --cache-dtype")
-    if args.check and (args.temperature or args.stop):
-        parser.error("--check compares greedy texts: drop --temperature and --stop")
+    changes = [
+        name
+        for name, neutral in _NEUTRAL.items()
+        if getattr(args, name) not in (None, neutral)
+    ]
+    if args.check and changes:
+        options = " and ".join("--" + name.replace("_", "-") for name in changes)
+        parser.error(f"--check compares the model's own greedy texts: drop {options}")
     if args.trace and (args.prompt or args.prompt_file):
         parser.error("--trace has prompts of its own: drop --prompt and --prompt-file")
-    if args.trace and args.stream:
-        parser.error("--trace prints no texts: drop --stream")
+    if args.trace and (args.stream or args.logprobs is not None):
+        parser.error("--trace prints no texts: drop --stream and --logprobs")
+    if args.stream and args.logprobs is not None:
+        parser.error("--logprobs are printed after a text: drop --stream")
     num_sequences, num_tokens = args.max_num_sequences, args.max_tokens_per_step
     if num_sequences and num_tokens and num_tokens < num_sequences:
         parser.error(
@@ -154,9 +174,43 @@ def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--top-k", type=_top_k, help="0 is all tokens")
     group.add_argument("--top-p", type=_top_p, help="1 is all tokens")
+    group.add_argument(
+        "--min-p",
+        type=_min_p,
+        help="tokens at least so many times as likely as the most likely one; 0 is all",
+    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="ends a text; may be repeated"
+        "--n", type=_positive, help="texts for each prompt; needs a temperature"
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=_repetition_penalty,
+        help="more than 1 makes tokens of the prompt and the text less likely",
+    )
+    for name, unit in (("presence", "once"), ("frequency", "each time")):
+        group.add_argument(
+            f"--{name}-penalty",
+            type=_penalty,
+            help=f"subtracted {unit} from the logits of tokens of the text, -2 to 2",
+        )
+    group.add_argument(
+        "--min-tokens",
+        type=_number(int, lambda n: 0 <= n <= LARGEST, "an int of at least 0"),
+        help="a text does not end before so many",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        type=_text,
+        metavar="TEXT",
+        help="ends a text; may be repeated",
+    )
+    group.add_argument(
+        "--logprobs",
+        type=_logprobs,
+        help="print the log probability of each token, and so many most likely "
+        f"tokens at each position, 0 to {MOST_LOGPROBS}",
     )
 
 
@@ -216,11 +270,25 @@ _top_k = _number(
     int, lambda n: 0 <= n <= LARGEST, "an int, 0 (all) or more, below 2**31"
 )
 _top_p = _number(float, lambda n: 0 < n <= 1, "more than 0 and at most 1")
+_min_p = _number(float, lambda n: 0 <= n <= 1, "at least 0 and at most 1")
+_repetition_penalty = _number(
+    float, lambda n: 0 < n < math.inf, "more than 0 and finite"
+)
+_penalty = _number(float, lambda n: -2 <= n <= 2, "from -2 to 2")
+_logprobs = _number(
+    int, lambda n: 0 <= n <= MOST_LOGPROBS, f"an int from 0 to {MOST_LOGPROBS}"
+)
 _temperature = _number(
     float,
     lambda n: n == 0 or LEAST_TEMPERATURE <= n < math.inf,
     f"0 or at least {LEAST_TEMPERATURE}, and finite",
 )
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must have one character or more, got ''")
+    return text
 
 
 def _page_size(text: str) -> int:

@@ -41,6 +41,23 @@ def summary(engine: Engine, outputs: Sequence[GenerationOutput], device: str) ->
     return "\n".join(f"{name:24}{value}" for name, value in lines)
 
 
+def logprobs(output: GenerationOutput) -> str:
+    """Returns a line for each generated token: how likely it was, and what else was.
+
+    Args:
+        output: Of a request that asked for log probabilities.
+    """
+    lines = ["logprob  rank  token: most likely"]
+    found = zip(output.generated_tokens, output.logprobs or (), strict=False)
+    for token, entries in found:
+        chosen = entries[token]
+        likely = sorted(entries.values(), key=lambda entry: entry.rank)
+        there = ", ".join(f"{e.decoded_token!r} {e.logprob:.3f}" for e in likely)
+        token_text = repr(chosen.decoded_token)
+        lines.append(f"{chosen.logprob:7.3f}  {chosen.rank:4}  {token_text}: {there}")
+    return "\n".join(lines)
+
+
 def require_matplotlib() -> None:
     """Raises a ValueError that says what to install where plots cannot be made."""
     try:

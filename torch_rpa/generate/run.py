@@ -41,6 +41,13 @@ from torch_rpa.transformers import ATTENTION_NAME
 
 # Padded sizes of a step are multiples of this.
 ALIGNMENT = 8
+# Options of the command line that are parameters of requests, by the same names.
+SAMPLING_OPTIONS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "n"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"),
+    "logprobs",
+)
+COMPILING, GENERATING = "compiling", "generating"
 INTERRUPTED = 130  # as shells number what Ctrl-C ends
 
 
@@ -97,14 +104,19 @@ def _run(
         on_step=steps.append,
     )
     if trace:  # compiling would delay the first requests
-        sampled = (r.params.temperature > 0 for r in workload.requests)
-        with tqdm(desc="compiling", bar_format="{desc} {elapsed}"):
-            engine.warm_up(with_sampling=any(sampled))
+        wishes = [request.params for request in workload.requests]
+        with tqdm(desc=COMPILING, bar_format="{desc} {elapsed}"):
+            engine.warm_up(
+                with_sampling=any(params.temperature > 0 for params in wishes),
+                with_logits=any(params.changes_logits for params in wishes),
+            )
     results, is_whole = _generate(args, engine, workload, tokenizer, steps)
     if not args.trace and not args.stream:
         for request, output in results:
-            print(f"--- {request.name}")
+            print(f"--- {_heading(request, output)}")
             print(printable(tokenizer.decode(output.generated_tokens, True)))
+            if output.logprobs is not None:
+                print(report.logprobs(output))
     outputs = [output for _, output in results]
     print(f"\n{report.summary(engine, outputs, args.device)}")
     if args.plot and steps:
@@ -112,11 +124,11 @@ def _run(
     if not is_whole:
         ended = sum(output.is_finished() for output in outputs)
         print(
-            f"interrupted: {ended} of {len(workload.requests)} texts had ended",
+            f"interrupted: {ended} of {workload.num_texts} texts had ended",
             file=sys.stderr,
         )
         return INTERRUPTED
-    failed = [(r.name, o.error) for r, o in results if o.error is not None]
+    failed = [(_heading(r, o), o.error) for r, o in results if o.error is not None]
     for name, error in failed:
         print(f"error: {name!r}: {with_option_names(error)}", file=sys.stderr)
     if failed:
@@ -125,6 +137,11 @@ def _run(
         return 0
     del model, engine
     return _check(args, results)
+
+
+def _heading(request: TimedRequest, output: GenerationOutput) -> str:
+    n = request.params.n
+    return request.name if n == 1 else f"{request.name} [{output.index + 1} of {n}]"
 
 
 def _texts(args: argparse.Namespace) -> Sequence[str]:
@@ -159,10 +176,8 @@ def _workload(
 def _sampling_params(
     args: argparse.Namespace, model: PreTrainedModel
 ) -> SamplingParams:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p")
-    given = {name: getattr(args, name) for name in names}
+    given = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
     changes = {name: value for name, value in given.items() if value is not None}
-    changes["seed"] = args.seed
     if args.stop:
         changes["stop_strings"] = args.stop
     if args.check:
@@ -174,11 +189,12 @@ def _sampling_params(
 
 def _engine_options(args: argparse.Namespace, workload: Workload) -> EngineOptions:
     requests = workload.requests
-    step_tokens = args.max_tokens_per_step or min(
-        USUAL_STEP_TOKENS, sum(len(request.prompt_ids) for request in requests)
-    )
+    # Further texts of a prompt share its pages, and compute its last token alone.
+    most_tokens = sum(len(request.prompt_ids) for request in requests)
+    most_tokens += workload.num_texts - len(requests)
+    step_tokens = args.max_tokens_per_step or min(USUAL_STEP_TOKENS, most_tokens)
     num_sequences = args.max_num_sequences or min(
-        len(requests), step_tokens, USUAL_SEQUENCES
+        workload.num_texts, step_tokens, USUAL_SEQUENCES
     )
     # Prompts that start together have two sizes of steps: with prompts, and decode. A
     # trace has all sizes.
@@ -213,25 +229,24 @@ def _generate(
     """
     requests: dict[str, TimedRequest] = {}
     outputs: dict[str, GenerationOutput] = {}
-    num_requests = len(workload.requests)
     printer = None
     if args.stream:
-        printer = StreamPrinter(tokenizer, sys.stdout, num_texts=num_requests)
+        printer = StreamPrinter(tokenizer, sys.stdout, num_texts=workload.num_texts)
 
     def on_add(request_id: str, request: TimedRequest) -> None:
         requests[request_id] = request
         if printer:
             printer.add(request_id, request.name)
 
-    total = sum(request.params.max_new_tokens for request in workload.requests)
-    first = "compiling" if engine.stats.max_compilations else "generating"
+    total = sum(r.params.n * r.params.max_new_tokens for r in workload.requests)
+    first = COMPILING if engine.stats.max_compilations else GENERATING
     is_whole = True
     with tqdm(total=total, unit="token", desc=first, disable=args.stream) as progress:
         try:
             for update in replay(engine, workload, on_add):
                 is_compiling = bool(steps) and steps[-1].num_compilations > 0
                 progress.set_description(
-                    "compiling" if is_compiling else "generating", refresh=False
+                    COMPILING if is_compiling else GENERATING, refresh=False
                 )
                 progress.update(len(update.new_tokens))
                 outputs[update.request_id] = update.output

@@ -18,13 +18,17 @@ A trace has one JSON object on each line:
   prompt_tokens  number of random tokens; then the text does not end early
   prefix         with prompt_tokens: a name. Requests with the same name begin with the
   prefix_tokens  same tokens, so many of them
-  max_new_tokens, temperature, top_k, top_p, seed
+  max_new_tokens, temperature, top_k, top_p, min_p, seed, repetition_penalty,
+  presence_penalty, frequency_penalty
                  without them the options of the command line
 
   {"arrival": 0.0, "prompt": "Once", "max_new_tokens": 20}
   {"arrival": 0.4, "prompt_tokens": 300, "prefix": "a", "prefix_tokens": 200}
 """
-PARAMS_FIELDS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+PARAMS_FIELDS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 _MOST_TOKENS = 2**24  # more than any model has positions for
 
 

@@ -49,6 +49,11 @@ class Workload:
     requests: list[TimedRequest]
     in_steps: bool = False
 
+    @property
+    def num_texts(self) -> int:
+        """Texts that come of the requests, ``n`` of each."""
+        return sum(request.params.n for request in self.requests)
+
 
 def read_trace(path: Path, params: SamplingParams) -> Trace:
     """Reads a trace, before there is a model.
@@ -95,7 +100,7 @@ def replay(
     Args:
         engine: Runs the requests.
         workload: Requests and times.
-        on_add: Called with the id of each request that was added.
+        on_add: Called with the id of each text of a request that was added.
     """
     coming = deque(workload.requests)
     start, num_steps = time.perf_counter(), 0
@@ -108,7 +113,8 @@ def replay(
             now = time.perf_counter() - start
         while coming and coming[0].arrival <= now:
             request = coming.popleft()
-            on_add(engine.add_request(request.prompt_ids, request.params), request)
+            for name in engine.add_texts(request.prompt_ids, request.params):
+                on_add(name, request)
         if engine.has_unfinished:
             yield from engine.step()
             num_steps += 1
