@@ -7,6 +7,7 @@ with equal static parts share a program, as the steps of a server do.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -517,10 +518,14 @@ def select(names: list[str]) -> list[Case]:
     """The cases of some names.
 
     Raises:
-      ValueError: There is no such case.
+      ValueError: There is no such case; the message has the names that are close.
     """
     for name in names:
         if name not in BY_NAME:
-            known = ", ".join(BY_NAME)
-            raise ValueError(f"case: expected one of {known}; got {name!r}")
+            close = difflib.get_close_matches(name, BY_NAME, n=5)
+            guess = f", such as {', '.join(close)}" if close else ""
+            raise ValueError(
+                f"case: expected one of {len(BY_NAME)} names that python -m "
+                f"benchmarks.predict --list prints{guess}; got {name!r}"
+            )
     return [BY_NAME[name] for name in names]

@@ -12,9 +12,15 @@ def test_a_name_means_one_case_in_all_tables():
         assert all(cases.BY_NAME[case.name] == case for case in table)
 
 
-def test_select_names_what_there_is():
-    with pytest.raises(ValueError, match=r"llama-decode-128x1k.*; got 'nothing'"):
+def test_select_names_what_is_close_and_where_all_names_are():
+    where = rf"one of {len(cases.BY_NAME)} names that python -m benchmarks.predict --li"
+    with pytest.raises(ValueError, match=where + "st prints; got 'nothing'"):
         cases.select(["nothing"])
+    with pytest.raises(ValueError, match=where) as caught:
+        cases.select(["llama-decode-8x1k", "lama-decode-128x1k"])
+    message = str(caught.value)
+    assert "such as llama-decode-128x1k, " in message
+    assert message.endswith("; got 'lama-decode-128x1k'") and len(message) < 300
 
 
 def test_decode_contexts_share_a_program():
