@@ -68,8 +68,23 @@ def pytest_configure(config):
         )
 
 
-def pytest_collection_modifyitems(items):
+def without_extended(items, expression: str):
+    """Splits tests into those that run and the extended ones, which do not.
+
+    Those marked ``extended`` run only where the expression of ``-m`` names them: it
+    takes the place of one in ``addopts``, so that ``-m "not slow"`` would run them.
+    """
+    parts: tuple[list, list] = [], []
+    for item in items:
+        is_left_out = item.get_closest_marker("extended") is not None
+        parts[is_left_out and "extended" not in expression].append(item)
+    return parts
+
+
+def pytest_collection_modifyitems(config, items):
     """Skips visibly what needs a TPU, or a framework, where there is none."""
+    items[:], extended = without_extended(items, config.option.markexpr)
+    config.hook.pytest_deselected(items=extended)
     reasons = {
         name: f"needs {name}, which is not installed"
         for name in FRAMEWORKS
