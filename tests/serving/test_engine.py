@@ -1,6 +1,7 @@
 """Generation for all prompts at once equals the model's own, one by one."""
 
 import contextlib
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,6 +169,21 @@ def test_the_models_generation_config_is_the_default(paged, prompts, expected):
     config = GenerationConfig(max_new_tokens=3, do_sample=False)
     results = engine.generate_batch(prompts, config)
     assert tokens_of(results) == [tokens[:3] for tokens in expected]
+
+
+def test_a_largest_length_of_the_model_ends_texts(paged, prompts, expected):
+    """As in the generation config of Llama 2, whose texts may fill all positions."""
+    model = copy.copy(paged)
+    model.generation_config = GenerationConfig(max_length=30, eos_token_id=257)
+    for longest, keywords, num_new in (
+        (64, {}, 22),
+        (25, {}, 17),
+        (64, {"max_tokens": 2}, 2),
+    ):
+        engine = engine_of(model, max_sequence_length=longest)
+        (output,) = engine.generate_batch(prompts[1:2], **keywords).values()
+        assert len(output.generated_tokens) == num_new
+        assert output.generated_tokens[:NEW_TOKENS] == expected[1][:num_new]
 
 
 def test_each_request_has_parameters_of_its_own(paged, prompts, expected):

@@ -32,6 +32,20 @@ def test_changes_win_over_the_config():
     config = GenerationConfig(max_new_tokens=5, eos_token_id=3)
     params = SamplingParams.from_generation_config(config, max_new_tokens=6, seed=1)
     assert params == SamplingParams(max_new_tokens=6, eos_token_ids=(3,), seed=1)
+    config = GenerationConfig(min_new_tokens=30, max_length=77, stop_strings=["a"])
+    params = SamplingParams.from_generation_config(config, max_tokens=40, stop="b")
+    assert params == SamplingParams(
+        max_new_tokens=40, min_tokens=30, stop_strings=("b",)
+    )
+
+
+def test_a_largest_length_counts_the_prompt():
+    config = GenerationConfig(max_length=77, min_new_tokens=30)
+    for limits, expected in ({}, 64), ({"longest": 60}, 47), ({"longest": 90}, 64):
+        params = SamplingParams.from_generation_config(config, num_prompt=13, **limits)
+        assert params.max_new_tokens == expected
+    with pytest.raises(ValueError, match="max_length must be more than the 77 tokens"):
+        SamplingParams.from_generation_config(config, num_prompt=77)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,8 @@ class Engine:
     ) -> list[str]:
         """Adds a request like ``add_request``; returns the names of its ``n`` texts."""
         tokens = self._prompts.read(prompt_ids, "prompt_ids")
-        entries = self._new_entries(tokens, self._sampling_params(params), request_id)
+        wishes = self._sampling_params(params, len(tokens))
+        entries = self._new_entries(tokens, wishes, request_id)
         for entry in entries:
             self._add(entry)
         return [entry.output.request_id for entry in entries]
@@ -355,7 +356,8 @@ class Engine:
                 f"prompts, got {len(configs)}"
             )
         params = [
-            self._sampling_params(config).changed(**changes) for config in configs
+            self._sampling_params(config, len(prompt), **changes)
+            for config, prompt in zip(configs, prompts, strict=True)
         ]
         entries = [
             entry
@@ -514,11 +516,19 @@ class Engine:
         self._num_named += 1
         return name
 
-    def _sampling_params(self, params: Params) -> SamplingParams:
+    def _sampling_params(
+        self, params: Params, num_prompt: int, **changes: Any
+    ) -> SamplingParams:
         """Returns what is wished, with the tokens that end a text."""
         model = self._generation_config
         if params is None or isinstance(params, GenerationConfig):
-            params = SamplingParams.from_generation_config(params or model)
+            params = SamplingParams.from_generation_config(
+                params or model,
+                num_prompt=num_prompt,
+                longest=self._max_sequence_length,
+                **changes,
+            )
+            changes = {}
         elif isinstance(params, Mapping):
             params = _params_of(params)
         if not isinstance(params, SamplingParams):
@@ -526,6 +536,7 @@ class Engine:
                 "params must be SamplingParams, a dict of its fields, a "
                 f"GenerationConfig or None, got {params!r}"
             )
+        params = params.changed(**changes)
         if params.eos_token_ids is not None:
             return params
         ends = model.eos_token_id

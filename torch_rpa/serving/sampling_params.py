@@ -44,7 +44,7 @@ _UNSUPPORTED = {
 }
 # What generate() of transformers takes for fields that are not set.
 _TOP_K, _MAX_NEW_TOKENS = 50, 20
-_MAX_LENGTHS = (None, 20)  # of transformers 5 and 4
+_NO_MAX_LENGTH = GenerationConfig().max_length  # None or 20, by the release
 # Tokens with a bias in one request, and most likely tokens beside a chosen one.
 MAX_LOGIT_BIAS, MAX_LOGPROBS = 300, 20
 # Other names of fields, and what those fields are if neither is given.
@@ -283,7 +283,12 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(
-        cls, config: GenerationConfig, **changes: Any
+        cls,
+        config: GenerationConfig,
+        *,
+        num_prompt: int | None = None,
+        longest: int | None = None,
+        **changes: Any,
     ) -> SamplingParams:
         """Returns what a generation config of transformers asks for.
 
@@ -291,11 +296,16 @@ class SamplingParams:
 
         Args:
             config: Greedy or sampling.
+            num_prompt: Tokens of the prompt, which ``max_length`` counts as well; None
+                if they are not known.
+            longest: What ``max_length`` is at most.
             changes: Attributes that are to differ.
 
         Raises:
+            ValueError: The prompt is as long as ``max_length``, or longer.
             NotImplementedError: The config asks for what would change the tokens and
-                is not supported, such as beams.
+                is not supported, such as beams; or for ``max_length``, and the prompt
+                is not known.
         """
         unsupported = {
             name: value
@@ -307,11 +317,6 @@ class SamplingParams:
                 f"generation_config must leave out {unsupported}: they would change "
                 "the tokens and cannot be served; use model.generate(..., "
                 "custom_generate=torch_rpa.transformers.generate)"
-            )
-        if config.max_new_tokens is None and config.max_length not in _MAX_LENGTHS:
-            raise NotImplementedError(
-                f"generation_config must set max_new_tokens, got max_length "
-                f"{config.max_length}, which depends on the prompt"
             )
         ends = end_token_ids(config)
         bad_words = [tuple(word) for word in config.bad_words_ids or ()]
@@ -334,6 +339,8 @@ class SamplingParams:
                 fields[field] = value
         if config.max_new_tokens is not None:
             fields["max_new_tokens"] = config.max_new_tokens
+        elif changes.keys().isdisjoint(("max_new_tokens", "max_tokens")):
+            fields |= _rest_of_max_length(config.max_length, num_prompt, longest)
         if config.do_sample:
             for name, default in (
                 ("temperature", 1.0),
@@ -343,7 +350,30 @@ class SamplingParams:
             ):
                 value = getattr(config, name)
                 fields[name] = default if value is None else value
-        return cls(**fields).changed(**changes)
+        for alias, name in _ALIASES.items():
+            if alias in changes:
+                fields.pop(name, None)
+        return cls(**{**fields, **changes})
+
+
+def _rest_of_max_length(
+    max_length: int | None, num_prompt: int | None, longest: int | None
+) -> dict[str, int]:
+    """Returns the field that says what is left for new tokens, if that is limited."""
+    if max_length is None or max_length == _NO_MAX_LENGTH:
+        return {}
+    if num_prompt is None:
+        raise NotImplementedError(
+            f"generation_config must set max_new_tokens, got max_length {max_length}, "
+            "which depends on the prompt"
+        )
+    if max_length <= num_prompt:
+        raise ValueError(
+            f"max_length must be more than the {num_prompt} tokens of the prompt, got "
+            f"{max_length}; set max_new_tokens"
+        )
+    room = min(max_length, longest or max_length) - num_prompt
+    return {"max_new_tokens": max(room, 1)}
 
 
 def _ends(ids: Any) -> tuple[int, ...] | None:
