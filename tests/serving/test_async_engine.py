@@ -1,6 +1,7 @@
 """Requests of many tasks share one engine, and each gets its own tokens."""
 
 import asyncio
+import gc
 
 import pytest
 import torch
@@ -172,6 +173,44 @@ def test_an_error_of_on_step_ends_what_runs_and_nothing_else(engine, expected):
     assert [str(error) for error in errors] == ["of on_step"] * 2
     assert later == expected[2]
     assert engine.scheduler.allocator.num_held == 0
+
+
+def test_a_cancelled_task_of_the_engine_ends_what_runs_and_nothing_else(
+    engine, expected
+):
+    async def main():
+        async with AsyncEngine(engine) as server:
+            waiting = asyncio.create_task(tokens_of(server, PROMPTS[1]))
+            while engine.stats.num_steps == before:
+                await asyncio.sleep(0)
+            server._task.cancel()
+            with pytest.raises(RuntimeError, match="task of the engine was cancelled"):
+                await asyncio.wait_for(waiting, 60)
+            return await tokens_of(server, PROMPTS[0])
+
+    before = engine.stats.num_steps
+    assert asyncio.run(main()) == expected[0]
+    assert engine.scheduler.allocator.num_held == 0
+
+
+def test_an_event_loop_may_end_without_closing(engine, expected, caplog):
+    """What runs is cancelled, and the next event loop finds the engine at rest."""
+    server = AsyncEngine(engine)
+
+    async def leave_one_running():
+        tasks = [asyncio.create_task(tokens_of(server, p)) for p in PROMPTS]
+        while engine.stats.num_steps == before:
+            await asyncio.sleep(0)
+        return tasks
+
+    for _ in range(2):
+        before = engine.stats.num_steps
+        tasks = asyncio.run(leave_one_running())
+        assert all(task.done() for task in tasks)
+    assert asyncio.run(tokens_of(server, PROMPTS[1])) == expected[1]
+    assert engine.scheduler.allocator.num_held == 0
+    gc.collect()
+    assert not caplog.records  # such as of a task that is destroyed while pending
 
 
 def test_a_closed_engine_says_so(engine):

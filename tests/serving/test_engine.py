@@ -175,15 +175,13 @@ def test_a_largest_length_of_the_model_ends_texts(paged, prompts, expected):
     """As in the generation config of Llama 2, whose texts may fill all positions."""
     model = copy.copy(paged)
     model.generation_config = GenerationConfig(max_length=30, eos_token_id=257)
-    for longest, keywords, num_new in (
-        (64, {}, 22),
-        (25, {}, 17),
-        (64, {"max_tokens": 2}, 2),
-    ):
+    for longest, num_new in (64, 22), (25, 17):
         engine = engine_of(model, max_sequence_length=longest)
-        (output,) = engine.generate_batch(prompts[1:2], **keywords).values()
+        (output,) = engine.generate_batch(prompts[1:2]).values()
         assert len(output.generated_tokens) == num_new
-        assert output.generated_tokens[:NEW_TOKENS] == expected[1][:num_new]
+        assert output.generated_tokens[:NEW_TOKENS] == expected[1]
+        (output,) = engine.generate_batch(prompts[1:2], max_tokens=2).values()
+        assert output.generated_tokens == expected[1][:2]
 
 
 def test_each_request_has_parameters_of_its_own(paged, prompts, expected):
@@ -633,3 +631,27 @@ def test_logits_that_are_no_numbers_fail_their_own_request(
         assert failed.num_shared_tokens == 0
         assert [output.generated_tokens for output in outputs] == expected
     assert engine.stats.num_failed_steps == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_bans_every_token_fails_alone(
+    paged, prompts, expected, temperature
+):
+    banned = [[token] for token in range(257)] + [[prompts[1][-1], 257]]
+    bad = SamplingParams(
+        temperature=temperature, bad_words_ids=banned, eos_token_ids=(), logprobs=1
+    )
+    engine = engine_of(paged)
+    params = [GREEDY, GREEDY, bad, GREEDY]
+    inputs = [prompts[0], prompts[3], prompts[1], prompts[2]]
+    outputs = list(engine.generate_batch(inputs, params).values())
+    failed = outputs.pop(2)
+    assert failed.status == RequestStatus.FAILED and failed.generated_tokens == []
+    assert failed.error is not None and "got none after 0 new tokens" in failed.error
+    assert [output.generated_tokens for output in outputs] == [
+        expected[0],
+        expected[3],
+        expected[2],
+    ]
+    assert engine.stats.num_failed_steps == 0
+    assert engine.scheduler.allocator.num_held == 0

@@ -167,8 +167,12 @@ def test_several_texts_share_the_pages_of_their_prompt(engine):
     separate = engine.generate_batch([prompt] * 3, alone)
     assert [output.generated_tokens for output in separate.values()] == texts
     engine.add_request(prompt, params, request_id="all")
+    engine.add_request(prompt, request_id="all__child#7")  # somebody's own name
     engine.step()
-    assert (engine.cancel("all") and not engine.has_unfinished) or engine.step()
+    assert engine.cancel("all")
+    ended = {u.request_id: u.output.status.name for u in engine.stream()}
+    cancelled = ["all", "all__child#0", "all__child#1"]
+    assert ended == dict.fromkeys(cancelled, "CANCELLED") | {"all__child#7": "FINISHED"}
     assert engine.scheduler.allocator.num_held == 0
 
 
@@ -195,6 +199,10 @@ def test_text_comes_in_and_goes_out(engine):
         no_tokenizer.add_request("ab")
     with pytest.raises(ValueError, match="for bad_words, got None"):
         no_tokenizer.add_request([1], SamplingParams(bad_words=["a"]))
+    with pytest.raises(
+        ValueError, match=r"bad_words must be texts with tokens, .* ' '"
+    ):
+        engine.add_request([1], SamplingParams(bad_words=[" "]))
     (output,) = no_tokenizer.generate_batch(
         [[1]], SamplingParams(max_tokens=1)
     ).values()

@@ -138,7 +138,12 @@ def test_lists_are_taken_as_tuples():
         ({"stop_sequences": ["ab"]}, "stop_sequences must be token ids, got 'ab'"),
         ({"stop_strings": [5]}, r"stop_strings must be texts, got \[5\]"),
         ({"min_p": 1.5}, "min_p must be at least 0 and at most 1, got 1.5"),
-        ({"n": 0}, "n must be at least 1, got 0"),
+        ({"n": 0}, "n must be at least 1 and at most 16384, got 0"),
+        ({"n": 10**9, "temperature": 1.0}, "at most 16384, got 1000000000"),
+        (
+            {"structured_outputs": {"grammar": "x"}},
+            r"must have fields among \['json', .*\], got \['grammar'\]",
+        ),
         ({"n": 2}, "n must be 1 at temperature 0, got 2"),
         ({"repetition_penalty": 0.0}, "more than 0 and finite, got 0.0"),
         ({"presence_penalty": 3.0}, "from -2 to 2, got 3.0"),

@@ -119,3 +119,7 @@ def test_what_is_missing_is_named(monkeypatch):
         GrammarFactory(None, 258, ()).grammar(params)
     with pytest.raises(NotImplementedError, match="got object"):
         GrammarFactory(object(), 258, ()).grammar(params)
+    tokenizer = fast_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # does not tell the bytes
+    with pytest.raises(NotImplementedError, match="bytes of each token, got"):
+        GrammarFactory(tokenizer, 300, ()).grammar(params)

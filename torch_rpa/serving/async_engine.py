@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from torch_rpa.serving.engine import Engine, Params
@@ -25,12 +25,15 @@ class AsyncEngine:
 
     A request that fails gets a last update that says so. If ``Engine.step`` raises
     itself, which it does for an error in ``on_step`` alone, every request that runs
-    ends with that error, and later ones are served.
+    ends with that error, and later ones are served. So they are if somebody cancels the
+    task that runs the steps, as ``asyncio.run`` does at its end.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._thread = concurrent.futures.ThreadPoolExecutor(
+            1, thread_name_prefix="engine"
+        )
         self._calls: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
         self._queues: dict[str, asyncio.Queue[RequestUpdate | Exception]] = {}
         self._task: asyncio.Task[None] | None = None
@@ -83,8 +86,7 @@ class AsyncEngine:
         finally:
             for name in added:
                 if self._queues.pop(name, None) is not None:
-                    # Nobody awaits it: this may be the end of a cancelled task.
-                    self._call(lambda name=name: self.engine.cancel(name))
+                    self._cancel_soon(name)
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a request, whose generator gets a last update; see ``Engine.cancel``."""
@@ -94,35 +96,45 @@ class AsyncEngine:
         """Cancels every request, waits for the last step and ends the thread."""
         self._is_closed = True
         for name in list(self._queues):
-            self._call(lambda name=name: self.engine.cancel(name))
-        while self._task is not None:
+            self._cancel_soon(name)
+        while self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
         self._thread.shutdown()
+
+    def _cancel_soon(self, name: str) -> None:
+        """Cancels a request; does not wait, since its task may be cancelled itself."""
+        if self._task is None or self._task.done():  # a new one may outlive the loop
+            self.engine.cancel(name)
+        else:
+            self._call(lambda: self.engine.cancel(name))
 
     def _call(self, function: Callable[[], Result]) -> asyncio.Future[Result]:
         """Has a function called between two steps."""
         future = asyncio.get_running_loop().create_future()
         self._calls.append((function, future))
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         return future
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while self._calls or self.engine.has_unfinished:
+        while self._calls or self.engine.has_unfinished:
+            self._make_calls()
+            if not self.engine.has_unfinished:
+                continue
+            step = self._thread.submit(self.engine.step)
+            try:
+                updates = await asyncio.wrap_future(step)
+            except Exception as error:
+                self._end_all(error)
+            except asyncio.CancelledError:
+                # Nobody else may have the engine before its step is done.
+                concurrent.futures.wait([step])
+                self._end_all(RuntimeError("the task of the engine was cancelled"))
                 self._make_calls()
-                if not self.engine.has_unfinished:
-                    continue
-                try:
-                    updates = await loop.run_in_executor(self._thread, self.engine.step)
-                except Exception as error:
-                    self._end_all(error)
-                else:
-                    for update in updates:
-                        self._deliver(update)
-        finally:
-            self._task = None
+                raise
+            else:
+                for update in updates:
+                    self._deliver(update)
 
     def _end_all(self, error: Exception) -> None:
         for name, queue in self._queues.items():

@@ -23,7 +23,7 @@ from torch_rpa.scheduling import (
     Scheduler,
 )
 from torch_rpa.serving import sampling
-from torch_rpa.serving.finite import NO_TOKEN
+from torch_rpa.serving.finite import NO_TOKEN, NONE_LEFT
 from torch_rpa.serving.logits_processing import (
     TokenRules,
     build_logits_inputs,
@@ -37,7 +37,7 @@ from torch_rpa.serving.outputs import (
     GenerationOutput,
     RequestStatus,
     RequestUpdate,
-    names_of_texts,
+    name_of_text,
 )
 from torch_rpa.serving.prompts import PromptReader
 from torch_rpa.serving.sampling import SamplingInputs
@@ -202,7 +202,7 @@ class Engine:
         """Adds a request, which steps from now on compute.
 
         A request that can never fit the engine fails, as the next step reports. With
-        ``n`` texts, each is a request, named by ``outputs.names_of_texts``.
+        ``n`` texts, each is a request, named by ``outputs.name_of_text``.
 
         Args:
             prompt_ids: Token ids, at least one, or anything else that
@@ -247,11 +247,10 @@ class Engine:
         Returns:
             False if there is no such request, or it has ended.
         """
-        others = names_of_texts(request_id, 2)[1].removesuffix("0")
         entries = [
             entry
             for name, entry in self._entry_of_id.items()
-            if name == request_id or name.startswith(others)
+            if name in (request_id, name_of_text(request_id, entry.output.index))
         ]
         for entry in entries:
             self._end(entry, RequestStatus.CANCELLED)
@@ -420,7 +419,7 @@ class Engine:
             request_id = self._new_name()
         if not isinstance(request_id, str):
             raise ValueError(f"request_id must be a str or None, got {request_id!r}")
-        names = names_of_texts(request_id, params.n)
+        names = [name_of_text(request_id, index) for index in range(params.n)]
         for name in names:
             if name in self._entry_of_id:
                 raise ValueError(f"request_id must be new, got {name!r} again")
@@ -775,6 +774,8 @@ class Engine:
                         self._receive_prompt(entry, row, prompt_logprobs, first)
                     if row.is_last and token == NO_TOKEN:
                         self._refuse_logits(entry, row)
+                    elif row.is_last and token == NONE_LEFT:
+                        self._refuse_wishes(entry)
                     elif row.is_last:
                         if logprobs is not None and entry.output.logprobs is not None:
                             count = entry.params.logprobs or 0
@@ -832,6 +833,15 @@ class Engine:
             entry,
             f"logits must be finite, got NaN or infinity after {row.end} tokens: look "
             "for them in the weights, or take a dtype of a larger range",
+        )
+
+    def _refuse_wishes(self, entry: _Entry) -> None:
+        self.scheduler.end(entry.request)
+        self._fail(
+            entry,
+            "bad_words, min_tokens, penalties, logit_bias and structured_outputs must "
+            "leave a token with a finite logit, got none after "
+            f"{entry.request.num_generated} new tokens",
         )
 
     def _report(self, output: GenerationOutput) -> None:

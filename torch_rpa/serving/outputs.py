@@ -121,6 +121,6 @@ class RequestUpdate:
         return self.output.request_id
 
 
-def names_of_texts(request_id: str, n: int) -> list[str]:
-    """Returns the names of the ``n`` texts of a request, as transformers has them."""
-    return [request_id, *(f"{request_id}__child#{i}" for i in range(n - 1))]
+def name_of_text(request_id: str, index: int) -> str:
+    """Returns the name of a text of a request, as transformers has it."""
+    return f"{request_id}__child#{index - 1}" if index else request_id

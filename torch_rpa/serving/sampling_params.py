@@ -47,6 +47,7 @@ _TOP_K, _MAX_NEW_TOKENS = 50, 20
 _NO_MAX_LENGTH = GenerationConfig().max_length  # None or 20, by the release
 # Tokens with a bias in one request, and most likely tokens beside a chosen one.
 MAX_LOGIT_BIAS, MAX_LOGPROBS = 300, 20
+MAX_TEXTS = 16384  # of one prompt
 # Other names of fields, and what those fields are if neither is given.
 _ALIASES = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
 _DEFAULTS: dict[str, Any] = {"max_new_tokens": _MAX_NEW_TOKENS, "stop_strings": ()}
@@ -122,8 +123,8 @@ class SamplingParams:
             string at its end.
         min_p: Sample among tokens at least so many times as likely as the most likely
             one; 0 is all.
-        n: Texts to generate, which share the pages of the prompt. With a seed the
-            second one has ``seed + 1``, and so on.
+        n: Texts to generate, at most 16384, which share the pages of the prompt. With a
+            seed the second one has ``seed + 1``, and so on.
         repetition_penalty: Divides positive logits of tokens in the prompt or the text,
             and multiplies negative ones; 1 changes nothing.
         presence_penalty: Subtracted from the logits of tokens in the text.
@@ -131,7 +132,8 @@ class SamplingParams:
         min_tokens: Until so many tokens are generated, ``eos_token_ids`` are banned and
             stop conditions have no effect.
         logit_bias: Token id to what is added to its logit, for at most 300 tokens.
-        bad_words: Texts that must not be generated; need the engine's tokenizer.
+        bad_words: Texts that must not be generated, as the tokens that the engine's
+            tokenizer makes of them, alone and after a space.
         bad_words_ids: The same as token ids. The last token of one is banned where the
             prompt or the text ends with those before it.
         logprobs: Report log probabilities of the generated tokens, and at each position
@@ -183,9 +185,7 @@ class SamplingParams:
             object.__setattr__(self, name, value)
         check_types(self)
         # Lists are fine, and a lone string is one of them.
-        structure = self.structured_outputs
-        if isinstance(structure, Mapping):
-            structure = StructuredOutputsParams(**structure)
+        structure = _structure(self.structured_outputs)
         for name, value in (
             ("eos_token_ids", _ends(self.eos_token_ids)),
             ("stop_sequences", _sequences("stop_sequences", self.stop_sequences)),
@@ -218,7 +218,7 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "at least 0 and at most 1"),
             ("stop_sequences", all(self.stop_sequences), "one token or more each"),
             ("stop_strings", all(self.stop_strings), "one character or more each"),
-            ("n", self.n >= 1, "at least 1"),
+            ("n", 1 <= self.n <= MAX_TEXTS, f"at least 1 and at most {MAX_TEXTS}"),
             ("n", self.n == 1 or self.temperature > 0, "1 at temperature 0"),
             (
                 "repetition_penalty",
@@ -421,6 +421,18 @@ def _bias(bias: Any) -> dict[int, float] | None:
         raise ValueError(f"logit_bias must be token ids to numbers, got {bias!r}")
     tokens = _tokens("logit_bias", bias)
     return dict(zip(tokens, map(float, bias.values()), strict=True))
+
+
+def _structure(wish: Any) -> Any:
+    """Returns what a dict of its fields stands for, and anything else as it is."""
+    if not isinstance(wish, Mapping):
+        return wish
+    known = [field.name for field in dataclasses.fields(StructuredOutputsParams)]
+    if set(wish) - {*known}:
+        raise ValueError(
+            f"structured_outputs must have fields among {known}, got {list(wish)}"
+        )
+    return StructuredOutputsParams(**wish)
 
 
 def _is_count(logprobs: int | None) -> bool:

@@ -20,7 +20,7 @@ import torch
 
 from torch_rpa import devices
 from torch_rpa.serving import logits_processing, sampling
-from torch_rpa.serving.finite import marking
+from torch_rpa.serving.finite import NONE_LEFT, marking
 from torch_rpa.serving.logits_processing import LogitsInputs
 from torch_rpa.serving.logprobs import LogprobTensors, token_logprobs
 from torch_rpa.serving.sampling import SamplingInputs
@@ -133,4 +133,5 @@ def _with_last(
 
 
 def _choose(logits: torch.Tensor, wishes: SamplingInputs, changes: LogitsInputs) -> Any:
-    return sampling.sample(logits_processing.process(logits, changes), wishes)
+    changed = logits_processing.process(logits, changes)
+    return marking(sampling.sample, NONE_LEFT)(changed, wishes)

@@ -110,7 +110,13 @@ class GrammarFactory:
                 "structured_outputs needs a token that ends a text, got a tokenizer "
                 "without eos_token and a model without eos_token_id"
             )
-        return make(tokenizer, n_vocab=self._vocabulary, eos_token=sorted(ends))
+        try:
+            return make(tokenizer, n_vocab=self._vocabulary, eos_token=sorted(ends))
+        except ValueError as error:
+            raise NotImplementedError(
+                "structured_outputs needs a tokenizer of which llguidance finds the "
+                f"bytes of each token, got {type(self._tokenizer).__name__}: {error}"
+            ) from error
 
 
 class TextGrammar:

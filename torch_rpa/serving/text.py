@@ -107,7 +107,7 @@ def bad_word_ids(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
     token alone.
 
     Raises:
-        ValueError: The tokenizer is None.
+        ValueError: The tokenizer is None, or has no tokens for a word.
     """
     if words and tokenizer is None:
         raise ValueError(
@@ -119,6 +119,11 @@ def bad_word_ids(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
             tuple(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False))
             for prefix in ("", " ")
         )
+        if not alone:
+            raise ValueError(
+                "bad_words must be texts with tokens, spaces before them left out, got "
+                f"{word!r}; use bad_words_ids"
+            )
         found.append(alone)
         if spaced[0] != alone[0] and len(spaced) == len(alone):
             found.append(spaced)
