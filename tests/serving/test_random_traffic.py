@@ -84,9 +84,10 @@ def test_steps_that_raise_hurt_no_other_request(build, seed, count, keywords):
     outputs, _ = run(engine, traffic)
     check(build("eager"), traffic, outputs)
     failed = [o for o in outputs if o.status == RequestStatus.FAILED]
-    assert all("InjectedFault: " in output.error for output in failed)
+    # Some come through a library that was calling back, as part of its own error.
+    assert all("InjectedFault" in output.error for output in failed)
     # A fault at random fails a request only if its step has no other.
     assert engine.stats.num_failed_steps > len(failed)
     assert len(failed) < count // 2
     assert sum(number > 0 for number in faults.places.values()) > 15
-    print(engine.stats.num_steps, engine.stats.num_failed_steps, len(failed))
+    assert engine.stats.num_steps > 2 * count  # the long cases are 22,400 and more
