@@ -1,6 +1,7 @@
 """What a request alone would generate, from one forward pass with eager attention."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -60,10 +61,12 @@ def changed_logits(
     for *beginning, last in params.bad_words_ids:
         if before[len(before) - len(beginning) :] == beginning:
             logits[last] = -torch.inf
+    ends: Any = params.eos_token_ids  # a tuple by now
     if len(text) < params.min_tokens:
-        logits[list(params.eos_token_ids)] = -torch.inf
-    if params.structured_outputs is not None:
-        fits = [c.encode() for c in params.structured_outputs.choice]
+        logits[list(ends)] = -torch.inf
+    structure: Any = params.structured_outputs
+    if structure is not None:
+        fits = [choice.encode() for choice in structure.choice]
         fits = [choice for choice in fits if choice[: len(text)] == bytes(text)]
         allowed = torch.zeros(len(logits), dtype=torch.bool)
         allowed[[choice[len(text)] for choice in fits]] = True

@@ -57,8 +57,8 @@ def test_tokens_equal_generation_one_by_one(eager, paged, seed, keywords, monkey
 @pytest.mark.parametrize(
     ("seed", "count", "keywords"),
     [
-        (10, 40, {}),
-        (11, 40, {"num_pages": 14, "lookahead": False}),
+        (10, 60, {}),
+        (11, 60, {"num_pages": 14, "lookahead": False}),
         *(
             pytest.param(seed, 1400, keywords, marks=pytest.mark.extended)
             for seed, keywords in enumerate(

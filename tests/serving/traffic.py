@@ -167,19 +167,14 @@ def check(eager, traffic, outputs):
 
 def check_logprobs(eager, params, output):
     """Checks log probabilities of the text and of what was computed of the prompt."""
-    wanted = params.logprobs, params.prompt_logprobs
-    assert (output.logprobs is None, output.prompt_logprobs is None) == tuple(
-        count is None for count in wanted
-    )
-    if wanted == (None, None):
+    assert (output.logprobs is None) == (params.logprobs is None)
+    assert (output.prompt_logprobs is None) == (params.prompt_logprobs is None)
+    if params.logprobs is None and params.prompt_logprobs is None:
         return
     logprobs = model_logits(eager, output).log_softmax(dim=-1)
-    tokens, num_prompt = (
-        output.prompt_ids + output.generated_tokens,
-        len(output.prompt_ids),
-    )
-    found = list(output.prompt_logprobs or [None] * num_prompt)
-    found += output.logprobs or []
+    num_prompt = len(output.prompt_ids)
+    tokens = output.prompt_ids + output.generated_tokens
+    found = [*(output.prompt_logprobs or [None] * num_prompt), *(output.logprobs or ())]
     if output.logprobs is not None:
         assert len(found) == len(tokens)
     if output.prompt_logprobs is not None:
@@ -189,9 +184,10 @@ def check_logprobs(eager, params, output):
     for position, entries in enumerate(found):
         if entries is None:
             continue
-        count = wanted[0] if position >= num_prompt else wanted[1]
+        is_prompt = position < num_prompt
+        count = params.prompt_logprobs if is_prompt else params.logprobs
         ids = [tokens[position], *(t for t in entries if t != tokens[position])]
-        assert len(entries) in (count, count + 1)
+        assert count is not None and count <= len(entries) <= count + 1
         values = torch.tensor([entries[token].logprob for token in ids])
         torch.testing.assert_close(
             values, logprobs[position - 1][ids], atol=1e-3, rtol=1e-3
