@@ -148,6 +148,7 @@ RESULTS = {
     "tokens": lambda tokens: tokens.shape[0] == 2 and tokens.shape[1] > 3,
     "logits": lambda logits: logits.shape[-1] == 258 and bool(logits.isfinite().all()),
     "outputs": lambda outputs: len(outputs) == 2,
+    "lse": lambda lse: lse.shape == (4, 4) and bool(lse.isfinite().all()),
     "y": lambda y: y.shape == (4, 8),
 }
 

@@ -14,6 +14,7 @@ __all__ = [
     "__version__",
     "empty_kv_cache",
     "kv_cache_shape",
+    "merge_attention",
     "ragged_paged_attention",
     "tuned_block_sizes",
     "unpack_kv_cache",
@@ -36,6 +37,7 @@ def _is_on_the_way_to_the_command_line() -> bool:
 if TYPE_CHECKING or not _is_on_the_way_to_the_command_line():
     from torch_rpa.public import empty_kv_cache as empty_kv_cache
     from torch_rpa.public import kv_cache_shape as kv_cache_shape
+    from torch_rpa.public import merge_attention as merge_attention
     from torch_rpa.public import ragged_paged_attention as ragged_paged_attention
     from torch_rpa.public import tuned_block_sizes as tuned_block_sizes
     from torch_rpa.public import unpack_kv_cache as unpack_kv_cache

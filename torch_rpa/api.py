@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from jax_kernels.contract.options import check_block_sizes
+from jax_kernels.contract.options import Attend, check_block_sizes
 from torch_rpa import bridges, ops, reference, validation
 from torch_rpa.options import make_options
 from torch_rpa.validation import Inputs
@@ -29,6 +29,7 @@ def ragged_paged_attention(
     sm_scale: float = 1.0,
     causal: bool = True,
     sliding_window: int | None = None,
+    attend: Attend = "all",
     soft_cap: float | None = None,
     q_scale: float | None = None,
     k_scale: float | None = None,
@@ -38,10 +39,11 @@ def ragged_paged_attention(
     decode_q_len: int = 1,
     probabilities_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
     block_sizes: Sequence[int] | None = None,
     impl: str | None = None,
     validate: bool | None = None,
-) -> torch.Tensor:
+) -> Any:
     """Attention of a ragged batch over a paged cache, which takes up the new tokens.
 
     ``S`` sequences bring ``T`` tokens in all, of any length each. The new tokens of a
@@ -81,6 +83,10 @@ def ragged_paged_attention(
         causal: Hide keys after the query's own position.
         sliding_window: See only the last ``sliding_window`` positions. A window as long
             as the context sees all.
+        attend: Of these keys, see "all"; those whose tokens were in the "cache" before
+            this call; or those that are "new" in it. All new tokens are written in
+            any case. With ``return_lse``, :func:`torch_rpa.merge_attention` joins
+            attention over parts of the keys.
         soft_cap: Replace scores by ``soft_cap * tanh(score / soft_cap)``.
         q_scale: With a quantised cache, quantise ``q`` as well, as
             ``q * float32(1 / q_scale)`` in its dtype.
@@ -104,6 +110,8 @@ def ragged_paged_attention(
             weight is off by up to about 2**-4 of itself, or 2**-14 of the largest. None
             never rounds so.
         out_dtype: bfloat16 or float32; None is the dtype of ``q``.
+        return_lse: Return the natural logarithm of the denominator of the softmax as
+            well, sinks included.
         block_sizes: Tile sizes of the kernel, ``(decode_block_kv, block_q, block_kv)``,
             powers of two: tokens of the cache that decode fetches at once, query tokens
             of a tile of prefill, tokens of the cache fetched at once there. None takes
@@ -124,6 +132,8 @@ def ragged_paged_attention(
 
     Returns:
         ``[T, Hq, D]``. Rows of no live sequence, and rows that see no key, are zeros.
+        With ``return_lse`` a tuple of this and float32 ``[T, Hq]``, whose rows are
+        minus infinity there; with sinks, rows that see no key have the sink.
 
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or value.
@@ -134,6 +144,7 @@ def ragged_paged_attention(
         "sm_scale": sm_scale,
         "causal": causal,
         "sliding_window": sliding_window,
+        "attend": attend,
         "soft_cap": soft_cap,
         "q_scale": q_scale,
         "k_scale": k_scale,
@@ -143,6 +154,7 @@ def ragged_paged_attention(
         "decode_q_len": decode_q_len,
         "probabilities_dtype": probabilities_dtype,
         "out_dtype": out_dtype,
+        "return_lse": return_lse,
         "block_sizes": check_block_sizes(block_sizes),
     }
     inputs = Inputs(
@@ -157,11 +169,18 @@ def ragged_paged_attention(
     if validate:
         validation.validate_values(inputs, make_options(options))
     if impl is None:
-        return ops.ragged_paged_attention(*inputs, **options)
+        return _call_operator(inputs, options)
     return _run_selected(impl, inputs, options)
 
 
-def _run_selected(impl: str, inputs: Inputs, options: dict[str, Any]) -> torch.Tensor:
+def _call_operator(inputs: Inputs, options: dict[str, Any]) -> Any:
+    """Calls the operator that returns what the options ask for."""
+    operators = ops.WITH_LSE if options["return_lse"] else ops.WITHOUT_LSE
+    options = {name: x for name, x in options.items() if name != "return_lse"}
+    return operators.public(*inputs, **options)
+
+
+def _run_selected(impl: str, inputs: Inputs, options: dict[str, Any]) -> Any:
     """Runs an implementation other than the device's own."""
     validation.validate_gradients(inputs)
     device = inputs.q.device.type
@@ -178,6 +197,6 @@ def _run_selected(impl: str, inputs: Inputs, options: dict[str, Any]) -> torch.T
         )
     bridge = bridges.find(device)
     if bridge is None:  # the operator says which devices there are
-        return ops.ragged_paged_attention(*inputs, **options)
+        return _call_operator(inputs, options)
     with bridge.reference(inputs.q.device):
-        return ops.ragged_paged_attention(*inputs, **options)
+        return _call_operator(inputs, options)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from jax_kernels import contract
 from jax_kernels.contract import CallSizes, Metadata
+from jax_kernels.contract.options import Attend
 from torch_rpa.options import AttentionOptions, torch_dtype
 from torch_rpa.reference import (
     MAX_SCORES,
@@ -25,7 +26,6 @@ from torch_rpa.reference import (
     keys_and_values,
     token_rows,
     visible,
-    visible_range,
 )
 from torch_rpa.validation import Inputs, host_metadata, validate_static
 
@@ -48,8 +48,8 @@ class Part:
         tokens: i64 ``[B]`` or ``[n]``, rows of q.
         head_pages: i64 ``[B * heads_per_page * pages]``, what to gather of the cache
             seen as ``[N * heads_per_page, page_size * lanes]``.
-        begin: The first slot of the gathered pages that any of the sequences needs.
-        width: Slots from there on to the last one that any needs.
+        begin: The first slot of the gathered pages that any of the queries sees.
+        width: Slots from there on to the last one that any sees.
         dead_slots: ``(sequence, begin, end)`` of the slots within ``width`` that its
             queries do not see; they may hold anything.
         mask: bool ``[B, 1, 1, width]``, the slots that are not dead; None if none is.
@@ -81,22 +81,29 @@ class Plan:
     others: tuple[Part, ...]
 
 
-def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
+def ragged_paged_attention_(
+    inputs: Inputs, options: AttentionOptions
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Does what :func:`torch_rpa.reference.ragged_paged_attention_` does."""
     sizes = validate_static(inputs, options)
     arrays = ((array.tobytes(), array.dtype.str) for array in host_metadata(inputs))
-    plan = _plan_of_bytes(tuple(arrays), sizes, options.sliding_window)
+    plan = _plan_of_bytes(tuple(arrays), sizes, options.sliding_window, options.attend)
     if options.update_kv_cache:
         _write(inputs, plan, sizes, options)
     out = torch.zeros(inputs.q.shape, dtype=torch_dtype(sizes.out_dtype))
+    lse = torch.full(out.shape[:2], -torch.inf) if options.return_lse else None
+    if lse is not None and inputs.sinks is not None:
+        lse[: plan.num_tokens] = inputs.sinks
     for parts, attend in (
         (plan.decodes, _attend_decodes),
         (plan.others, _attend_one),
     ):
         for part in parts:
-            rows = attend(inputs, part, sizes, options)
+            rows, row_lse = attend(inputs, part, sizes, options)
             out.index_copy_(0, part.tokens, rows.to(out.dtype))
-    return out
+            if lse is not None and row_lse is not None:
+                lse.index_copy_(0, part.tokens, row_lse)
+    return out if lse is None else (out, lse)
 
 
 # ---- the plan of a step
@@ -105,13 +112,21 @@ def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.
 # By their bytes, since all layers of a model come with the same numbers.
 @functools.lru_cache(maxsize=16)
 def _plan_of_bytes(
-    arrays: tuple[tuple[bytes, str], ...], sizes: CallSizes, sliding_window: int | None
+    arrays: tuple[tuple[bytes, str], ...],
+    sizes: CallSizes,
+    sliding_window: int | None,
+    attend: Attend,
 ) -> Plan:
     metadata = Metadata(*(np.frombuffer(data, dtype) for data, dtype in arrays))
-    return plan_step(metadata, sizes, sliding_window)
+    return plan_step(metadata, sizes, sliding_window, attend)
 
 
-def plan_step(metadata: Metadata, sizes: CallSizes, sliding_window: int | None) -> Plan:
+def plan_step(
+    metadata: Metadata,
+    sizes: CallSizes,
+    sliding_window: int | None,
+    attend: Attend = "all",
+) -> Plan:
     """Finds the slots of new tokens, and which sequences attend together.
 
     Raises:
@@ -131,14 +146,19 @@ def plan_step(metadata: Metadata, sizes: CallSizes, sliding_window: int | None) 
     head_pages = head_pages + np.arange(heads)
     slots = head_pages * page_size + positions[:, None] % page_size
 
-    first_seen = np.zeros_like(kv_lens)
+    first_seen, seen_end = np.zeros_like(kv_lens), kv_lens
     if sliding_window is not None:
         first_seen = np.maximum(kv_lens - q_lens + 1 - sliding_window, 0)
-    num_pages = -(-kv_lens // page_size) - first_seen // page_size
+    if attend == "cache":
+        seen_end = kv_lens - q_lens
+    elif attend == "new":
+        first_seen = np.maximum(first_seen, kv_lens - q_lens)
+    sees_any = seen_end > first_seen
+    num_pages = -(-seen_end // page_size) - first_seen // page_size
 
     def part(members: np.ndarray, rows: np.ndarray) -> Part:
         return _part(
-            rows, page_table[members], first_seen[members], kv_lens[members], sizes
+            rows, page_table[members], first_seen[members], seen_end[members], sizes
         )
 
     by_size = np.argsort(num_pages, kind="stable")
@@ -149,12 +169,14 @@ def plan_step(metadata: Metadata, sizes: CallSizes, sliding_window: int | None) 
         decodes=tuple(
             part(members, starts[members])
             for members in _similar(
-                by_size[q_lens[by_size] == 1], num_pages, MAX_WASTE // page_elements
+                by_size[(sees_any & (q_lens == 1))[by_size]],
+                num_pages,
+                MAX_WASTE // page_elements,
             )
         ),
         others=tuple(
             part(np.array([s]), np.arange(starts[s], starts[s + 1]))
-            for s in np.flatnonzero(q_lens > 1)
+            for s in np.flatnonzero(sees_any & (q_lens > 1))
         ),
     )
 
@@ -180,19 +202,19 @@ def _part(
     tokens: np.ndarray,
     page_table: np.ndarray,  # [B, P]
     first_seen: np.ndarray,  # [B] position of the first token that a query sees
-    kv_lens: np.ndarray,  # [B]
+    seen_end: np.ndarray,  # [B] the one after the last
     sizes: CallSizes,
 ) -> Part:
     page_size, heads = sizes.cache.page_size, sizes.cache.heads_per_page
     first_page = first_seen // page_size
-    last_page = (kv_lens - 1) // page_size
+    last_page = (seen_end - 1) // page_size
     columns = first_page[:, None] + np.arange((last_page - first_page).max() + 1)
     # Beyond its last page any page of a sequence will do.
     columns = np.minimum(columns, last_page[:, None])
     pages = np.take_along_axis(page_table, columns, axis=1)
     head_pages = pages[:, None, :] * heads + np.arange(heads)[:, None]
 
-    first_slot, end_slot = (x - first_page * page_size for x in (first_seen, kv_lens))
+    first_slot, end_slot = (x - first_page * page_size for x in (first_seen, seen_end))
     begin = int(first_slot.min())
     width = int(end_slot.max()) - begin
     alive = np.arange(begin, begin + width) >= first_slot[:, None]
@@ -260,22 +282,22 @@ def _queries(inputs: Inputs, part: Part, options: AttentionOptions) -> torch.Ten
 
 def _attend_decodes(
     inputs: Inputs, part: Part, sizes: CallSizes, options: AttentionOptions
-) -> torch.Tensor:
-    """Attends with the one new token of each sequence; float32 ``[B, Hq, D]``."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attends with the one new token of each sequence: ``[B, Hq, D]``, ``[B, Hq]``."""
     q = _queries(inputs, part, options)
     grouped = q.view(len(q), sizes.cache.num_kv_heads, -1, q.shape[2])  # [B, Hkv, G, D]
     keys, values = _gather(inputs.kv_cache, part, len(q), sizes)
     sinks = inputs.sinks
     if sinks is not None:
         sinks = sinks.view(1, *grouped.shape[1:3], 1)
-    out = _attention(grouped, keys, values, part.mask, sinks, options)
-    return out.reshape(q.shape)
+    out, lse = _attention(grouped, keys, values, part.mask, sinks, options)
+    return out.reshape(q.shape), None if lse is None else lse.reshape(q.shape[:2])
 
 
 def _attend_one(
     inputs: Inputs, part: Part, sizes: CallSizes, options: AttentionOptions
-) -> torch.Tensor:
-    """Attends with all new tokens of one sequence; float32 ``[n, Hq, D]``."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attends with all new tokens of one sequence: ``[n, Hq, D]`` and ``[n, Hq]``."""
     q = _queries(inputs, part, options)
     grouped = q.view(len(q), sizes.cache.num_kv_heads, -1, q.shape[2])
     grouped = grouped.permute(2, 1, 0, 3)  # [G, Hkv, n, D]
@@ -287,12 +309,13 @@ def _attend_one(
     if sinks is not None:
         sinks = sinks.view(grouped.shape[1], len(grouped), 1, 1).transpose(0, 1)
     block = min(MAX_QUERIES, max(1, MAX_SCORES // (q.shape[1] * part.width)))
+    # Counted from the first slot that is seen; the last one is before the queries or
+    # that of the last query.
+    first_query = part.width - (0 if options.attend == "cache" else len(q))
     blocks = []
-    for queries in grouped.split(block, dim=2):
-        begin = sum(done.shape[2] for done in blocks)
-        positions = torch.arange(begin, begin + queries.shape[2])
-        positions += part.width - len(q)
-        first, last = visible_range(positions, part.width, options)
+    for begin, queries in enumerate(grouped.split(block, dim=2)):
+        positions = torch.arange(queries.shape[2]) + first_query + begin * block
+        first, last = _seen_slots(positions, part.width, options)
         mask = visible(positions[:, None], torch.arange(first, last)[None, :], options)
         seen = slice(first, last)
         blocks.append(
@@ -300,7 +323,23 @@ def _attend_one(
                 queries, keys[:, :, seen], values[:, :, seen], mask, sinks, options
             )
         )
-    return torch.cat(blocks, dim=2).permute(2, 1, 0, 3).reshape(q.shape)
+    outs, sums = zip(*blocks, strict=True)
+    out = torch.cat(outs, dim=2).permute(2, 1, 0, 3).reshape(q.shape)
+    if not options.return_lse:
+        return out, None
+    return out, torch.cat(sums, dim=2).permute(2, 1, 0).reshape(q.shape[:2])
+
+
+def _seen_slots(
+    positions: torch.Tensor, width: int, options: AttentionOptions
+) -> tuple[int, int]:
+    """Returns the smallest range of a part's slots with all that some queries see."""
+    first, last = 0, width
+    if options.causal:
+        last = min(last, int(positions[-1]) + 1)
+    if options.sliding_window is not None:
+        first = max(first, int(positions[0]) - options.sliding_window + 1)
+    return min(first, last), last
 
 
 def _attention(
@@ -310,22 +349,32 @@ def _attention(
     mask: torch.Tensor | None,  # broadcasts to [B, H, R, K]
     sinks: torch.Tensor | None,  # broadcasts to [B, H, R, 1]
     options: AttentionOptions,
-) -> torch.Tensor:
-    """Attention of rows that each see at least one key; ``[B, H, R, D]``."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention ``[B, H, R, D]``; with ``return_lse`` its logarithms ``[B, H, R]``."""
     if options.v_scale is not None:
         values = values * options.v_scale
-    if options.soft_cap is None and sinks is None:
-        return F.scaled_dot_product_attention(
+    # A part of the keys leaves some queries of a window without any.
+    is_plain = options.attend != "cache" or options.sliding_window is None
+    is_plain &= options.soft_cap is None and sinks is None and not options.return_lse
+    if is_plain:
+        out = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, scale=options.score_factor
         )
+        return out, None
     scores = q @ keys.mT * options.score_factor
     if options.soft_cap is not None:
         scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    out = scores.softmax(dim=-1) @ values
+    peak = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    if scores.shape[-1]:
+        peak = scores.amax(dim=-1, keepdim=True)
     if sinks is not None:
-        # A sink adds its own exponential to the sum, which is that of the scores.
-        total = scores.logsumexp(dim=-1, keepdim=True)
-        out = out * torch.sigmoid(total - sinks)
-    return out
+        peak = torch.maximum(peak, sinks)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)  # (-inf) - (-inf) is NaN
+    weights = scores.sub_(peak).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks - peak).masked_fill(sinks.isposinf(), 0.0).exp()
+    out = (weights @ values) / total.masked_fill(total == 0.0, 1.0)
+    return out, (peak + total.log()).squeeze(-1) if options.return_lse else None

@@ -6,6 +6,9 @@ Three operators, one below the other::
       rpa::ragged_paged_attention_functional    returns (out, new kv_cache)
       rpa::ragged_paged_attention_readonly      returns out; kv_cache is only read
 
+Three more, whose names begin with ``ragged_paged_attention_with_lse``, return
+``(out, lse)`` in the place of out.
+
 On CPU tensors the public operator runs eagerly, in PyTorch. Everywhere else it is
 composite: it calls a functional operator and makes the new cache the value of
 ``kv_cache``, which is how PyTorch/XLA expresses an update in place (its
@@ -15,7 +18,9 @@ the bridge of a device comes in, with its framework and JAX, with the first call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,34 +41,57 @@ TENSORS_SCHEMA = (
     "Tensor q, Tensor? k, Tensor? v, {cache} kv_cache, Tensor kv_lens, "
     "Tensor page_indices, Tensor cu_q_lens, Tensor distribution, Tensor? sinks=None"
 )
-MUTATING_SCHEMA = (
-    f"ragged_paged_attention({TENSORS_SCHEMA.format(cache='Tensor(a!)')}, *, "
-    f"{OPTIONS_SCHEMA}) -> Tensor"
-)
-# donate_kv_cache: the caller promises to overwrite kv_cache with the second result, so
-# a compiled graph may reuse its buffer.
-FUNCTIONAL_SCHEMA = (
-    f"ragged_paged_attention_functional({TENSORS_SCHEMA.format(cache='Tensor')}, *, "
-    f"{OPTIONS_SCHEMA}, bool donate_kv_cache=False) -> (Tensor out, Tensor new_cache)"
-)
-READONLY_SCHEMA = (
-    f"ragged_paged_attention_readonly({TENSORS_SCHEMA.format(cache='Tensor')}, *, "
-    f"{OPTIONS_SCHEMA}) -> Tensor"
-)
 
 _library = torch.library.Library("rpa", "DEF")
-_library.define(MUTATING_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(FUNCTIONAL_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(READONLY_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-
-ragged_paged_attention = torch.ops.rpa.ragged_paged_attention.default
-ragged_paged_attention_functional = (
-    torch.ops.rpa.ragged_paged_attention_functional.default
-)
-ragged_paged_attention_readonly = torch.ops.rpa.ragged_paged_attention_readonly.default
 
 
-# ---- the public operator
+@dataclasses.dataclass(frozen=True)
+class Operators:
+    """The three operators that return the same of the attention.
+
+    Attributes:
+        public: Writes kv_cache in place.
+        functional: Returns the new cache, too, as its last result.
+        readonly: Reads kv_cache.
+        return_lse: Whether each returns the logarithms after the output.
+    """
+
+    public: torch._ops.OpOverload
+    functional: torch._ops.OpOverload
+    readonly: torch._ops.OpOverload
+    return_lse: bool
+
+
+def _define(name: str, return_lse: bool) -> Operators:
+    results = ["Tensor out", "Tensor lse"] if return_lse else ["Tensor out"]
+    attention = f"({', '.join(results)})" if return_lse else "Tensor"
+    reading = TENSORS_SCHEMA.format(cache="Tensor")
+    for schema in (
+        f"{name}({TENSORS_SCHEMA.format(cache='Tensor(a!)')}, *, {OPTIONS_SCHEMA}) "
+        f"-> {attention}",
+        # donate_kv_cache: the caller promises to overwrite kv_cache with the last
+        # result, so a compiled graph may reuse its buffer.
+        f"{name}_functional({reading}, *, {OPTIONS_SCHEMA}, "
+        f"bool donate_kv_cache=False) -> ({', '.join(results)}, Tensor new_cache)",
+        f"{name}_readonly({reading}, *, {OPTIONS_SCHEMA}) -> {attention}",
+    ):
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    public, functional, readonly = (
+        getattr(torch.ops.rpa, name + suffix).default
+        for suffix in ("", "_functional", "_readonly")
+    )
+    return Operators(public, functional, readonly, return_lse)
+
+
+WITHOUT_LSE = _define("ragged_paged_attention", return_lse=False)
+WITH_LSE = _define("ragged_paged_attention_with_lse", return_lse=True)
+
+ragged_paged_attention = WITHOUT_LSE.public
+ragged_paged_attention_functional = WITHOUT_LSE.functional
+ragged_paged_attention_readonly = WITHOUT_LSE.readonly
+
+
+# ---- the public operators
 
 
 # The keys of calls that, below autograd, concern the device alone: no mode, transform
@@ -77,17 +105,18 @@ _OWN_KEYS = frozenset(
 
 
 def _composite(
-    keys: torch._C.DispatchKeySet, *tensors: Any, **options: Any
-) -> torch.Tensor:
+    operators: Operators,
+    keys: torch._C.DispatchKeySet,
+    *tensors: Any,
+    **options: Any,
+) -> Any:
     """Any device but the CPU: the functional operator, then an update in place."""
     check_given(tensors)
     validation.validate_gradients(tensors)
-    functional, readonly = (
-        ragged_paged_attention_functional,
-        ragged_paged_attention_readonly,
-    )
+    functional, readonly = operators.functional, operators.readonly
     if keys.raw_repr() in _OWN_KEYS:
-        functional, readonly = _functional_bridged, _readonly_bridged
+        functional = functools.partial(_functional_bridged, operators)
+        readonly = functools.partial(_readonly_bridged, operators)
     with torch._C._AutoDispatchBelowAutograd():
         if not _updates(options):
             return readonly(*tensors, **options)
@@ -96,9 +125,14 @@ def _composite(
         if not donate:
             bridge = bridges.find(kv_cache.device.type)
             donate = bridge is not None and bridge.donates(kv_cache)
-        out, new_cache = functional(*tensors, **options, donate_kv_cache=donate)
+        *attention, new_cache = functional(*tensors, **options, donate_kv_cache=donate)
         update_in_place(kv_cache, new_cache)
-        return out
+        return _results(attention)
+
+
+def _results(attention: Sequence[torch.Tensor]) -> Any:
+    """What an operator returns of the output and, if it has them, the logarithms."""
+    return tuple(attention) if len(attention) > 1 else attention[0]
 
 
 def update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:
@@ -121,85 +155,86 @@ def update_in_place(kv_cache: torch.Tensor, new_cache: torch.Tensor) -> None:
         bridge.update_in_place(kv_cache, new_cache)
 
 
-def _autograd_cpu(*tensors: Any, **options: Any) -> torch.Tensor:
+def _below_autograd(
+    operator: torch._ops.OpOverload, *tensors: Any, **options: Any
+) -> Any:
     validation.validate_gradients(tensors)
     with torch._C._AutoDispatchBelowAutograd():
-        return ragged_paged_attention(*tensors, **options)
+        return operator(*tensors, **options)
 
 
-def _cpu(*tensors: Any, **options: Any) -> torch.Tensor:
+def _cpu(operators: Operators, *tensors: Any, **options: Any) -> Any:
     """CPU: PyTorch, eagerly."""
     from torch_rpa import cpu
 
-    inputs, attention_options = Inputs(*tensors), make_options(options)
+    inputs, attention_options = Inputs(*tensors), _options(operators, options)
     if validation.values_requested():
         validation.validate_values(inputs, attention_options)
     return cpu.ragged_paged_attention_(inputs, attention_options)
 
 
+def _options(operators: Operators, options: dict[str, Any]) -> AttentionOptions:
+    return make_options(_with_lse(operators, options))
+
+
+def _with_lse(operators: Operators, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with that which the name of an operator says."""
+    return options | {"return_lse": True} if operators.return_lse else options
+
+
 # ---- the functional operators
 
 
-def _functional_autograd(*tensors: Any, **options: Any) -> Any:
-    validation.validate_gradients(tensors)
-    with torch._C._AutoDispatchBelowAutograd():
-        return ragged_paged_attention_functional(*tensors, **options)
-
-
-def _readonly_autograd(*tensors: Any, **options: Any) -> torch.Tensor:
-    validation.validate_gradients(tensors)
-    with torch._C._AutoDispatchBelowAutograd():
-        return ragged_paged_attention_readonly(*tensors, **options)
-
-
 def _functional_cpu(
-    *tensors: Any, donate_kv_cache: bool = False, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+    operators: Operators, *tensors: Any, donate_kv_cache: bool = False, **options: Any
+) -> tuple[torch.Tensor, ...]:
     del donate_kv_cache  # a hint about memory
     _require_update(options)
     inputs = Inputs(*tensors)
-    validation.validate_static(inputs, make_options(options))
+    validation.validate_static(inputs, _options(operators, options))
     inputs = inputs._replace(
         kv_cache=inputs.kv_cache.clone(memory_format=torch.contiguous_format)
     )
-    return _cpu(*inputs, **options), inputs.kv_cache
+    attention = _cpu(operators, *inputs, **options)
+    attention = attention if operators.return_lse else (attention,)
+    return (*attention, inputs.kv_cache)
 
 
-def _readonly_cpu(*tensors: Any, **options: Any) -> torch.Tensor:
+def _readonly_cpu(operators: Operators, *tensors: Any, **options: Any) -> Any:
     _require_no_update(options)
-    return _cpu(*tensors, **options)
+    return _cpu(operators, *tensors, **options)
 
 
 def _functional_bridged(
-    *tensors: Any, donate_kv_cache: bool = False, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+    operators: Operators, *tensors: Any, donate_kv_cache: bool = False, **options: Any
+) -> tuple[torch.Tensor, ...]:
     """Every device but the CPU: what its bridge computes."""
     _require_update(options)
+    options = _with_lse(operators, options)
     bridge = _bridge_of(tensors)
-    out, new_cache = bridge.call(tensors, options, donate_kv_cache=donate_kv_cache)
-    return out, new_cache
+    return tuple(bridge.call(tensors, options, donate_kv_cache=donate_kv_cache))
 
 
-def _readonly_bridged(*tensors: Any, **options: Any) -> torch.Tensor:
+def _readonly_bridged(operators: Operators, *tensors: Any, **options: Any) -> Any:
     _require_no_update(options)
-    (out,) = _bridge_of(tensors).call(tensors, options)
-    return out
+    options = _with_lse(operators, options)
+    return _results(_bridge_of(tensors).call(tensors, options))
 
 
 def _functional_fake(
-    *tensors: Any, donate_kv_cache: bool = False, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+    operators: Operators, *tensors: Any, donate_kv_cache: bool = False, **options: Any
+) -> tuple[torch.Tensor, ...]:
     del donate_kv_cache
     _require_update(options)
     inputs = Inputs(*tensors)
-    return _fake_out(inputs, make_options(options)), torch.empty_like(
-        inputs.kv_cache, memory_format=torch.contiguous_format
-    )
+    attention = _fake_attention(inputs, _options(operators, options))
+    new_cache = torch.empty_like(inputs.kv_cache, memory_format=torch.contiguous_format)
+    return (*attention, new_cache)
 
 
-def _readonly_fake(*tensors: Any, **options: Any) -> torch.Tensor:
+def _readonly_fake(operators: Operators, *tensors: Any, **options: Any) -> Any:
     _require_no_update(options)
-    return _fake_out(Inputs(*tensors), make_options(options))
+    return _results(_fake_attention(Inputs(*tensors), _options(operators, options)))
 
 
 def _bridge_of(tensors: Sequence[Any]) -> bridges.Bridge:
@@ -219,16 +254,19 @@ def _bridge_of(tensors: Sequence[Any]) -> bridges.Bridge:
     )
 
 
-def _fake_out(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
+def _fake_attention(inputs: Inputs, options: AttentionOptions) -> list[torch.Tensor]:
     sizes = validation.validate_static(inputs, options)
     bridge = bridges.find(inputs.q.device.type)
     if bridge is not None:
         bridge.before_compiling()
-    return torch.empty_like(
+    out = torch.empty_like(
         inputs.q,
         dtype=torch_dtype(sizes.out_dtype),
         memory_format=torch.contiguous_format,
     )
+    if not options.return_lse:
+        return [out]
+    return [out, inputs.q.new_empty(inputs.q.shape[:2], dtype=torch.float32)]
 
 
 def _updates(options: dict[str, Any]) -> bool:
@@ -251,33 +289,28 @@ def _require_no_update(options: dict[str, Any]) -> None:
         )
 
 
-_library.impl(
-    "ragged_paged_attention",
-    _composite,
-    "CompositeImplicitAutograd",
-    with_keyset=True,
-)
-_library.impl("ragged_paged_attention", _cpu, "CPU")
-_library.impl("ragged_paged_attention", _autograd_cpu, "AutogradCPU")
+def _implement(operators: Operators) -> None:
+    def of(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(function, operators)
 
-for _name, _autograd, _on_cpu, _bridged, _fake in (
-    (
-        "ragged_paged_attention_functional",
-        _functional_autograd,
-        _functional_cpu,
-        _functional_bridged,
-        _functional_fake,
-    ),
-    (
-        "ragged_paged_attention_readonly",
-        _readonly_autograd,
-        _readonly_cpu,
-        _readonly_bridged,
-        _readonly_fake,
-    ),
-):
-    _library.impl(_name, _autograd, "Autograd")
-    _library.impl(_name, _on_cpu, "CPU")
-    # For every kind of device that has no implementation of its own here.
-    _library.impl(_name, _bridged, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rpa::{_name}", _fake, lib=_library)
+    public = operators.public._opname
+    _library.impl(public, of(_composite), "CompositeImplicitAutograd", with_keyset=True)
+    _library.impl(public, of(_cpu), "CPU")
+    _library.impl(
+        public, functools.partial(_below_autograd, operators.public), "AutogradCPU"
+    )
+    for operator, on_cpu, bridged, fake in (
+        (operators.functional, _functional_cpu, _functional_bridged, _functional_fake),
+        (operators.readonly, _readonly_cpu, _readonly_bridged, _readonly_fake),
+    ):
+        name = operator._opname
+        autograd = functools.partial(_below_autograd, operator)
+        _library.impl(name, autograd, "Autograd")
+        _library.impl(name, of(on_cpu), "CPU")
+        # For every kind of device that has no implementation of its own here.
+        _library.impl(name, of(bridged), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rpa::{name}", of(fake), lib=_library)
+
+
+_implement(WITHOUT_LSE)
+_implement(WITH_LSE)

@@ -20,12 +20,19 @@ from jax_kernels.contract.options import check_block_sizes
 # Nullable, whatever the default is: the dispatcher makes None of a plain ``bool`` False
 # before anybody sees it, but here None comes through and is refused.
 _SCHEMA_TYPES = {bool: "bool?", int: "int?", float: "float?", str: "ScalarType?"}
+# What an operator returns is a part of its name.
+_NOT_IN_SCHEMAS = ("return_lse",)
 
 
 def _schema() -> str:
     hints = typing.get_type_hints(AttentionOptions)
     parts = []
     for field in dataclasses.fields(AttentionOptions):
+        if field.name in _NOT_IN_SCHEMAS:
+            continue
+        if typing.get_origin(hints[field.name]) is typing.Literal:
+            parts.append(f"str {field.name}='{field.default}'")
+            continue
         kinds = {*typing.get_args(hints[field.name])} or {hints[field.name]}
         (kind,) = kinds - {types.NoneType}
         parts.append(f"{_SCHEMA_TYPES[kind]} {field.name}={field.default}")

@@ -22,4 +22,5 @@ from torch_rpa.api import ragged_paged_attention as ragged_paged_attention
 from torch_rpa.kv_cache import empty_kv_cache as empty_kv_cache
 from torch_rpa.kv_cache import kv_cache_shape as kv_cache_shape
 from torch_rpa.kv_cache import unpack_kv_cache as unpack_kv_cache
+from torch_rpa.merging import merge_attention as merge_attention
 from torch_rpa.tuned import tuned_block_sizes as tuned_block_sizes

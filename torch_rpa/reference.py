@@ -22,14 +22,17 @@ from torch_rpa.validation import Inputs, validate_ranges, validate_static
 MAX_SCORES = 1 << 24
 
 
-def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.Tensor:
+def ragged_paged_attention_(
+    inputs: Inputs, options: AttentionOptions
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Writes new keys and values to ``inputs.kv_cache`` and returns the attention.
 
     Everything is checked before the first write.
 
     Returns:
         ``[T, Hq, D]`` in ``options.out_dtype`` or the dtype of ``q``. Rows of no live
-        sequence are zeros.
+        sequence are zeros. With ``options.return_lse`` also the logarithms of the
+        denominators, float32 ``[T, Hq]``, minus infinity in those rows.
 
     Raises:
         ValueError: The arguments do not fit together, or a length or page id is out of
@@ -48,6 +51,7 @@ def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.
         dtype=torch_dtype(sizes.out_dtype),
         memory_format=torch.contiguous_format,
     )
+    lse = torch.full(out.shape[:2], -torch.inf)
     for seq in range(live):
         start, stop, kv_len = cu_q_lens[seq], cu_q_lens[seq + 1], kv_lens[seq]
         if stop == start:
@@ -65,10 +69,11 @@ def ragged_paged_attention_(inputs: Inputs, options: AttentionOptions) -> torch.
                 geometry,
             )
         keys, values = read_tokens(inputs.kv_cache, pages, kv_len, geometry)
-        out[start:stop] = attend(
+        rows, lse[start:stop] = attend(
             inputs.q[start:stop], keys, values, inputs.sinks, options
-        ).to(out.dtype)
-    return out
+        )
+        out[start:stop] = rows.to(out.dtype)
+    return (out, lse) if options.return_lse else out
 
 
 def encode(x: torch.Tensor, dtype: torch.dtype, scale: float | None) -> torch.Tensor:
@@ -173,7 +178,7 @@ def attend(
     values: torch.Tensor,
     sinks: torch.Tensor | None,
     options: AttentionOptions,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the last ``n`` tokens of one sequence over all of it.
 
     Args:
@@ -184,7 +189,7 @@ def attend(
         options: Scales and masks.
 
     Returns:
-        ``[n, Hq, D]`` float32.
+        ``[n, Hq, D]`` float32, and the logarithms of the denominators, ``[n, Hq]``.
     """
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, kv_len, _ = keys.shape
@@ -196,38 +201,48 @@ def attend(
     grouped = grouped.permute(1, 2, 0, 3)  # [Hkv, G, n, D]
 
     block = max(1, MAX_SCORES // (num_heads * kv_len))
-    blocks = []
+    blocks, sums = [], []
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
         positions = torch.arange(start, stop) + kv_len - num_queries
-        first, last = visible_range(positions, kv_len, options)
+        first, last = visible_range(positions, kv_len, num_queries, options)
         scores = grouped[:, :, start:stop] @ keys[:, None, first:last].mT
         scores = scores * options.score_factor
         if options.soft_cap is not None:
             scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
         mask = visible(positions[:, None], torch.arange(first, last)[None, :], options)
         scores = scores.masked_fill(~mask, -torch.inf)
-        blocks.append(softmax(scores, sinks) @ values[:, None, first:last])
+        weights, lse = softmax(scores, sinks)
+        blocks.append(weights @ values[:, None, first:last])
+        sums.append(lse)
     out = torch.cat(blocks, dim=2) * (options.v_scale or 1.0)
-    return out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
+    out = out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
+    return out, torch.cat(sums, dim=2).permute(2, 0, 1).reshape(num_queries, num_heads)
 
 
 def visible_range(
-    positions: torch.Tensor, kv_len: int, options: AttentionOptions
+    positions: torch.Tensor, kv_len: int, q_len: int, options: AttentionOptions
 ) -> tuple[int, int]:
-    """Returns the smallest range of keys that holds all that any query may see."""
+    """Returns the smallest range of keys that holds all that any query may see.
+
+    It is that of some queries, of a sequence with ``q_len`` new tokens.
+    """
     first, last = 0, kv_len
     if options.sliding_window is not None:
         first = max(0, int(positions[0]) - options.sliding_window + 1)
     if options.causal:
         last = int(positions[-1]) + 1
-    return first, last
+    if options.attend == "cache":
+        last = min(last, kv_len - q_len)
+    elif options.attend == "new":
+        first = max(first, kv_len - q_len)
+    return min(first, last), last
 
 
 def visible(
     q_positions: torch.Tensor, k_positions: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Which queries see which keys, for positions that broadcast."""
+    """Which queries see which keys of their range, for positions that broadcast."""
     mask = torch.ones(
         torch.broadcast_shapes(q_positions.shape, k_positions.shape), dtype=torch.bool
     )
@@ -238,13 +253,17 @@ def visible(
     return mask
 
 
-def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+def softmax(
+    scores: torch.Tensor, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over the last axis of ``[Hkv, G, n, K]``; zeros where nothing is visible.
 
-    The sink of a head takes part in the sum and has no column of its own. One of +inf
-    takes all the weight.
+    And the logarithm of its denominator, ``[Hkv, G, n]``. The sink of a head takes part
+    in the sum and has no column of its own. One of +inf takes all the weight.
     """
-    peak = scores.amax(dim=-1, keepdim=True)
+    peak = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    if scores.shape[-1]:
+        peak = scores.amax(dim=-1, keepdim=True)
     if sinks is not None:
         sink = sinks.float().view(*scores.shape[:2], 1, 1)
         peak = torch.maximum(peak, sink)
@@ -254,4 +273,5 @@ def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     if sinks is not None:
         # inf - inf is NaN
         total = total + torch.exp((sink - peak).masked_fill(sink.isposinf(), 0.0))
-    return weights / total.masked_fill(total == 0.0, 1.0)
+    lse = (peak + total.log()).squeeze(-1)
+    return weights / total.masked_fill(total == 0.0, 1.0), lse

@@ -81,8 +81,9 @@ def sharded_ragged_paged_attention(
     *,
     mesh: Mesh,
     axis: str = "model",
+    return_lse: bool = False,
     **options: Any,
-) -> torch.Tensor:
+) -> Any:
     """:func:`torch_rpa.ragged_paged_attention` with heads sharded over a mesh axis.
 
     In lazy mode, on XLA tensors, after ``torch_xla.runtime.use_spmd()``. Over other
@@ -101,10 +102,11 @@ def sharded_ragged_paged_attention(
         sinks: ``[Hq]``.
         mesh: The mesh of the cache.
         axis: Its axis of heads.
+        return_lse: As for one device.
         options: Keyword arguments of the operator.
 
     Returns:
-        ``[T, Hq, D]``, sharded by heads.
+        ``[T, Hq, D]``, sharded by heads, and so are the logarithms ``[T, Hq]``.
 
     Raises:
         ValueError: SPMD mode is off, the cache is not sharded, or the heads cannot be
@@ -133,8 +135,8 @@ def sharded_ragged_paged_attention(
         local = xs.enable_manual_sharding(tensor, spec, mesh=mesh)
         return unwrap_sharded_tensor(local)
 
-    def on_all_devices(local: torch.Tensor, spec: tuple, whole: torch.Tensor) -> Any:
-        joined = xs.disable_manual_sharding(local, spec, whole.shape, mesh=mesh)
+    def on_all_devices(local: torch.Tensor, spec: tuple, shape: torch.Size) -> Any:
+        joined = xs.disable_manual_sharding(local, spec, shape, mesh=mesh)
         return unwrap_sharded_tensor(joined)
 
     tensors = (
@@ -143,14 +145,20 @@ def sharded_ragged_paged_attention(
         *[on_each_device(t, (None,)) for t in metadata],
         on_each_device(sinks, (axis,)),
     )
+    operators = ops.WITH_LSE if return_lse else ops.WITHOUT_LSE
     with torch.no_grad():
         if options.get("update_kv_cache", True):
-            out, new_cache = ops.ragged_paged_attention_functional(*tensors, **options)
-            new_cache = on_all_devices(new_cache, _heads_of(kv_cache, axis), kv_cache)
+            *attention, new_cache = operators.functional(*tensors, **options)
+            spec = _heads_of(kv_cache, axis)
+            new_cache = on_all_devices(new_cache, spec, kv_cache.shape)
             ops.update_in_place(kv_cache, new_cache)
         else:
-            out = ops.ragged_paged_attention_readonly(*tensors, **options)
-    return on_all_devices(out, (None, axis, None), q)
+            results: Any = operators.readonly(*tensors, **options)
+            attention = [*results] if return_lse else [results]
+    out = on_all_devices(attention[0], (None, axis, None), q.shape)
+    if not return_lse:
+        return out
+    return out, on_all_devices(attention[1], (None, axis), q.shape[:2])
 
 
 def _require_xla(q: torch.Tensor) -> None:

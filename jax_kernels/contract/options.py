@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 INPUT_DTYPES = ("bfloat16", "float32")
 # Those of probabilities that are narrower than the values' need.
 PROBABILITIES_DTYPES = ("float8_e4m3fn",)
+
+# Which keys queries see, of those that masks leave.
+Attend = Literal["all", "cache", "new"]
 
 # Factors and their inverses must be normal float32 numbers, also after the few powers
 # of two that the kernel may add to them (numerics.py).
@@ -41,6 +44,8 @@ class AttentionOptions:
       causal: Hide the keys after a query's own position.
       sliding_window: Keep only the last ``sliding_window`` positions, the query's own
         included. None keeps all, and so does a window as long as the context.
+      attend: Of the keys that masks leave, see "all", those that were in the "cache"
+        before this step, or those that are "new" in it. What is written is the same.
       soft_cap: Replace each score ``x`` by ``soft_cap * tanh(x / soft_cap)``.
       q_scale: With an 8-bit cache, queries are quantised as well: stored as
         ``q * float32(1 / q_scale)`` in the dtype of the cache (see ``k_scale``), and
@@ -63,6 +68,7 @@ class AttentionOptions:
         None, which keeps at least bfloat16. It is used in prefill where it is faster.
       out_dtype: Name of the dtype of the output, bfloat16 or float32. None is that of
         the queries.
+      return_lse: Return the logarithm of the denominator of each query and head, too.
 
     Raises:
       ValueError: A value breaks its rule.
@@ -72,6 +78,7 @@ class AttentionOptions:
     sm_scale: float = 1.0
     causal: bool = True
     sliding_window: int | None = None
+    attend: Attend = "all"
     soft_cap: float | None = None
     q_scale: float | None = None
     k_scale: float | None = None
@@ -81,14 +88,20 @@ class AttentionOptions:
     decode_q_len: int = 1
     probabilities_dtype: str | None = None
     out_dtype: str | None = None
+    return_lse: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sm_scale", _score_scale("sm_scale", self.sm_scale))
-        for name in ("causal", "update_kv_cache"):
+        for name in ("causal", "update_kv_cache", "return_lse"):
             check_bool(name, getattr(self, name))
         for name in ("sliding_window", "chunk_prefill_size"):
             _check_count(name, getattr(self, name))
         _check_decode_q_len(self.decode_q_len)
+        if self.attend not in get_args(Attend):
+            raise ValueError(
+                f"attend must be one of {', '.join(map(repr, get_args(Attend)))}, got "
+                f"{self.attend!r}"
+            )
         for name in ("soft_cap", "q_scale", "k_scale", "v_scale"):
             object.__setattr__(self, name, _factor(name, getattr(self, name)))
         self._check_factor_of_scores()

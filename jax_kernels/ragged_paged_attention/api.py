@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from jax_kernels import chips
 from jax_kernels.contract import Arguments
+from jax_kernels.contract.options import Attend
 from jax_kernels.ragged_paged_attention import (
     block_sizes as block_sizes_lib,
 )
@@ -36,6 +37,7 @@ def ragged_paged_attention(
     sm_scale: float = 1.0,
     causal: bool = True,
     sliding_window: int | None = None,
+    attend: Attend = "all",
     soft_cap: float | None = None,
     q_scale: float | None = None,
     k_scale: float | None = None,
@@ -45,12 +47,13 @@ def ragged_paged_attention(
     decode_q_len: int = 1,
     probabilities_dtype: DTypeLike | None = None,
     out_dtype: DTypeLike | None = None,
+    return_lse: bool = False,
     validate: bool = False,
     block_sizes: BlockSizes | None = None,
     vmem_limit_bytes: int | None = None,
     chip: str | None = None,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Attends ragged queries to a paged cache and adds the new tokens to it.
 
     Let T be query tokens (padded), S sequences (padded), P pages per sequence, N
@@ -62,7 +65,8 @@ def ragged_paged_attention(
     For a query at position i and head h, with g = h // G::
 
         score[j] = sm_scale * q_i . k_j[g]      or soft_cap * tanh(that / soft_cap)
-        out_i    = sum_j exp(score[j]) v_j[g] / (sum_j exp(score[j]) + exp(sinks[h]))
+        lse_i    = log(sum_j exp(score[j]) + exp(sinks[h]))
+        out_i    = sum_j exp(score[j] - lse_i) v_j[g]
 
     over the visible positions j: ``j < kv_len``, ``j <= i`` if causal, and
     ``j > i - sliding_window`` if there is a window.
@@ -90,6 +94,9 @@ def ragged_paged_attention(
       causal: Whether queries see only keys up to their own position.
       sliding_window: Number of positions seen, the query's own included. A window as
         long as the context sees all.
+      attend: Of these positions, see ``"all"``, those whose tokens were in the
+        ``"cache"`` before this call, ``j < kv_len - q_len``, or those that are
+        ``"new"`` in it. All new tokens are written whatever it is.
       soft_cap: Bound of the scores.
       q_scale: Quantises queries to the dtype of an 8-bit cache, as
         ``q * float32(1 / q_scale)``, and multiplies there.
@@ -113,6 +120,8 @@ def ragged_paged_attention(
         to about 2**-4 of itself, or 2**-14 of the largest. None, the default, never
         rounds so.
       out_dtype: bf16 or f32; that of ``q`` by default.
+      return_lse: Return the ``lse`` above as well, with which
+        ``merge_attention`` joins attention over parts of the keys.
       validate: Also check the numbers in lengths, page table and distribution, such as
         a slot that one sequence writes and another reads. It waits for the arrays, so
         it is for debugging, outside ``jax.jit``.
@@ -124,8 +133,9 @@ def ragged_paged_attention(
       interpret: True, or Pallas TPU interpret parameters, to run on a CPU.
 
     Returns:
-      [T, Hq, D], zeros in rows past the last live sequence and in rows that see no
-      key; and the cache.
+      The output [T, Hq, D], zeros in rows past the last live sequence and in rows that
+      see no key; with ``return_lse`` the lse f32[T, Hq], minus infinity in the same
+      rows, but for a sink; and the cache.
 
     Raises:
       ValueError: An argument is wrong, or sizes do not fit VMEM or SMEM.
@@ -178,7 +188,11 @@ def ragged_paged_attention(
     )
     out = _without_io_heads(config.out_layout.heads(result.out), config)
     out = out[..., : config.head_dim]
-    return out, result.kv_cache if spec.update_kv_cache else kv_cache
+    new_cache = result.kv_cache if spec.update_kv_cache else kv_cache
+    if result.lse is None:
+        return out, new_cache
+    lse = config.lse_layout.heads(result.lse).reshape(problem.num_tokens, -1)
+    return out, lse[:, : problem.num_q_heads], new_cache
 
 
 def _queries(x: jax.Array, config: KernelConfig) -> jax.Array:

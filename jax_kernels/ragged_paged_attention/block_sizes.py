@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +177,8 @@ def _is_one_cell(spec: AttentionSpec, largest: int) -> bool:
     window = spec.sliding_window
     if window is None or window.bit_count() > 1 or spec.decode_q_len > 1:
         return False
+    if spec.attend != "all":
+        return False
     return MIN_BLOCK_KV <= window <= largest
 
 
@@ -293,6 +296,7 @@ def _phase(
         cell_bytes = blocks.decode_block_kv * problem.cache.token_bytes
         step_bytes = min(STEP_BYTES, chip.vmem_bytes // STEP_VMEM_SHARE)
         is_window = block_q == 1 and blocks.decode_block_kv == spec.sliding_window
+        is_window &= spec.attend == "all"
         is_short = blocks.decode_block_kv < MIN_BLOCK_OF_MANY_CELLS and not is_window
         most = MAX_CELLS_OF_SHORT_BLOCKS if is_short else MAX_CELLS_PER_STEP
         cells = min(max(step_bytes // cell_bytes, 1), most)
@@ -318,25 +322,27 @@ def _phase(
 
 def vmem_bytes(config: KernelConfig) -> int:
     """VMEM that the kernel's buffers take: the phases never run together."""
-    zeros = padding.zeros_shape(config)
-    zeros_bytes = math.prod(zeros.shape) * jnp.dtype(zeros.dtype).itemsize
-    return zeros_bytes + max(_phase_bytes(config, phase) for phase in config.phases)
+    cleared = _buffer_bytes(padding.cleared_shapes(config))
+    return cleared + max(_phase_bytes(config, phase) for phase in config.phases)
 
 
 def _phase_bytes(config: KernelConfig, phase: PhaseConfig) -> int:
     buffers = decode_buffers if phase.is_decode else tile_buffers
-    shapes = jax.tree.leaves(buffers.shapes(config, phase), is_leaf=refs.is_shaped)
-    # A row shorter than a register takes a whole one.
-    total = sum(
-        math.prod(buffer.shape[:-1])
-        * layout.align_to(buffer.shape[-1], layout.LANES)
-        * jnp.dtype(buffer.dtype).itemsize
-        for buffer in shapes
-    )
+    total = _buffer_bytes(buffers.shapes(config, phase))
     rows = config.query_rows(phase) if phase.is_decode else config.softmax_rows(phase)
     scores = rows * phase.block_kv * phase.cells_per_step
     num_tiles = DECODE_SPILLED_TILES if phase.is_decode else SPILLED_TILES
     return total + int(num_tiles * scores * 4)
+
+
+def _buffer_bytes(shapes: Any) -> int:
+    """VMEM of a tree of buffers: a row shorter than a register takes a whole one."""
+    return sum(
+        math.prod(buffer.shape[:-1])
+        * layout.align_to(buffer.shape[-1], layout.LANES)
+        * jnp.dtype(buffer.dtype).itemsize
+        for buffer in jax.tree.leaves(shapes, is_leaf=refs.is_shaped)
+    )
 
 
 def smem_bytes(problem: Problem) -> int:

@@ -52,6 +52,11 @@ class AttentionSpec(AttentionOptions):
 
     has_sinks: bool = False
 
+    @property
+    def hides_first_keys(self) -> bool:
+        """Whether a query may see a key and none of those before it."""
+        return self.sliding_window is not None or self.attend == "new"
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -206,6 +211,11 @@ class KernelConfig:
     def out_layout(self) -> TokenRows:
         """Where outputs are."""
         return TokenRows(self.num_io_heads, self.io_lanes, self.out_dtype)
+
+    @property
+    def lse_layout(self) -> TokenRows:
+        """Where the logarithms of denominators are: query heads side by side."""
+        return TokenRows(-(-self.num_q_heads // LANES), LANES, np.dtype(np.float32))
 
     @property
     def new_token_layout(self) -> TokenRows | HeadRows:

@@ -152,9 +152,11 @@ def _float8_probabilities(
 ) -> np.dtype | None:
     """Those that are allowed, where products with values are faster with them.
 
-    A window is short, and its rows have no anchors.
+    A window is short, and its rows have no anchors. New tokens alone have none either.
     """
     if options.probabilities_dtype is None or options.sliding_window is not None:
+        return None
+    if options.attend == "new":
         return None
     dtype = jnp.dtype(options.probabilities_dtype)
     is_native = _is_native(dtype, chip) and chip.rounds_to_e4m3fn

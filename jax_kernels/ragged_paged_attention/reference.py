@@ -20,6 +20,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jax_kernels.contract import Arguments, AttentionOptions
+from jax_kernels.contract.options import Attend
 from jax_kernels.ragged_paged_attention import layout, validation
 
 # Keys per inner step, and the most queries per block. Neither changes the result
@@ -96,6 +97,7 @@ def ragged_paged_attention_reference(
     sm_scale: float = 1.0,
     causal: bool = True,
     sliding_window: int | None = None,
+    attend: Attend = "all",
     soft_cap: float | None = None,
     q_scale: float | None = None,
     k_scale: float | None = None,
@@ -105,8 +107,9 @@ def ragged_paged_attention_reference(
     decode_q_len: int = 1,
     probabilities_dtype: DTypeLike | None = None,
     out_dtype: DTypeLike | None = None,
+    return_lse: bool = False,
     validate: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Appends new keys and values to a paged cache and attends to it, without Pallas.
 
     The arguments mean what they mean for ``api.ragged_paged_attention``, where each is
@@ -129,6 +132,8 @@ def ragged_paged_attention_reference(
       sm_scale: Factor of ``q . k``: 0, or from 2**-120 to 2**120 in size.
       causal: Whether a query sees only keys at or before its own position.
       sliding_window: Number of latest positions seen, the query's own included.
+      attend: Whether "all" of these are seen, or only those that were in the "cache"
+        before, or those that are "new". All new tokens are written.
       soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``.
       q_scale: Queries are quantised as ``q * float32(1 / q_scale)``.
       k_scale: Keys are stored as ``k * float32(1 / k_scale)``, the inverse computed in
@@ -139,11 +144,14 @@ def ragged_paged_attention_reference(
       decode_q_len: Ignored.
       probabilities_dtype: Ignored: nothing is rounded.
       out_dtype: Dtype of the output, that of ``q`` by default.
+      return_lse: Whether to return the logarithms of the denominators.
       validate: Also check the numbers in the metadata; not under ``jax.jit``.
 
     Returns:
-      The output [T, Hq, D] and the updated cache. Padding rows, and rows that see no
-      key, are zeros. Without an update the cache is ``kv_cache`` itself.
+      The output [T, Hq, D], with ``return_lse`` the logarithms f32[T, Hq], and the
+      updated cache. Padding rows, and rows that see no key, are zeros, and their
+      logarithms minus infinity, but for a sink. Without an update the cache is
+      ``kv_cache`` itself.
 
     Raises:
       ValueError: An argument is wrong.
@@ -169,7 +177,7 @@ def ragged_paged_attention_reference(
 
     if options.q_scale is not None:
         q = _store(q, problem.cache, options.q_scale)
-    out = _attend(
+    out, lse = _attend(
         q.astype(jnp.float32) * options.score_factor,
         bits,
         sequences,
@@ -178,7 +186,8 @@ def ragged_paged_attention_reference(
     )
     if options.v_scale is not None:
         out = out * options.v_scale
-    return out.astype(problem.out_dtype), kv_cache
+    out = out.astype(problem.out_dtype)
+    return (out, kv_cache) if lse is None else (out, lse, kv_cache)
 
 
 def _live_sequences(
@@ -294,8 +303,11 @@ def _attend(
     sequences: _LiveSequences,
     sinks: jax.Array | None,
     plan: _Plan,
-) -> jax.Array:
-    """Attention of scaled queries f32[T, Hq, D] to the cache; float32[T, Hq, D]."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attention of scaled queries f32[T, Hq, D] to the cache; float32[T, Hq, D].
+
+    And the logarithms of the denominators, float32[T, Hq], if they are asked for.
+    """
     problem = plan.problem
     # A block may reach past the last token; it never moves back to fit.
     tail = ((0, plan.block_q), (0, 0), (0, 0))
@@ -304,7 +316,14 @@ def _attend(
     padding = -problem.pages_per_sequence % plan.block_pages
     page_table = jnp.pad(sequences.page_table, ((0, 0), (0, padding)))
 
-    def attend_query_block(index, out, sequence):
+    def put(whole, tile, block):
+        previous = lax.dynamic_slice_in_dim(whole, block.first_row, plan.block_q)
+        is_own = jnp.arange(plan.block_q) < block.num_rows
+        is_own = is_own.reshape(-1, *[1] * (whole.ndim - 1))
+        tile = jnp.where(is_own, tile.reshape(previous.shape), previous)
+        return lax.dynamic_update_slice_in_dim(whole, tile, block.first_row, 0)
+
+    def attend_query_block(index, results, sequence):
         block = _query_block(queries, sequences, sequence, index, plan)
         state = lax.fori_loop(
             block.first_key // plan.block_kv,
@@ -314,24 +333,25 @@ def _attend(
             ),
             initial,
         )
-        tile = _normalize(state).reshape(plan.block_q, problem.num_q_heads, -1)
-        previous = lax.dynamic_slice_in_dim(out, block.first_row, plan.block_q)
-        is_own = jnp.arange(plan.block_q) < block.num_rows
-        tile = jnp.where(is_own[:, None, None], tile, previous)
-        return lax.dynamic_update_slice_in_dim(out, tile, block.first_row, 0)
+        out, lse = results
+        if lse is not None:
+            lse = put(lse, _log_sum(state), block)
+        return put(out, _normalize(state), block), lse
 
-    def attend_sequence(sequence, out):
+    def attend_sequence(sequence, results):
         num_blocks = _cdiv(sequences.q_lens[sequence], plan.block_q)
         return lax.fori_loop(
             0,
             jnp.where(sequences.kv_lens[sequence] > 0, num_blocks, 0),
             functools.partial(attend_query_block, sequence=sequence),
-            out,
+            results,
         )
 
-    out = jnp.zeros(queries.shape)
-    out = lax.fori_loop(0, sequences.count, attend_sequence, out)
-    return out[: problem.num_tokens]
+    lse = jnp.full(queries.shape[:2], -jnp.inf) if plan.options.return_lse else None
+    results = jnp.zeros(queries.shape), lse
+    out, lse = lax.fori_loop(0, sequences.count, attend_sequence, results)
+    num_tokens = problem.num_tokens
+    return out[:num_tokens], None if lse is None else lse[:num_tokens]
 
 
 def _initial_state(sinks: jax.Array | None, plan: _Plan) -> _AttentionState:
@@ -368,6 +388,10 @@ def _query_block(
         end_key = jnp.minimum(kv_len, first_position + num_rows)
     if plan.options.sliding_window is not None:
         first_key = jnp.maximum(first_position - plan.options.sliding_window + 1, 0)
+    if plan.options.attend == "cache":
+        end_key = jnp.minimum(end_key, kv_len - q_len)
+    elif plan.options.attend == "new":
+        first_key = jnp.maximum(first_key, kv_len - q_len)
     tile = lax.dynamic_slice_in_dim(queries, first_row, plan.block_q)
     return _QueryBlock(
         first_row=first_row,
@@ -460,6 +484,11 @@ def _normalize(state: _AttentionState) -> jax.Array:
     row_sum = jnp.where(is_empty, 1.0, state.row_sum)
     out = state.accumulator / row_sum[..., None]
     return jnp.moveaxis(out, 2, 0)
+
+
+def _log_sum(state: _AttentionState) -> jax.Array:
+    """The logarithm of the denominator f32[q, Hkv, G]."""
+    return jnp.moveaxis(state.row_max + jnp.log(state.row_sum), 2, 0)
 
 
 def _cdiv(value: jax.Array, divisor: int) -> jax.Array:

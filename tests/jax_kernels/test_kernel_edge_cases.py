@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_kernels.ragged_paged_attention.kernel.padding import ZERO_TOKENS
+from jax_kernels.ragged_paged_attention.kernel.padding import CLEARED_TOKENS
 from tests.support.interpret import (
     SMALL_BLOCKS,
     assert_kernel_matches_oracle,
@@ -106,14 +106,15 @@ def test_queries_without_any_key_give_zeros_and_write_nothing(distribution, sequ
             assert not np.any(rows.astype(np.float32))
 
 
-# They are cleared in pieces of ZERO_TOKENS and a rest.
+# They are cleared in pieces of CLEARED_TOKENS and a rest.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "num_live", [0, 1, ZERO_TOKENS - 1, ZERO_TOKENS, ZERO_TOKENS + 1, MAX_TOKENS]
+    "num_live",
+    [0, 1, CLEARED_TOKENS - 1, CLEARED_TOKENS, CLEARED_TOKENS + 1, MAX_TOKENS],
 )
 def test_rows_past_the_last_sequence_are_zeros(num_live):
     """Rule 5."""
-    assert MAX_TOKENS % ZERO_TOKENS == 0
+    assert MAX_TOKENS % CLEARED_TOKENS == 0
     sequences = [(min(num_live, 128), 130)] if num_live else []
     if num_live > 128:
         sequences.append((num_live - 128, 150))

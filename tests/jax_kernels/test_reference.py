@@ -29,11 +29,14 @@ def jitted(**options):
 
 def check(batch, **options):
     """Runs the reference and compares output and cache; returns both."""
-    out, kv_cache = jitted(**options)(*batch.jax_arguments)
+    out, *lse, kv_cache = jitted(**options)(*batch.jax_arguments)
+    options.pop("return_lse", None)
     options.pop("chunk_prefill_size", None)
     options.pop("decode_q_len", None)
     options.pop("out_dtype", None)
-    numerics.assert_matches_oracle(out, kv_cache, batch.arguments, **options)
+    numerics.assert_matches_oracle(
+        out, kv_cache, batch.arguments, lse=lse[0] if lse else None, **options
+    )
     return np.asarray(out), np.asarray(kv_cache)
 
 
@@ -51,6 +54,22 @@ def test_output_and_cache_match_float64(head_dim, dtype):
         nan_payloads=True,
     )
     check(batch, sm_scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize("attend", ["all", "cache", "new"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sliding_window": 9}, {"causal": False}, {"update_kv_cache": False}],
+    ids=str,
+)
+def test_parts_of_keys_and_their_sums_match_float64(attend, options):
+    updates = options.get("update_kv_cache", True)
+    batch = make_ragged_batch(
+        SEQUENCES,
+        with_sinks=attend == "cache",
+        cache_holds_new_tokens=not updates,
+    )
+    check(batch, sm_scale=0.1, attend=attend, return_lse=True, **options)
 
 
 @pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])

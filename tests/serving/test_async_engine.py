@@ -183,6 +183,7 @@ def test_a_cancelled_task_of_the_engine_ends_what_runs_and_nothing_else(
             waiting = asyncio.create_task(tokens_of(server, PROMPTS[1]))
             while engine.stats.num_steps == before:
                 await asyncio.sleep(0)
+            assert server._task is not None
             server._task.cancel()
             with pytest.raises(RuntimeError, match="task of the engine was cancelled"):
                 await asyncio.wait_for(waiting, 60)

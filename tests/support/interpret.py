@@ -35,6 +35,14 @@ INTERPRET_PARAMS = pltpu.InterpretParams(
     **interpreter.GOES_ON_AFTER_A_RACE,
 )
 
+NOT_IN_THE_ORACLE = (
+    "out_dtype",
+    "chunk_prefill_size",
+    "decode_q_len",
+    "chip",
+    "return_lse",
+)
+
 # When copies are carried out: "on_wait" is as late as possible, "eager" at once.
 CopyTime = Literal["on_wait", "eager"]
 
@@ -45,7 +53,7 @@ def run_kernel(
     block_sizes: BlockSizes | None = SMALL_BLOCKS,
     copies: CopyTime = "on_wait",
     **options,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, ...]:
     """Runs the kernel and checks how it behaved.
 
     Calls with the same shapes and options share one compilation.
@@ -57,15 +65,14 @@ def run_kernel(
       **options: Keyword arguments of ``ragged_paged_attention``.
 
     Returns:
-      The output and the cache.
+      The output, the logarithms if they are asked for, and the cache.
 
     Raises:
       AssertionError: See ``checked_interpret_mode``.
     """
     function = _jitted(copies, block_sizes=block_sizes, **options)
     with contextlib.nullcontext() if HAS_TPU else checked_interpret_mode():
-        out, kv_cache = function(*arguments)
-        return np.asarray(out), np.asarray(kv_cache)
+        return tuple(map(np.asarray, function(*arguments)))
 
 
 def assert_kernel_matches_oracle(
@@ -86,16 +93,17 @@ def assert_kernel_matches_oracle(
     arguments = batch.jax_arguments
     if not updates:
         arguments = (arguments[0], None, None, *arguments[3:])
-    out, kv_cache = run_kernel(
+    out, *lse, kv_cache = run_kernel(
         arguments, block_sizes=block_sizes, copies=copies, **options
     )
+    assert len(lse) == options.get("return_lse", False)
     assert out.dtype == options.get("out_dtype", batch.queries.dtype)
     changes_result = {
-        name: value
-        for name, value in options.items()
-        if name not in ("out_dtype", "chunk_prefill_size", "decode_q_len", "chip")
+        name: value for name, value in options.items() if name not in NOT_IN_THE_ORACLE
     }
-    numerics.assert_matches_oracle(out, kv_cache, batch.arguments, **changes_result)
+    numerics.assert_matches_oracle(
+        out, kv_cache, batch.arguments, lse=lse[0] if lse else None, **changes_result
+    )
     return out, kv_cache
 
 

@@ -32,7 +32,9 @@ def call(tensors, options, *, donate_kv_cache=False):
     moved: list[Any] = [None if t is None else t.cpu() for t in inputs]
     on_cpu = validation.Inputs(*moved)
     out = eager.ragged_paged_attention_(on_cpu, attention_options)
-    results = [out, on_cpu.kv_cache] if attention_options.update_kv_cache else [out]
+    results = [*out] if isinstance(out, tuple) else [out]
+    if attention_options.update_kv_cache:
+        results.append(on_cpu.kv_cache)
     return [tensor.to(inputs.q.device) for tensor in results]
 
 

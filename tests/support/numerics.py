@@ -44,13 +44,14 @@ def emulate_low_precision(
     sm_scale: float = 1.0,
     causal: bool = True,
     sliding_window: int | None = None,
+    attend: str = "all",
     soft_cap: float | None = None,
     q_scale: float | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
     probabilities_dtype: str | None = None,
-) -> np.ndarray:
-    """Attention float32[T, Hq, D] rounded where a kernel rounds.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention float32[T, Hq, D] rounded where a kernel rounds, and its lse.
 
     Args:
       kv_cache: The cache after the update.
@@ -71,6 +72,7 @@ def emulate_low_precision(
         scaled = oracle.store(queries, kv_cache.dtype, q_scale)
         score_scale = np.float32(scale * q_scale)
     out = np.zeros((num_tokens, num_q_heads, head_dim), np.float32)
+    lse = np.full(out.shape[:2], -np.inf, np.float32)
     for sequence in oracle.live_sequences(
         kv_lens, page_indices, cu_q_lens, distribution, page_size
     ):
@@ -90,6 +92,8 @@ def emulate_low_precision(
                 sequence.kv_len,
                 causal,
                 sliding_window,
+                attend,
+                sequence.q_len,
             )
             scores[:, i, : seen.start] = -np.inf
             scores[:, i, seen.stop :] = -np.inf
@@ -114,7 +118,10 @@ def emulate_low_precision(
         tile = tile.reshape(num_q_heads, sequence.q_len, head_dim)
         tile = tile * np.float32(v_scale or 1.0) / np.where(total == 0, 1, total)
         out[rows] = tile.swapaxes(0, 1)
-    return out
+        with np.errstate(divide="ignore"):
+            logarithm = (row_max + np.log2(total)) / np.float32(_LOG2_E)
+        lse[rows] = logarithm[..., 0].swapaxes(0, 1)
+    return out, lse
 
 
 def error_budget(
@@ -161,6 +168,24 @@ def assert_output_within_budget(
     assert rms <= budget.relative_rms, f"{rms=:.3g} {budget.relative_rms=:.3g}"
 
 
+def assert_lse_within_budget(
+    lse: np.ndarray, expected: oracle.Expected, emulated: np.ndarray, q_dtype
+) -> None:
+    """Fails unless every logarithm is within twice the error of the emulation.
+
+    The sum may be that of rounded probabilities, so one rounding is always allowed.
+    """
+    lse = np.asarray(lse)
+    assert lse.dtype == np.float32 and lse.shape == expected.lse.shape
+    is_finite = np.isfinite(expected.lse)
+    np.testing.assert_array_equal(lse[~is_finite], expected.lse[~is_finite])
+    right, got = expected.lse[is_finite], lse[is_finite].astype(np.float64)
+    emulated_error = abs(emulated[is_finite] - right).max(initial=0.0)
+    budget = 2 * max(emulated_error, _unit_roundoff(q_dtype))
+    error = abs(got - right) - 16 * _FLOAT32_EPS * (1 + abs(right))
+    assert error.max(initial=0.0) <= budget, f"{error.max()=:.3g} {budget=:.3g}"
+
+
 def assert_same_bytes(actual: np.ndarray, expected: np.ndarray) -> None:
     """Fails unless two caches agree in dtype, shape and every byte, NaNs included."""
     actual, expected = np.asarray(actual), np.asarray(expected)
@@ -187,6 +212,7 @@ def assert_matches_oracle(
     kv_cache,
     arguments: tuple,
     *,
+    lse=None,
     update_kv_cache: bool = True,
     probabilities_dtype: str | None = None,
     **options,
@@ -197,10 +223,11 @@ def assert_matches_oracle(
       out: Output of the operator, anything numpy can read.
       kv_cache: Cache that it returned.
       arguments: ``RaggedBatch.arguments``, in the state before the call.
+      lse: The logarithms of the denominators, if they were asked for.
       update_kv_cache: As given to the operator.
       probabilities_dtype: As given to the operator.
       **options: Options that change the result, as given to the operator: sm_scale,
-        causal, sliding_window, soft_cap, q_scale, k_scale, v_scale.
+        causal, sliding_window, attend, soft_cap, q_scale, k_scale, v_scale.
 
     Returns:
       What was expected.
@@ -210,7 +237,7 @@ def assert_matches_oracle(
     )
     assert_same_bytes(kv_cache, expected.kv_cache)
     queries, _, _, _, *metadata = arguments
-    emulated = emulate_low_precision(
+    emulated, emulated_lse = emulate_low_precision(
         queries,
         expected.kv_cache,
         *metadata,
@@ -221,6 +248,8 @@ def assert_matches_oracle(
     narrowest = probabilities_dtype or queries.dtype
     budget = error_budget(expected, emulated, narrowest, out.dtype)
     assert_output_within_budget(out, expected, budget)
+    if lse is not None:
+        assert_lse_within_budget(lse, expected, emulated_lse, narrowest)
     return expected
 
 

@@ -145,13 +145,22 @@ def live_sequences(kv_lens, page_indices, cu_q_lens, distribution, page_size):
 
 
 def visible_positions(
-    query_position: int, kv_len: int, causal: bool, sliding_window: int | None
+    query_position: int,
+    kv_len: int,
+    causal: bool,
+    sliding_window: int | None,
+    attend: str = "all",
+    q_len: int = 0,
 ) -> slice:
     """The key positions that one query sees."""
     end = min(kv_len, query_position + 1) if causal else kv_len
     start = 0
     if sliding_window is not None:
         start = max(0, query_position - sliding_window + 1)
+    if attend == "cache":
+        end = min(end, kv_len - q_len)
+    elif attend == "new":
+        start = max(start, kv_len - q_len)
     return slice(start, max(start, end))
 
 
@@ -163,11 +172,13 @@ class Expected:
       out: float64[T, Hq, D].
       magnitude: float64[T, Hq, D], the sum of probability * abs(value): the size of
         the terms that were added, to which rounding errors are relative.
+      lse: float64[T, Hq], the logarithm of the denominator.
       kv_cache: The whole cache, every byte.
     """
 
     out: np.ndarray
     magnitude: np.ndarray
+    lse: np.ndarray
     kv_cache: np.ndarray
 
 
@@ -233,6 +244,7 @@ def ragged_paged_attention(
     sm_scale: float = 1.0,
     causal: bool = True,
     sliding_window: int | None = None,
+    attend: str = "all",
     soft_cap: float | None = None,
     q_scale: float | None = None,
     k_scale: float | None = None,
@@ -261,6 +273,7 @@ def ragged_paged_attention(
         queries = store(queries, kv_cache.dtype, q_scale)
     out = np.zeros((num_tokens, num_q_heads, head_dim))
     magnitude = np.zeros_like(out)
+    lse = np.full(out.shape[:2], -np.inf)
     for sequence in live_sequences(
         kv_lens, page_indices, cu_q_lens, distribution, page_size
     ):
@@ -276,12 +289,14 @@ def ragged_paged_attention(
                 sequence.kv_len,
                 causal,
                 sliding_window,
+                attend,
+                sequence.q_len,
             )
             query = queries[row].astype(np.float64) * (q_scale or 1.0)
-            out[row], magnitude[row] = _attend(
+            out[row], magnitude[row], lse[row] = _attend(
                 query, all_keys[:, seen], all_values[:, seen], sinks, sm_scale, soft_cap
             )
-    return Expected(out=out, magnitude=magnitude, kv_cache=kv_cache)
+    return Expected(out=out, magnitude=magnitude, lse=lse, kv_cache=kv_cache)
 
 
 def _attend(query, keys, values, sinks, sm_scale, soft_cap):
@@ -289,7 +304,8 @@ def _attend(query, keys, values, sinks, sm_scale, soft_cap):
     num_q_heads, head_dim = query.shape
     num_kv_heads, num_visible, _ = keys.shape
     if num_visible == 0:
-        return np.zeros_like(query), np.zeros_like(query)
+        lse = np.full(num_q_heads, -np.inf) if sinks is None else sinks
+        return np.zeros_like(query), np.zeros_like(query), lse
     # Query heads h * G .. (h + 1) * G - 1 share key head h.
     query = query.reshape(num_kv_heads, -1, head_dim)
     scores = sm_scale * (query @ keys.swapaxes(1, 2))
@@ -299,8 +315,12 @@ def _attend(query, keys, values, sinks, sm_scale, soft_cap):
     if sinks is not None:
         sink = np.asarray(sinks, np.float64)[:, None]
         scores = np.concatenate([scores, sink], axis=1)
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
+    peak = scores.max(axis=1, keepdims=True)
+    weights = np.exp(scores - peak)
+    total = weights.sum(axis=1, keepdims=True)
+    lse = (peak + np.log(total))[:, 0]
+    weights /= total
     weights = weights[:, :num_visible].reshape(num_kv_heads, -1, num_visible)
     shape = (num_q_heads, head_dim)
-    return (weights @ values).reshape(shape), (weights @ abs(values)).reshape(shape)
+    out = (weights @ values).reshape(shape)
+    return out, (weights @ abs(values)).reshape(shape), lse

@@ -16,7 +16,7 @@ def batch_and_output(dtype, **changes):
     """A batch, and what an emulated kernel with changed options makes of it."""
     batch = make_ragged_batch([(1, 70), (1, 33), (20, 40)], q_dtype=dtype)
     cache = oracle.ragged_paged_attention(*batch.arguments).kv_cache
-    emulated = numerics.emulate_low_precision(
+    emulated, _ = numerics.emulate_low_precision(
         batch.queries, cache, *batch.arguments[4:], **(OPTIONS | changes)
     )
     return batch, emulated.astype(jnp.dtype(dtype)), cache

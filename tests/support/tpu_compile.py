@@ -101,16 +101,16 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
       shapes: Of the arguments.
       chip: A key of ``chips.COMPILED``.
       **options: Keyword arguments of ``ragged_paged_attention``. Without
-        ``update_kv_cache`` there are no keys and values, and only the output is
+        ``update_kv_cache`` there are no keys and values, and the cache is not
         returned: a program cannot return an argument without a copy.
     """
     updates = options.get("update_kv_cache", True)
 
     def call(*arguments):
-        out, kv_cache = ragged_paged_attention(
+        *attention, kv_cache = ragged_paged_attention(
             *arguments, sm_scale=shapes.head_dim**-0.5, chip=chip, **options
         )
-        return (out, kv_cache) if updates else (out,)
+        return (*attention, kv_cache) if updates else tuple(attention)
 
     device = _device(chip)
     row_major = functools.partial(_row_major, device)
@@ -130,11 +130,12 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
         row_major((3,), "int32"),
         row_major((shapes.num_q_heads,), "float32") if shapes.with_sinks else None,
     ]
-    results = [_format(device, 3), _format(device, 5)]
+    num_axes = [3, 2] if options.get("return_lse") else [3]
+    results = [_format(device, number) for number in (num_axes + [5] * updates)]
     jitted = jax.jit(
         call,
         donate_argnums=(3,) if updates else (),
-        out_shardings=tuple(results if updates else results[:1]),
+        out_shardings=tuple(results),
     )
     with jax_versions.byte_code_for_libtpu():
         compiled = jitted.lower(*arguments).compile()

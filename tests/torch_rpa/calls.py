@@ -117,12 +117,23 @@ def from_batch(batch: RaggedBatch, device: torch.device | str = "cpu") -> Inputs
 
 
 def assert_matches_oracle(
-    out: torch.Tensor, call: Inputs, batch: RaggedBatch, **options
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    call: Inputs,
+    batch: RaggedBatch,
+    **options,
 ) -> None:
-    """Fails unless out is within its error budget and every byte of the cache right."""
+    """Fails unless out is within its error budget and every byte of the cache right.
+
+    So are the logarithms, if they come with out.
+    """
+    out, lse = out if isinstance(out, tuple) else (out, None)
     with np.errstate(invalid="ignore"):  # padding rows of int8 queries: NaN to integer
         numerics.assert_matches_oracle(
-            to_numpy(out), to_numpy(call.kv_cache), batch.arguments, **options
+            to_numpy(out),
+            to_numpy(call.kv_cache),
+            batch.arguments,
+            lse=None if lse is None else to_numpy(lse),
+            **options,
         )
 
 

@@ -40,6 +40,23 @@ SCENARIOS = {
         {"cache_dtype": "int8", "k_scale": 0.03, "v_scale": 0.03},
         {"q_scale": 0.03, "k_scale": 0.03, "v_scale": 0.03},
     ),
+    "lse": (MIXED, {"with_sinks": True}, {"return_lse": True}),
+    "keys of the cache": (
+        [(1, 1), *MIXED, (3, 3)],
+        {"q_dtype": "bfloat16", "head_dim": 128, "distribution": (1, 1, 8)},
+        {"attend": "cache", "return_lse": True, "sliding_window": 9},
+    ),
+    "keys of the cache, not causal": (
+        [(1, 1), *MIXED],
+        {"with_sinks": True},
+        {"attend": "cache", "return_lse": True, "causal": False},
+    ),
+    "new keys": (MIXED, {}, {"attend": "new", "return_lse": True}),
+    "new keys of a window": (
+        MIXED,
+        {"cache_holds_new_tokens": True},
+        {"attend": "new", "sliding_window": 5, "update_kv_cache": False},
+    ),
     "read only": (MIXED, {"cache_holds_new_tokens": True}, {"update_kv_cache": False}),
 }
 
@@ -52,6 +69,6 @@ def make_scenario(name):
     oracle_options = {
         name: value
         for name, value in options.items()
-        if name not in ("chunk_prefill_size", "decode_q_len")
+        if name not in ("chunk_prefill_size", "decode_q_len", "return_lse")
     }
     return batch, options, oracle_options

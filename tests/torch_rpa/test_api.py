@@ -44,7 +44,8 @@ def test_no_implementation_but_the_operator_differentiates_either():
 def test_reference_on_cpu_tensors_goes_sequence_by_sequence():
     call, expected_call = make_call(), make_call()
     out = torch_rpa.ragged_paged_attention(*call, impl="reference")
-    expected = reference.ragged_paged_attention_(expected_call, AttentionOptions())
+    options = AttentionOptions()
+    expected: Any = reference.ragged_paged_attention_(expected_call, options)
     assert torch.equal(out, expected)
 
 

@@ -22,7 +22,8 @@ def both(lengths, *, options=None, **arguments):
         reference.ragged_paged_attention_,
     ):
         call = make_call(lengths, num_pages=64, max_seqs=12, **arguments)
-        results.append((run(call, options), raw_bytes(call.kv_cache)))
+        attention = run(call, options)
+        results.append((attention, raw_bytes(call.kv_cache)))
     return results
 
 

@@ -41,6 +41,15 @@ def test_opcheck_passes_for_the_functional_operators():
     torch.library.opcheck(ops.ragged_paged_attention_readonly, call, options)
 
 
+def test_opcheck_passes_for_the_operators_with_logarithms():
+    call = tuple(make_call(cache_dtype=torch.float32))
+    options: dict[str, Any] = {"attend": "cache", "sliding_window": 4}
+    torch.library.opcheck(ops.WITH_LSE.public, call, options)
+    torch.library.opcheck(ops.WITH_LSE.functional, call, options)
+    options["update_kv_cache"] = False
+    torch.library.opcheck(ops.WITH_LSE.readonly, call, options)
+
+
 def test_mutating_and_functional_operators_agree_and_the_latter_leaves_the_cache():
     call, functional_call = make_call(), make_call()
     before = functional_call.kv_cache.clone()

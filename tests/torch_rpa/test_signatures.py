@@ -10,11 +10,11 @@ from jax_kernels import ragged_paged_attention as rpa
 from jax_kernels.contract import Arguments, AttentionOptions
 from torch_rpa import ops
 
-OPERATORS = (
-    ops.ragged_paged_attention,
-    ops.ragged_paged_attention_functional,
-    ops.ragged_paged_attention_readonly,
-)
+OPERATORS = [
+    getattr(family, kind)
+    for family in (ops.WITHOUT_LSE, ops.WITH_LSE)
+    for kind in ("public", "functional", "readonly")
+]
 OPTIONS = [
     (field.name, field.default) for field in dataclasses.fields(AttentionOptions)
 ]
@@ -55,7 +55,9 @@ def test_schemas_have_the_arrays_then_the_options(operator):
     positional = [a.name for a in arguments if not a.kwarg_only]
     assert positional == list(Arguments._fields)
     keywords = [(a.name, a.default_value) for a in arguments if a.kwarg_only]
-    assert keywords == [*OPTIONS, ("block_sizes", None)]
+    # What an operator returns is a part of its name.
+    options = [option for option in OPTIONS if option[0] != "return_lse"]
+    assert keywords == [*options, ("block_sizes", None)]
 
 
 def test_only_the_public_operator_mutates_and_only_the_cache():
@@ -63,7 +65,19 @@ def test_only_the_public_operator_mutates_and_only_the_cache():
         operator.name(): [a.name for a in operator._schema.arguments if a.is_write]
         for operator in OPERATORS
     }
-    assert list(mutated.values()) == [["kv_cache"], [], []]
+    assert list(mutated.values()) == 2 * [["kv_cache"], [], []]
+
+
+def test_a_name_says_what_an_operator_returns():
+    results = [[r.name for r in operator._schema.returns] for operator in OPERATORS]
+    assert results == [
+        [""],
+        ["out", "new_cache"],
+        [""],
+        ["out", "lse"],
+        ["out", "lse", "new_cache"],
+        ["out", "lse"],
+    ]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__module__)

@@ -53,7 +53,8 @@ class Bridge(Protocol):
                 cache, because the caller overwrites the old one.
 
         Returns:
-            ``[out, new_cache]``, or ``[out]`` if the cache is not updated.
+            ``[out]``, then the logarithms if ``return_lse`` is among the options, then
+            the new cache unless it is not updated.
         """
         ...
 

@@ -19,10 +19,11 @@ def interpret_pallas_(
     options: AttentionOptions,
     chip: str | None = None,
     block_sizes: tuple[int, int, int] | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Runs the Pallas kernel in TPU interpret mode on CPU tensors, in place.
 
-    Slow: it simulates the TPU's memories and DMAs. Needs JAX and no bridge to a device.
+    Returns what :func:`torch_rpa.reference.ragged_paged_attention_` does. Slow: it
+    simulates the TPU's memories and DMAs. Needs JAX and no bridge to a device.
     """
     sizes = validation.validate_static(inputs, options)
     if inputs.q.device.type != "cpu":
@@ -33,10 +34,11 @@ def interpret_pallas_(
     validation.validate_ranges(inputs, sizes)
     jax = lowering.import_jax()
     arguments = [None if t is None else jax.numpy.asarray(_to_numpy(t)) for t in inputs]
-    out, new_cache = _interpreted(options, chip, block_sizes)(*arguments)
+    out, *lse, new_cache = _interpreted(options, chip, block_sizes)(*arguments)
     if options.update_kv_cache:
         inputs.kv_cache.copy_(_from_numpy(new_cache, inputs.kv_cache.dtype))
-    return _from_numpy(out, torch_dtype(sizes.out_dtype))
+    attention = _from_numpy(out, torch_dtype(sizes.out_dtype))
+    return (attention, _from_numpy(lse[0], torch.float32)) if lse else attention
 
 
 @functools.cache

@@ -46,8 +46,8 @@ def jax_function(
 
     Returns:
         A function of the arrays of :class:`torch_rpa.validation.Inputs`, in their
-        order, None where a tensor is None. It returns ``(out, new_cache)``, or
-        ``(out,)`` if the cache is not updated.
+        order, None where a tensor is None. It returns what
+        :meth:`torch_rpa.bridges.Bridge.call` does.
     """
     return functools.partial(
         _results, _implementation(target, block_sizes), vars(options)
@@ -57,8 +57,13 @@ def jax_function(
 def _results(
     implementation: Callable, keywords: dict[str, Any], *arrays: Any
 ) -> tuple[Any, ...]:
-    out, new_cache = implementation(*arrays, **keywords)
-    return (out, new_cache) if keywords["update_kv_cache"] else (out,)
+    *attention, new_cache = implementation(*arrays, **keywords)
+    return (*attention, new_cache) if keywords["update_kv_cache"] else (*attention,)
+
+
+def num_results(options: AttentionOptions) -> int:
+    """Returns how many arrays such a function returns."""
+    return 1 + options.return_lse + options.update_kv_cache
 
 
 def _implementation(target: Target, block_sizes: Sequence[int] | None) -> Callable:

@@ -96,7 +96,7 @@ def _first_call(
         operator = _operator(attention_options, donate, options.get("block_sizes"))
         results = operator(*inputs)
         _launchers[signature] = torch_tpu_launch.launcher(operator, inputs)
-    return results if attention_options.update_kv_cache else (results,)
+    return (results,) if isinstance(results, torch.Tensor) else results
 
 
 def donates(kv_cache: torch.Tensor) -> bool:
@@ -294,19 +294,19 @@ def _operator(
             warnings.filterwarnings("ignore", message=".*jax_op is experimental.*")
             _operators[name] = torch.tpu.pallas.jax_op(  # pyright: ignore[reportAttributeAccessIssue]
                 name,
-                _annotated(function, updates=options.update_kv_cache),
+                _annotated(function, lowering.num_results(options)),
                 donate_argnums=[KV_CACHE] if donate else None,
             )
     return _operators[name]
 
 
-def _annotated(function: Callable, *, updates: bool) -> Callable:
+def _annotated(function: Callable, num_results: int) -> Callable:
     """Returns the function with the signature that ``jax_op`` makes a schema of."""
     array = lowering.import_jax().Array
 
     def attend(*arrays: Any) -> Any:
         results = function(*arrays)
-        return results if updates else results[0]
+        return results if num_results > 1 else results[0]
 
     parameters = [
         inspect.Parameter(
@@ -317,7 +317,8 @@ def _annotated(function: Callable, *, updates: bool) -> Callable:
         for name in Inputs._fields
     ]
     attend.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
-        parameters, return_annotation=tuple[array, array] if updates else array
+        parameters,
+        return_annotation=tuple[(array,) * num_results] if num_results > 1 else array,
     )
     return attend
 

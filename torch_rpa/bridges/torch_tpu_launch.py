@@ -27,7 +27,7 @@ def launcher(operator: Any, inputs: Inputs) -> Launch:
         inputs: The tensors of that call.
 
     Returns:
-        A function of the tensors that returns ``(out, new_cache)`` or ``(out,)``.
+        A function of the tensors that returns a sequence of what the operator does.
     """
     try:
         return _direct(operator, inputs)

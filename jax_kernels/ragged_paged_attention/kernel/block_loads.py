@@ -100,8 +100,11 @@ def value_words_mask(
       config: Gives packing and window.
     """
     packing = config.cache.packing
-    no_window = config.spec.sliding_window is None
-    begin = None if no_window else visible_begin & -packing
+    begin = None
+    if config.spec.attend == "new":
+        begin = visible_begin
+    elif config.spec.sliding_window is not None:
+        begin = visible_begin & -packing
     return masking.live_word_mask(0, size // packing, packing, begin, visible_end)
 
 

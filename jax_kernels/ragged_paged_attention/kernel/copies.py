@@ -39,24 +39,25 @@ class PhaseCopies(Generic[BuffersT]):
         written_rows[slot] = 0
 
     def start_output(self, slot: Int, first_token: Int, num_tokens: Int) -> None:
-        """Sends the first tokens of an output buffer to HBM."""
+        """Sends the first tokens of the output buffers to HBM."""
         context = self.context
-        pltpu.make_async_copy(
-            out_tokens(context, slot, num_tokens),
-            context.outputs.out.at[pl.ds(first_token, num_tokens)],
-            context.semaphores.out.at[slot],
-        ).start()
+        for source, output in _output_tokens(context, slot, num_tokens):
+            pltpu.make_async_copy(
+                source,
+                output.at[pl.ds(first_token, num_tokens)],
+                context.semaphores.out.at[slot],
+            ).start()
         context.bookkeeping.out_tokens[slot] = num_tokens
 
     def wait_output(self, slot: Int) -> None:
-        """Waits until an output buffer may be filled again."""
+        """Waits until the output buffers may be filled again."""
         context = self.context
         num_tokens = context.bookkeeping.out_tokens[slot]
 
         @pl.when(num_tokens > 0)
         def _():
-            tokens = out_tokens(context, slot, num_tokens)
-            wait_for(tokens, context.semaphores.out.at[slot])
+            for tokens, _ in _output_tokens(context, slot, num_tokens):
+                wait_for(tokens, context.semaphores.out.at[slot])
 
         context.bookkeeping.out_tokens[slot] = 0
 
@@ -123,7 +124,11 @@ def some_tokens(buffer, first: Int, num_tokens: Int, word_rows: int):
     return buffer.at[pl.ds(first, num_tokens), pl.ds(0, word_rows)]
 
 
-def out_tokens(context: PhaseContext, slot: Int, num_tokens: Int):
-    """The first tokens of an output buffer."""
-    word_rows = context.outputs.out.shape[1]
-    return some_tokens(context.rings.out.at[slot], 0, num_tokens, word_rows)
+def _output_tokens(context: PhaseContext, slot: Int, num_tokens: Int):
+    """The first tokens of each output buffer, and the output that they are for."""
+    rings, outputs = context.rings, context.outputs
+    return [
+        (some_tokens(ring.at[slot], 0, num_tokens, output.shape[1]), output)
+        for ring, output in ((rings.out, outputs.out), (rings.lse, outputs.lse))
+        if output is not None
+    ]

@@ -26,8 +26,8 @@ from jax_kernels.ragged_paged_attention.config import (
 from jax_kernels.ragged_paged_attention.kernel import refs
 from jax_kernels.ragged_paged_attention.kernel.decode import loop as decode_loop
 from jax_kernels.ragged_paged_attention.kernel.padding import (
+    ClearScratch,
     OutputClearer,
-    ZeroScratch,
 )
 from jax_kernels.ragged_paged_attention.kernel.phase import PhaseContext
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Schedule
@@ -38,19 +38,18 @@ def rpa_kernel(
     scalars: refs.ScalarRefs,
     inputs: refs.Inputs,
     outputs: refs.Outputs,
-    scratch: ZeroScratch,
+    scratch: ClearScratch,
     *,
     config: KernelConfig,
 ) -> None:
-    """Runs every phase, and clears the tokens of the output that no sequence owns."""
+    """Runs every phase, and clears the tokens of the outputs that no sequence owns."""
     num_live = scalars.distribution[2]
     num_live_tokens = jnp.where(num_live > 0, scalars.cu_q_lens[num_live], 0)
-    clearer = OutputClearer(config.num_tokens, outputs.out, scratch)
+    clearer = OutputClearer(config.num_tokens, outputs, scratch)
 
     def clear() -> None:
         @pl.when(num_live_tokens < config.num_tokens)
         def _():
-            scratch.zeros[...] = jnp.zeros(scratch.zeros.shape, scratch.zeros.dtype)
             clearer.start(num_live_tokens)
 
     is_first = jnp.bool(True)

@@ -13,20 +13,24 @@ def attention_mask(
     query_positions: jax.Array,  # i32[rows, 1]
     key_positions: jax.Array,  # i32[1, block_kv]
     visible_end: Int,
+    new_start: Int,
     spec: AttentionSpec,
 ) -> jax.Array:  # bool[rows, block_kv]
     """True where a query sees a key.
 
-    A key is visible when it is live, not after the query (causal), and among the
-    last ``sliding_window`` positions up to the query.
+    A key is visible when it is before the end, not after the query (causal), among the
+    last ``sliding_window`` positions up to the query, and, if only new tokens are,
+    from ``new_start`` on. If only those before are, the end is there.
     """
-    if spec.causal:
+    if spec.causal and spec.attend != "cache":
         # Queries of live rows are below the end, so this bounds the keys too.
         mask = key_positions <= query_positions
     else:
         mask = key_positions < visible_end
     if spec.sliding_window is not None:
         mask &= key_positions > query_positions - spec.sliding_window
+    if spec.attend == "new":
+        mask &= key_positions >= new_start
     return mask
 
 
@@ -62,6 +66,8 @@ def needs_mask(cell: Cell, block_kv: int, spec: AttentionSpec) -> Bool:
     if spec.sliding_window is not None:
         last_query = cell.query_position + cell.num_queries - 1
         partial |= cell.block_start <= last_query - spec.sliding_window
+    if spec.attend == "new":
+        partial |= cell.block_start < cell.new_start
     return partial
 
 

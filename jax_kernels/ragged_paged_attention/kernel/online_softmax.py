@@ -307,6 +307,21 @@ def with_ones(v: jax.Array) -> jax.Array:  # [block_kv, 128] to [block_kv, 256]
     return jnp.concatenate([v, jnp.ones_like(v)], axis=1)
 
 
+def log_sums(state: SoftmaxState, numerics: Numerics) -> jax.Array:
+    """The natural logarithm of each row's sum, f32[rows, 128], all lanes equal.
+
+    Minus infinity for rows that saw no key, infinity for those whose sink is infinite.
+    """
+    m = state.m
+    if numerics.exponent_multiplier != 1.0:
+        m = m * numerics.exponent_multiplier
+    lse = m * (1.0 / LOG2_E) + jnp.log(state.l)
+    # Far from any score, but for what rounding does to the two limits.
+    is_empty = (state.l == 0.0) | (m < NO_KEY_MAX / 2)
+    lse = jnp.where(m > SINK_MAX / 2, jnp.inf, lse)
+    return jnp.where(is_empty, -jnp.inf, lse)
+
+
 def normalise(state: SoftmaxState, scale: float) -> jax.Array:
     """The attention output, f32[rows, lanes]; zeros for rows that saw no key.
 

@@ -69,8 +69,8 @@ class Pages:
         if self.schedule.cell_is_window:
             self._for_each_page_from(place, end, fetch, unrolled=unrolled)
             return
-        # Without a window, blocks start at pages.
-        has_head = self.schedule.config.spec.sliding_window is not None
+        # From the first key on, blocks start at pages.
+        has_head = self.schedule.config.spec.hides_first_keys
         self._for_each_page(
             place, begin, end, fetch, has_head=has_head, unrolled=unrolled
         )

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig, PhaseConfig
+from jax_kernels.ragged_paged_attention.token_layout import TokenRows
 
 # A reference, with the memory space that the launch puts it in. Where it is left to
 # the compiler, large arrays are in HBM.
@@ -42,6 +43,7 @@ class Outputs(NamedTuple):
     """Arrays that are written; one with the name of an input is the same memory."""
 
     out: InHbm  # KernelConfig.out_layout: [T, word rows, packing, row_lanes]
+    lse: InHbm  # KernelConfig.lse_layout: [T, word rows, 1, 128], or None
     kv_cache: InHbm  # CacheLayout.shape, or None when nothing is written
 
 
@@ -53,10 +55,14 @@ def memory_spaces(fields: type) -> dict[str, Any]:
 
 def output_shapes(config: KernelConfig) -> Outputs:
     """What the launch returns; None for what this one does not."""
-    shape = config.out_layout.shape(config.num_tokens)
+
+    def tokens(layout: TokenRows) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(layout.shape(config.num_tokens), layout.dtype)
+
     cache = jax.ShapeDtypeStruct(config.cache.shape, config.cache.dtype)
     return Outputs(
-        out=jax.ShapeDtypeStruct(shape, config.out_dtype),
+        out=tokens(config.out_layout),
+        lse=tokens(config.lse_layout) if config.spec.return_lse else None,
         kv_cache=cache if config.spec.update_kv_cache else None,
     )
 
@@ -80,6 +86,7 @@ class Rings(NamedTuple):
     values: Any  # the same
     kv: Any  # [slots, heads_per_page, cells * block rows, packing, lanes]
     out: Any  # [io slots, tokens, word rows, packing, row_lanes]
+    lse: Any  # [io slots, tokens, word rows, 1, 128], or None
 
 
 class Bookkeeping(NamedTuple):

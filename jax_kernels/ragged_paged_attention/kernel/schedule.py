@@ -88,7 +88,7 @@ class Cell(NamedTuple):
     new_start: Int  # position of the first new token of the sequence
     block_start: Int  # first position of the block
     visible_begin: Int  # first position that any query of the tile may see
-    visible_end: Int
+    visible_end: Int  # the one after the last; new tokens may be behind it
     cache_row_begin: Int  # rows fetched from the cache
     cache_row_end: Int
     tail_row: Int  # row fetched for the sake of its dead positions, or -1
@@ -133,11 +133,11 @@ class Tile(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block of keys and values, as far as the tile that meets it sees it."""
+    """A block of keys and values, as far as the tile that meets it needs it."""
 
     num_blocks: Int  # that the tile meets
     start: Int  # first position
-    end: Int  # position after the last that is visible; at least ``start``
+    end: Int  # position after the last that it has; at least ``start``
 
 
 class NewTokens(NamedTuple):
@@ -199,8 +199,9 @@ class Schedule:
         token that is seen, wherever it is in its page.
         """
         phase = self.phase
-        window = self.config.spec.sliding_window
-        return phase.is_decode and phase.block_q == 1 and window == phase.block_kv
+        spec = self.config.spec
+        is_whole = phase.block_q == 1 and spec.attend == "all"
+        return phase.is_decode and is_whole and spec.sliding_window == phase.block_kv
 
     @property
     def cell_rows(self) -> int:
@@ -225,7 +226,7 @@ class Schedule:
     @property
     def blocks_divide_table(self) -> bool:
         """Whether all pages of any block are in the page table."""
-        if self.config.spec.sliding_window is not None:
+        if self.config.spec.hides_first_keys:
             return False
         tokens = self.config.pages_per_sequence * self.config.cache.page_size
         return tokens % self.phase.block_kv == 0
@@ -249,12 +250,13 @@ class Schedule:
         new = Range(lengths.kv_len - lengths.q_len, lengths.kv_len)
         tile = self._tile(cursor.tile, new)
         visible = self._visible(tile, new)
-        block = self._block(cursor.block, visible)
+        covered = self._covered(tile, new, visible)
+        block = self._block(cursor.block, covered)
         readable_end = self._readable_end(tile, new, visible, stored_end)
         cached = self._cached(block, visible, readable_end)
         if self.config.spec.update_kv_cache:
             new_tokens = self._new_tokens(cursor, new, block, stored_end, recent)
-            owned = self._owned(tile, new, visible)
+            owned = self._owned(tile, new, covered)
             write_back = self._write_back(block, owned, new, readable_end)
         else:
             new_tokens, write_back = NO_NEW_TOKENS, NO_WRITE_BACK
@@ -294,21 +296,35 @@ class Schedule:
 
     def _visible(self, tile: Tile, new: Range) -> Range:
         """What the queries of a tile see, from the first key of any to the last."""
-        spec = self.config.spec
-        end = ints.minimum(tile.end, new.end) if spec.causal else new.end
+        spec, begin = self.config.spec, 0
+        end = new.begin if spec.attend == "cache" else self._tile_end(tile, new)
         end = ints.where(tile.num_queries > 0, ints.maximum(end, 0), 0)
-        if spec.sliding_window is None:
-            return Range(0, end)
-        begin = ints.maximum(tile.query_position - (spec.sliding_window - 1), 0)
+        if spec.attend == "new":
+            begin = ints.maximum(new.begin, 0)
+        if spec.sliding_window is not None:
+            first = tile.query_position - (spec.sliding_window - 1)
+            begin = ints.maximum(first, begin)
         return Range(begin, end)
 
-    def _block(self, index: Int, visible: Range) -> Block:
-        """Cuts what is visible into blocks; they need not start at its begin."""
+    def _tile_end(self, tile: Tile, new: Range) -> Int:
+        """The position after the last that a tile may see, or has to write."""
+        return ints.minimum(tile.end, new.end) if self.config.spec.causal else new.end
+
+    def _covered(self, tile: Tile, new: Range, visible: Range) -> Range:
+        """What the blocks of a tile have: what it sees, and what it has to write."""
+        spec = self.config.spec
+        if spec.attend != "cache" or not spec.update_kv_cache:
+            return visible
+        end = ints.maximum(self._tile_end(tile, new), 0)
+        return Range(visible.begin, ints.where(tile.num_queries > 0, end, 0))
+
+    def _block(self, index: Int, covered: Range) -> Block:
+        """Cuts a range into blocks; they need not start at its begin."""
         size = self.phase.block_kv
-        anchor = floor_to(visible.begin, self.anchor_step)
-        num_blocks = ints.maximum(ceil_to(visible.end - anchor, size) >> log2(size), 1)
+        anchor = floor_to(covered.begin, self.anchor_step)
+        num_blocks = ints.maximum(ceil_to(covered.end - anchor, size) >> log2(size), 1)
         start = anchor + index * size
-        end = ints.minimum(start + size, visible.end)
+        end = ints.minimum(start + size, covered.end)
         return Block(num_blocks, start, ints.maximum(end, start))
 
     def _readable_end(
@@ -349,16 +365,16 @@ class Schedule:
             begin = ints.maximum(begin, carried_end)
         return NewTokens(carried_begin, begin, ints.maximum(block.end, begin))
 
-    def _owned(self, tile: Tile, new: Range, visible: Range) -> Range:
+    def _owned(self, tile: Tile, new: Range, covered: Range) -> Range:
         """The new tokens that it is up to a tile to write.
 
         A causal tile owns its own positions. Otherwise the first tile meets every key,
         so it owns them all.
         """
         if self.config.spec.causal:
-            return Range(ints.maximum(tile.query_position, 0), visible.end)
+            return Range(ints.maximum(tile.query_position, 0), covered.end)
         return Range(
-            ints.maximum(new.begin, 0), ints.where(tile.index == 0, visible.end, 0)
+            ints.maximum(new.begin, 0), ints.where(tile.index == 0, covered.end, 0)
         )
 
     def _write_back(

@@ -38,9 +38,9 @@ def test_a_field_says_in_which_memory_its_array_is():
 @pytest.mark.parametrize(
     "inputs, outputs, expected",
     [
-        (("q", "k", "v", "cache", "sinks"), refs.Outputs("out", "cache"), {7: 1}),
-        (("q", "k", "v", "cache", None), refs.Outputs("out", "cache"), {7: 1}),
-        (("q", None, None, "cache", "sinks"), refs.Outputs("out", None), {}),
+        (("q", "k", "v", "cache", "sinks"), refs.Outputs("out", None, "cache"), {7: 1}),
+        (("q", "k", "v", "cache", None), refs.Outputs("out", None, "cache"), {7: 1}),
+        (("q", None, None, "cache", "sinks"), refs.Outputs("out", "lse", None), {}),
         (("q", "k", "v", "cache", None), MoreOutputs("out", None, "sums"), {}),
         (("q", "k", "v", "cache", None), MoreOutputs(None, "cache", "sums"), {7: 0}),
     ],

@@ -12,12 +12,15 @@ from jax_kernels.ragged_paged_attention.kernel import masking
 from jax_kernels.ragged_paged_attention.kernel.schedule import Cell
 
 
-def mask_of(query_positions, key_positions, visible_end, **spec) -> np.ndarray:
+def mask_of(
+    query_positions, key_positions, visible_end, new_start=0, **spec
+) -> np.ndarray:
     """bool[queries, keys]; a mask that is the same for every query is one row."""
     mask = masking.attention_mask(
         jnp.asarray(query_positions, jnp.int32)[:, None],
         jnp.asarray(key_positions, jnp.int32)[None],
         jnp.int32(visible_end),
+        jnp.int32(new_start),
         AttentionSpec(**spec),
     )
     return np.broadcast_to(mask, (len(query_positions), len(key_positions)))
@@ -56,6 +59,26 @@ def test_the_mask_is_the_table(spec, visible_end, expected):
     np.testing.assert_array_equal(mask, expected)
 
 
+@pytest.mark.parametrize(
+    "spec, visible_end, expected",
+    [
+        ({"attend": "new"}, 4, table("x..", "xx.")),
+        ({"attend": "new", "causal": False}, 4, table("xx.", "xx.")),
+        ({"attend": "new", "sliding_window": 1}, 4, table("x..", ".x.")),
+        # The end is that of the keys that were there before.
+        ({"attend": "cache"}, 3, table("x..", "x..")),
+        ({"attend": "cache", "causal": False}, 2, table("...", "...")),
+        ({"attend": "cache", "sliding_window": 2}, 3, table("x..", "...")),
+    ],
+    ids=lambda value: "" if isinstance(value, np.ndarray) else str(value),
+)
+def test_parts_of_the_keys_begin_or_end_with_the_new_ones(spec, visible_end, expected):
+    """Queries at 2 and 3, which are new or come right after; keys 2 to 4."""
+    first = 3 if spec["attend"] == "cache" else 2
+    mask = mask_of([first, first + 1], range(2, 5), visible_end, first, **spec)
+    np.testing.assert_array_equal(mask, expected)
+
+
 def test_positions_are_not_int16():
     """Rule 1: 32767 + 1 wraps in int16, and so does a key plus the window."""
     positions = [0, 32_766, 32_767, 32_768, 65_535, 65_536]
@@ -69,18 +92,20 @@ def test_positions_are_not_int16():
 
 specs = st.builds(
     AttentionSpec,
+    attend=st.sampled_from(["all", "cache", "new"]),
     causal=st.booleans(),
     sliding_window=st.none() | st.integers(1, 40),
 )
 
 
-def make_cell(query_position, num_queries, block_start, visible_end) -> Cell:
+def make_cell(query_position, num_queries, new_start, block_start, visible_end) -> Cell:
     fields = dict.fromkeys(Cell._fields, 0)
     return Cell(
         **fields
         | {
             "query_position": query_position,
             "num_queries": num_queries,
+            "new_start": new_start,
             "block_start": block_start,
             "visible_end": visible_end,
         }
@@ -92,19 +117,26 @@ def make_cell(query_position, num_queries, block_start, visible_end) -> Cell:
     spec=specs,
     query_position=st.integers(0, 60),
     num_queries=st.integers(1, 12),
+    num_earlier=st.integers(0, 20),
     num_later=st.integers(0, 20),
     block=st.integers(0, 9),
 )
 def test_only_blocks_that_everybody_sees_go_without_a_mask(
-    spec, query_position, num_queries, num_later, block
+    spec, query_position, num_queries, num_earlier, num_later, block
 ):
     block_kv = 8
     kv_len = query_position + num_queries + num_later
     visible_end = query_position + num_queries if spec.causal else kv_len
-    cell = make_cell(query_position, num_queries, block * block_kv, visible_end)
+    new_start = max(query_position - num_earlier, 0)
+    if spec.attend == "cache":
+        visible_end = new_start
+    cell = make_cell(
+        query_position, num_queries, new_start, block * block_kv, visible_end
+    )
     sees_all = all(
         key < visible_end
         and (not spec.causal or key <= query)
+        and (spec.attend != "new" or key >= new_start)
         and (spec.sliding_window is None or key > query - spec.sliding_window)
         for query in range(query_position, query_position + num_queries)
         for key in range(cell.block_start, cell.block_start + block_kv)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jax_kernels.contract.options import Attend
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
     KernelConfig,
@@ -42,10 +43,14 @@ def make_schedule(
     causal: bool = True,
     window: int | None = None,
     update: bool = True,
+    attend: Attend = "all",
 ) -> Schedule:
     config = KernelConfig(
         spec=AttentionSpec(
-            causal=causal, sliding_window=window, update_kv_cache=update
+            causal=causal,
+            sliding_window=window,
+            attend=attend,
+            update_kv_cache=update,
         ),
         cache=CacheLayout(4, page_size, 2, 128, CACHE_DTYPES[packing]),
         phases=(),
@@ -157,6 +162,10 @@ def judge_sequence(schedule, q_start, q_len, kv_len, indices, found) -> None:
         visible &= key <= query
     if spec.sliding_window is not None:
         visible &= key > query - spec.sliding_window
+    if spec.attend == "cache":
+        visible &= key < new_start
+    elif spec.attend == "new":
+        visible &= key >= new_start
     times_attended = np.zeros((q_len, kv_len), int)
     num_rows = -(-kv_len // packing)
     row_is_new = (np.arange(num_rows) + 1) * packing > new_start
@@ -179,7 +188,9 @@ def judge_sequence(schedule, q_start, q_len, kv_len, indices, found) -> None:
         block = slice(cell.block_start, min(cell.block_start + block_kv, kv_len))
         seen = visible[rows, block]
         times_attended[rows, block] += seen
-        assert seen.any(), f"a block that nobody sees: {cell}"
+        may_only_write = spec.attend == "cache" and spec.update_kv_cache
+        is_only = cell.num_blocks == 1 and not visible[rows].any()
+        assert seen.any() or may_only_write or is_only, f"nobody sees it: {cell}"
         is_partial = not seen.all() or block.stop < cell.block_start + block_kv
         assert found.is_masked[i] or not is_partial, f"needs a mask: {cell}"
 
@@ -195,7 +206,9 @@ def judge_sequence(schedule, q_start, q_len, kv_len, indices, found) -> None:
         assert fetched <= set(in_block)
         # Only rows with a live token, so only live pages: never a dead row, nor one
         # that lies before the window of the tile.
-        first_seen = cell.block_start + int(seen.any(axis=0).argmax())
+        first_seen = cell.visible_begin
+        if seen.any():
+            first_seen = cell.block_start + int(seen.any(axis=0).argmax())
         for row in fetched:
             assert row < num_rows, f"dead row {row}: {cell}"
             assert (row + 1) * packing > first_seen, f"row before the window: {cell}"
@@ -290,6 +303,14 @@ STATIC_CASES = {
     "window_across_blocks": {"window": 19, "packing": 4},
     "window_with_large_page": {"window": 19, "page_size": 64},
     "window_full": {"window": 10, "causal": False},
+    "cache": {"attend": "cache"},
+    "cache_full_e4m3": {"attend": "cache", "causal": False, "packing": 4},
+    "cache_of_a_window": {"attend": "cache", "window": 5},
+    "cache_no_update": {"attend": "cache", "update": False},
+    "new": {"attend": "new"},
+    "new_full_e4m3": {"attend": "new", "causal": False, "packing": 4},
+    "new_of_a_window": {"attend": "new", "window": 5, "page_size": 16},
+    "new_no_update": {"attend": "new", "update": False},
     "no_update": {"update": False},
     "no_update_full_window": {"update": False, "causal": False, "window": 7},
 }

@@ -72,7 +72,7 @@ def hold_copies_back(context: DecodeContext, result: jax.Array) -> None:
 
 def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     """``Shaped`` in the place of each buffer, or None."""
-    queries, out = config.query_layout, config.out_layout
+    queries, out, lse = config.query_layout, config.out_layout, config.lse_layout
     cache, slots, cells = config.cache, phase.num_slots, phase.cells_per_step
     query_rows, tokens = config.query_rows(phase), tokens_per_step(phase)
     # Cells without a query have their place behind those of the others.
@@ -117,6 +117,14 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
                     out.row_lanes,
                 ),
                 out.dtype,
+            ),
+            lse=(
+                Shaped(
+                    (slots, places, lse.buffer_rows, lse.packing, lse.row_lanes),
+                    lse.dtype,
+                )
+                if config.spec.return_lse
+                else None
             ),
         ),
         sinks=Shaped((*state, LANES), jnp.float32) if config.spec.has_sinks else None,

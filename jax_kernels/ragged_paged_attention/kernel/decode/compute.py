@@ -47,6 +47,7 @@ from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
 )
 from jax_kernels.ragged_paged_attention.kernel.decode.fetch import Progress, Shadow
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import DecodeCell, Step
+from jax_kernels.ragged_paged_attention.kernel.lse_rows import LseRows
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Schedule, log2
 from jax_kernels.ragged_paged_attention.layout import LANES, align_to, dtype_packing
@@ -274,7 +275,7 @@ class _CellWork:
                 wraps=schedule.cell_is_window and size == context.phase.block_kv,
                 size=size,
                 visible_begin=cell.visible_begin,
-                visible_end=cell.visible_end,
+                visible_end=_seen_end(context, cell),
                 masks_words=cell.visible_begin is not None or context.phase.block_q > 1,
                 is_alone=schedule.cell_is_window,
             ),
@@ -374,6 +375,8 @@ class _CellWork:
         """
         config, rings = self.config, self.context.rings
         num_tokens = self.context.phase.block_q
+        if config.spec.return_lse:
+            self._store_lse(softmax_tiles, states)
         layout = config.out_layout
         packing = layout.packing
         ring = rings.out.at[self.slot]
@@ -406,6 +409,25 @@ class _CellWork:
             pair = members[index * packing : (index + 1) * packing]
             words = tile_io.pack_heads(pair, config.interpret)
             tokens.store(words, first + index, self.cell.query)
+
+    def _store_lse(
+        self, softmax_tiles: Sequence[Int], states: Sequence[SoftmaxState]
+    ) -> None:
+        """Stores the logarithms of sums, whose heads have none that is nothing."""
+        config, num_tokens = self.config, self.context.phase.block_q
+        rows = LseRows(self.context.rings.lse.at[self.slot], config)
+        num_heads = self.heads_per_tile * config.group
+        for softmax_tile, state in zip(softmax_tiles, states, strict=True):
+            lse = online_softmax.log_sums(state, config.numerics)
+            first_head = softmax_tile * num_heads
+            if num_tokens == 1:
+                rows.store_column(lse, num_heads, first_head, self.cell.query)
+                continue
+            by_head = {
+                head: lse[head * num_tokens : (head + 1) * num_tokens]
+                for head in range(num_heads)
+            }
+            rows.store_heads(by_head, first_head, self.cell.query)
 
     def _member(self, query_head: int) -> int:
         """Which rows of a softmax tile a head of the output gets.
@@ -589,13 +611,22 @@ def _mask(context: DecodeContext, cell: DecodeCell, size: int) -> jax.Array:
     """bool[1 or query rows, size]: the tokens of a block that a query sees."""
     spec, num_tokens = context.config.spec, context.phase.block_q
     if num_tokens == 1:
-        return masking.decode_mask(cell.visible_begin, cell.visible_end, size)
+        seen_end = _seen_end(context, cell)
+        return masking.decode_mask(cell.visible_begin, seen_end, size)
     num_rows = context.config.query_rows(context.phase)
     row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
     first_query = cell.visible_end - cell.num_queries
     return masking.attention_mask(
         first_query + (row & (num_tokens - 1)),
         lax.broadcasted_iota(jnp.int32, (1, size), 1),
-        cell.visible_end,
+        _seen_end(context, cell),
+        first_query,
         spec,
     )
+
+
+def _seen_end(context: DecodeContext, cell: DecodeCell) -> Int:
+    """The token after the last that a query sees; new ones may be behind it."""
+    if context.config.spec.attend != "cache":
+        return cell.visible_end
+    return cell.visible_end - (1 if cell.num_queries is None else cell.num_queries)

@@ -55,7 +55,7 @@ class DecodeCell(NamedTuple):
     row_begin: Int | None  # rows fetched; None: from the first one on
     row_end: Int
     visible_begin: Int | None  # tokens that some query sees; None: from the first on
-    visible_end: Int  # may be out of the block, as the begin
+    visible_end: Int  # may be out of the block, as the begin; after the new tokens
     new_place: Int  # where the first new token goes, or -1; None: none is kept
     query: Int  # number of its first query among those of the step; past them if none
     num_before: Int | None  # 0: the first block of its sequence; None: the only one
@@ -78,12 +78,12 @@ def cell_structure(schedule: Schedule) -> Any:
     """How the numbers of a cell are laid out: a tree of JAX."""
     spec, phase = schedule.config.spec, schedule.phase
     is_one_cell = schedule.cell_is_window
-    has_window = spec.sliding_window is not None and not is_one_cell
+    has_begin = spec.hides_first_keys and not is_one_cell
     cell = DecodeCell(
         place=BlockPlace(0, 0 if _starts_within_page(schedule) else None),
-        row_begin=0 if has_window else None,
+        row_begin=0 if has_begin else None,
         row_end=0,
-        visible_begin=0 if has_window else None,
+        visible_begin=0 if has_begin else None,
         visible_end=0,
         new_place=0 if spec.update_kv_cache else None,
         query=0,
@@ -174,8 +174,11 @@ def _describe_cell(
         num_queries = ints.minimum(lengths.q_len, spec.decode_q_len)
         num_queries = ints.where(has_query, num_queries, 0)
     start, row_begin, visible_begin = num_before, None, None
-    if spec.sliding_window is not None:
-        begin = kv_len - (num_queries + (spec.sliding_window - 1))
+    if spec.hides_first_keys:
+        num_seen = num_queries
+        if spec.sliding_window is not None and spec.attend != "new":
+            num_seen += spec.sliding_window - 1
+        begin = kv_len - num_seen
         begin = ints.maximum(begin, 0)
         if schedule.cell_is_window:
             start = floor_to(begin, config.cache.packing)

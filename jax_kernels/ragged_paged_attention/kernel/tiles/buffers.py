@@ -91,6 +91,7 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             values=ring,
             kv=Shaped((phase.num_slots, *block), cache.dtype),
             out=tokens(config.out_layout),
+            lse=tokens(config.lse_layout) if config.spec.return_lse else None,
         ),
         seam=(
             Shaped((cache.heads_per_page, 1, cache.packing, cache.lanes), cache.dtype)
@@ -102,9 +103,7 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
         l=sums,
         acc=accumulator,
         waiting=None if has_pending else Shaped(waiting, jnp.float32),
-        visible=(
-            Shaped(visible, jnp.uint32) if config.spec.sliding_window is None else None
-        ),
+        visible=(None if config.spec.hides_first_keys else Shaped(visible, jnp.uint32)),
         pending_l=sums if has_pending else None,
         pending_acc=accumulator if has_pending else None,
     )

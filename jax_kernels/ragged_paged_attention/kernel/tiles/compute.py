@@ -29,6 +29,7 @@ from jax_kernels.ragged_paged_attention.kernel.block_loads import (
     value_words_mask,
 )
 from jax_kernels.ragged_paged_attention.kernel.ints import Bool
+from jax_kernels.ragged_paged_attention.kernel.lse_rows import LseRows
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import (
     ANCHOR_KEYS,
     SoftmaxState,
@@ -81,20 +82,29 @@ def store_output(context: TileContext) -> None:
     layout = config.out_layout
     target = context.rings.out.at[ONLY_SLOT]
     outputs = tile_io.TokenWords(target, layout, config.interpret)
+    lse_by_head = {}
     for word in range(config.num_io_heads // layout.packing):
         heads = []
         for offset in range(layout.packing):
             head, member = divmod(word * layout.packing + offset, config.io_group)
             # A head that is nothing gets what its neighbour has.
-            member = min(member, config.group - 1)
+            is_head, member = member < config.group, min(member, config.group - 1)
             softmax_tile = SoftmaxTile(head, member * block_q, block_q)
             state = load_state(context, softmax_tile)
             if not (config.numerics.sums_in_matrix_unit or has_pending):
                 state = online_softmax.whole_sums(state)
+            if config.spec.return_lse and is_head:
+                query_head = head * config.group + member
+                lse_by_head[query_head] = online_softmax.log_sums(
+                    state, config.numerics
+                )
             out = online_softmax.normalise(state, config.numerics.output_scale)
             heads.append(tile_io.value_lanes_first(out, config.cache))
         words = tile_io.pack_heads(heads, config.interpret)[:, : config.io_lanes]
         outputs.store(words, word, 0)
+    if lse_by_head:
+        lse = LseRows(context.rings.lse.at[ONLY_SLOT], config)
+        lse.store_heads(lse_by_head, first_head=0, first_token=0)
 
 
 def attend(
@@ -246,7 +256,7 @@ class Mask(NamedTuple):
 
 def _has_running_maximum(context: TileContext) -> bool:
     """Whether blocks with a mask have one: their first keys may give no anchor."""
-    return context.config.spec.sliding_window is not None
+    return context.config.spec.hides_first_keys
 
 
 def _attend_tiles(

@@ -257,6 +257,7 @@ def is_visible(
         cell.query_position + jnp.minimum(token, cell.num_queries - 1),
         cell.block_start + tokens.first + key,
         cell.visible_end,
+        cell.new_start,
         context.config.spec,
     )
 

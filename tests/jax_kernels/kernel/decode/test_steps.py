@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jax_kernels.contract.options import Attend
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
     KernelConfig,
@@ -40,11 +41,15 @@ def make_schedule(
     update: bool = True,
     page_size: int = PAGE_SIZE,
     decode_q_len: int = 1,
+    attend: Attend = "all",
 ) -> Schedule:
     bfloat16 = jnp.dtype(jnp.bfloat16)
     config = KernelConfig(
         spec=AttentionSpec(
-            sliding_window=window, update_kv_cache=update, decode_q_len=decode_q_len
+            sliding_window=window,
+            attend=attend,
+            update_kv_cache=update,
+            decode_q_len=decode_q_len,
         ),
         cache=CacheLayout(4, page_size, 2, 128, CACHE_DTYPES[packing]),
         phases=(),
@@ -130,6 +135,19 @@ def test_a_window_skips_the_blocks_before_it():
     assert [cell.visible_begin for cell in step.cells] == [5, -3, -11, -19]
     assert [cell.visible_end for cell in step.cells] == [25, 17, 9, 1]
     assert [cell.new_place for cell in step.cells] == [-1, -1, -1, 0]
+
+
+@pytest.mark.parametrize("window", [None, 20, BLOCK_KV])
+def test_new_tokens_alone_are_one_block_from_their_page_on(window):
+    schedule = make_schedule(window=window, attend="new")
+    (step,) = steps_of(schedule, [(1, 70_001), (1, 8), (1, 1)])
+    cells = step.cells[:3]
+    assert [cell.place.table_index for cell in cells] == [8750, 8, 16]
+    assert [cell.row_begin for cell in cells] == [0, 3, 0]
+    assert [cell.row_end for cell in cells] == [1, 4, 1]
+    assert [cell.visible_begin for cell in cells] == [0, 7, 0]
+    assert [cell.visible_end for cell in cells] == [1, 8, 1]
+    assert [cell.new_place for cell in cells] == [0, 7, 0]
 
 
 def test_a_block_as_long_as_the_window_begins_with_it():
