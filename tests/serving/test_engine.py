@@ -655,3 +655,17 @@ def test_a_request_that_bans_every_token_fails_alone(
     ]
     assert engine.stats.num_failed_steps == 0
     assert engine.scheduler.allocator.num_held == 0
+
+
+def test_an_error_before_a_step_is_planned_fails_its_requests(
+    paged, prompts, expected, monkeypatch
+):
+    def fail():
+        raise ZeroDivisionError("adapters")
+
+    engine = engine_of(paged)
+    monkeypatch.setattr(engine._model_version, "key", fail)
+    outputs = engine.generate_batch(prompts, GREEDY).values()
+    assert [output.error for output in outputs] == ["ZeroDivisionError: adapters"] * 4
+    monkeypatch.undo()
+    assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected

@@ -96,6 +96,39 @@ def test_adapters_of_whole_texts_are_refused_everywhere(config):
     use_rpa(model)
 
 
+class AdaptedLayer(torch.nn.Module):
+    """A layer with an adapter, as PEFT makes it."""
+
+    active_adapters = ("default",)
+    is_off = False
+
+    @property
+    def disable_adapters(self):
+        return self.is_off
+
+
+def test_adapters_of_whole_texts_inside_of_layers_are_refused():
+    """The model of PEFT around it does not show in the model that generates."""
+    model: Any = build("rpa")
+    layer = model.adapted_layer = AdaptedLayer()
+    model.peft_config = {"default": SimpleNamespace(peft_type="LORA")}
+    use_rpa(model)
+    model.peft_config["default"].alora_invocation_tokens = [5, 6]
+    refused = pytest.raises(NotImplementedError, match="got LORA, which acts on whole")
+    for route in ROUTES:
+        with refused:
+            route(model, padded())
+    for function in (use_rpa, Engine):
+        with refused:
+            function(model)
+    layer.is_off = True
+    engine = Engine(model)  # whose adapters are switched later
+    for layer.is_off in (True, False, True):
+        (output,) = engine.generate_batch([[5, 6, 7]]).values()
+        assert (output.error is None) == layer.is_off
+        assert layer.is_off or "got LORA, which acts on whole" in str(output.error)
+
+
 def test_the_innermost_model_is_found():
     model = build("rpa")
     assert innermost(model) is model

@@ -50,6 +50,7 @@ from torch_rpa.serving.trials import Trials
 from torch_rpa.transformers.model_runner import ModelRunner
 from torch_rpa.transformers.step_inputs import build_step_inputs
 from torch_rpa.transformers.windows import widest_window
+from torch_rpa.transformers.wrappers import refuse_adapters_of_texts
 
 Params = SamplingParams | GenerationConfig | Mapping[str, Any] | None
 _ENDED = SamplingParams()
@@ -597,7 +598,7 @@ class Engine:
 
     def _follow_model(self) -> None:
         """Has all requests computed again if pages are those of another model."""
-        key = self._model_version.key()
+        key = self._model_key()
         if key != self.scheduler.model_key:
             self._finish_all_but(0)
             self.scheduler.change_model(key)
@@ -605,6 +606,17 @@ class Engine:
             self._finish_all_but(0)
             self.scheduler.restart(self._entries)
             self._must_restart = False
+
+    def _model_key(self) -> bytes:
+        """Returns what stands for the model; an error is that of the step to come."""
+        try:
+            key = self._model_version.key()
+            if key != self.scheduler.model_key:
+                refuse_adapters_of_texts(self._runner.model)
+        except Exception:
+            self._flights.append(_Flight())
+            raise
+        return key
 
     def _recover(self, error: str) -> None:
         """Makes the engine whole after a step that raised."""
