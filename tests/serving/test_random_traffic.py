@@ -4,6 +4,9 @@ import pytest
 
 from tests.serving.faults import Faults
 from tests.serving.traffic import check, random_traffic, run
+from tests.support.tiny_llama import build_llama
+from tests.support.tiny_mistral import build_mistral
+from torch_rpa.generate.tokenizer import ByteTokenizer
 from torch_rpa.serving import Engine, EngineOptions, RequestStatus
 from torch_rpa.validation import VALIDATE_ENV
 
@@ -50,11 +53,12 @@ def test_tokens_equal_generation_one_by_one(eager, paged, seed, keywords, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("build", [build_llama, build_mistral])
 @pytest.mark.parametrize(
     ("seed", "count", "keywords"),
     [
-        (10, 40, {}),
-        (11, 40, {"num_pages": 14, "lookahead": False}),
+        (10, 60, {}),
+        (11, 60, {"num_pages": 14, "lookahead": False}),
         *(
             pytest.param(seed, 1400, keywords, marks=pytest.mark.extended)
             for seed, keywords in enumerate(
@@ -63,7 +67,9 @@ def test_tokens_equal_generation_one_by_one(eager, paged, seed, keywords, monkey
         ),
     ],
 )
-def test_steps_that_raise_hurt_no_other_request(eager, paged, seed, count, keywords):
+def test_steps_that_raise_hurt_no_other_request(build, seed, count, keywords):
+    """With and without windows, and whatever the requests ask for."""
+    pytest.importorskip("llguidance")
     options = {
         "max_num_sequences": 6,
         "max_tokens_per_step": 24,
@@ -72,14 +78,16 @@ def test_steps_that_raise_hurt_no_other_request(eager, paged, seed, count, keywo
         "device": "cpu",
         **keywords,
     }
-    engine = Engine(paged, EngineOptions(**options))
+    engine = Engine(build("rpa"), EngineOptions(**options), tokenizer=ByteTokenizer())
     faults = Faults(engine, seed)
-    traffic = random_traffic(seed, count)
+    traffic = random_traffic(seed, count, wish_share=0.4)
     outputs, _ = run(engine, traffic)
-    check(eager, traffic, outputs)
+    check(build("eager"), traffic, outputs)
     failed = [o for o in outputs if o.status == RequestStatus.FAILED]
-    assert all("InjectedFault: " in output.error for output in failed)
+    # Some come through a library that was calling back, as part of its own error.
+    assert all("InjectedFault" in output.error for output in failed)
     # A fault at random fails a request only if its step has no other.
     assert engine.stats.num_failed_steps > len(failed)
     assert len(failed) < count // 2
     assert sum(number > 0 for number in faults.places.values()) > 15
+    assert engine.stats.num_steps > 2 * count  # the long cases are 22,400 and more

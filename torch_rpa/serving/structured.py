@@ -150,9 +150,9 @@ class TextGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(
-                f"structured_outputs cannot go on: {self._matcher.get_error()}"
-            )
+            # After the first line it describes its own state.
+            reason = self._matcher.get_error().splitlines()[0]
+            raise RuntimeError(f"structured_outputs cannot go on: {reason}")
 
 
 class _ByteWrapper:
