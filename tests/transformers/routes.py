@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -53,16 +55,13 @@ def eager_generate(model, inputs, **keywords):
 
 
 def custom_generate(model, inputs, **keywords):
-    return eager_generate(
-        model, inputs, custom_generate=generate, page_size=8, **keywords
-    )
+    keywords = {"page_size": 8, **keywords}
+    return eager_generate(model, inputs, custom_generate=generate, **keywords)
 
 
 def generate_in_block(model, inputs, **keywords):
-    options = {
-        name: keywords.pop(name)
-        for name in ("num_pages", "max_tokens_per_step")
-        if name in keywords
-    }
-    with paged_generation(model, page_size=8, **options):
+    names = {"page_size", "num_pages", "max_tokens_per_step", "cache_dtype"}
+    given = {name: keywords.pop(name) for name in names & keywords.keys()}
+    options: Any = {"page_size": 8, **given}
+    with paged_generation(model, **options):
         return eager_generate(model, inputs, **keywords)

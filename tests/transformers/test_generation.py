@@ -211,6 +211,21 @@ def test_too_few_pages_are_reported(paged, paged_generate):
         paged_generate(paged, padded(), num_pages=4)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_size": 0}, "page_size must be at least 1, .* got 0"),
+        ({"page_size": "8"}, "page_size must be an int, got '8'"),
+        ({"num_pages": 0}, "num_pages must be at least 1, .* got 0"),
+        ({"max_tokens_per_step": 0}, "max_tokens_per_step must be at least 1, .*got 0"),
+        ({"cache_dtype": "int8"}, "cache_dtype must be a torch.dtype or None, got 'i"),
+    ],
+)
+def test_options_out_of_range_are_refused(paged, options, message, paged_generate):
+    with pytest.raises(ValueError, match=message):
+        paged_generate(paged, padded(), **options)
+
+
 @pytest.mark.slow
 @pytest.mark.torch_xla
 @pytest.mark.filterwarnings("ignore:input_ids are on xla:UserWarning")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from torch_rpa.checks import LARGEST_INT, check_types
 from torch_rpa.scheduling.scheduler import pages_for
-from torch_rpa.serving.checks import LARGEST_INT, check_types
 from torch_rpa.transformers.rotary import unscaled_length
 from torch_rpa.transformers.step_inputs import StepShapes
 

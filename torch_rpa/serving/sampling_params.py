@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from torch_rpa.serving.checks import LARGEST_INT, check_types
+from torch_rpa.checks import LARGEST_INT, check_types
 
 # Fields of a GenerationConfig that would change the tokens and are not supported, with
 # the values that change nothing.

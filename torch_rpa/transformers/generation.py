@@ -31,6 +31,7 @@ from torch_rpa.transformers.guards import (
 )
 from torch_rpa.transformers.lockstep import LockstepBatch
 from torch_rpa.transformers.model_arguments import refuse_unknown_arguments
+from torch_rpa.transformers.paging_options import PagingOptions
 from torch_rpa.transformers.wrappers import refuse_adapters_of_texts
 
 if TYPE_CHECKING:
@@ -90,10 +91,17 @@ def generate(
         ``input_ids``, or an output with ``sequences``, ``scores`` and ``logits``.
 
     Raises:
+        ValueError: An option is out of range, or the mask is not one of padding.
         NotImplementedError: Beam search and other modes, foreign caches, hidden states,
             attention weights, guidance, images and other model inputs, autocast,
             and adapters that act on whole texts.
     """
+    options = PagingOptions(
+        page_size=page_size,
+        num_pages=num_pages,
+        max_tokens_per_step=max_tokens_per_step,
+        cache_dtype=cache_dtype,
+    )
     call = _call_of_transformers()
     config = generation_config or model.generation_config
     mode = config.get_generation_mode(call.get("assistant_model"))
@@ -108,10 +116,10 @@ def generate(
         model,
         prompts,
         max_new_tokens=_max_new_tokens(config, stopping_criteria, ids.shape[1]),
-        page_size=page_size,
-        num_pages=num_pages,
-        max_tokens_per_step=max_tokens_per_step,
-        cache_dtype=cache_dtype,
+        page_size=options.page_size,
+        num_pages=options.num_pages,
+        max_tokens_per_step=options.max_tokens_per_step,
+        cache_dtype=options.cache_dtype,
         compiles=not config.disable_compile,
     )
     out = _choose_tokens(

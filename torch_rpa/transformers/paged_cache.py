@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
@@ -12,18 +11,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from torch_rpa.transformers.lockstep import LockstepBatch
+from torch_rpa.transformers.paging_options import PagingOptions
 from torch_rpa.transformers.rotary import length_scaling, refuse_other_factors
-
-
-@dataclasses.dataclass(frozen=True)
-class PagingOptions:
-    """How ``paged_generation`` keeps keys and values; see there."""
-
-    page_size: int = 16
-    num_pages: int | None = None
-    max_length: int | None = None
-    max_tokens_per_step: int | None = None
-    cache_dtype: torch.dtype | None = None
 
 
 def _refusing(method: str) -> Callable[..., NoReturn]:

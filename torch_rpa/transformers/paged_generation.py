@@ -26,7 +26,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from torch_rpa.transformers.generation import refuse_other_modes
 from torch_rpa.transformers.guards import cache_among, check_attention
 from torch_rpa.transformers.model_arguments import refuse_unknown_arguments
-from torch_rpa.transformers.paged_cache import PagedCache, PagingOptions
+from torch_rpa.transformers.paged_cache import PagedCache
+from torch_rpa.transformers.paging_options import PagingOptions
 from torch_rpa.transformers.wrappers import innermost, refuse_adapters_of_texts
 
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
@@ -65,7 +66,8 @@ def paged_generation(
         cache_dtype: What keys and values are stored as; None is the model's dtype.
 
     Raises:
-        ValueError: The model has another attention, or is in such a block already.
+        ValueError: An option is out of range, or the model has another attention or is
+            in such a block already.
         NotImplementedError: Inside the block: beam search and other modes, foreign
             caches, hidden states, attention weights, guidance, images and other
             model inputs, autocast, and adapters that act on whole texts.
@@ -212,16 +214,19 @@ class _Paging:
         cache = self._require_own(cache_among(arguments))
         ids = arguments.pop("input_ids", None)
         refuse_unknown_arguments(self._model, arguments)
-        if ids is None or arguments.get("logits_to_keep", 1) != 1:
+        num_kept = arguments.get("logits_to_keep", 1)
+        if ids is None or num_kept != 1:
             raise NotImplementedError(
                 "the model must be called with input_ids and logits_to_keep=1 in a "
-                f"block of paged_generation, got {arguments.get('logits_to_keep')=}"
+                f"block of paged_generation, got {'no ' if ids is None else ''}"
+                f"input_ids and logits_to_keep={num_kept}"
             )
         if arguments.get("return_dict") is False or torch.is_grad_enabled():
             raise NotImplementedError(
                 "the model must be called with return_dict=True and under "
-                "torch.no_grad() in a block of paged_generation, got "
-                f"{arguments.get('return_dict')=}, {torch.is_grad_enabled()=}"
+                "torch.no_grad() in a block of paged_generation, got return_dict "
+                f"{arguments.get('return_dict')} and gradients "
+                f"{'on' if torch.is_grad_enabled() else 'off'}"
             )
         if ids.device.type != "cpu":
             warnings.warn(
