@@ -172,6 +172,9 @@ def features():
     run("head_dim 64", ops.ragged_paged_attention, make_call(head_dim=64))
     shard = make_call(num_q_heads=8, num_kv_heads=1)  # as of a process of eight
     run("one key head", ops.ragged_paged_attention, shard)
+    run("lse", ops.WITH_LSE.public, call, attend="cache")
+    run("lse, functional", ops.WITH_LSE.functional, call)
+    run("lse, read only", ops.WITH_LSE.readonly, call, update_kv_cache=False)
     return done
 
 

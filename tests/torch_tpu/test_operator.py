@@ -157,16 +157,14 @@ def test_each_feature_is_one_program_with_one_alias(options_record):
         options_record.results["features"],
         options_record.kernel_programs("features"),
     )
-    assert len(done) == len(programs) == 17
+    assert len(done) == len(programs) == 20
     for name, program in zip(done, programs, strict=True):
         assert len(program.hlo.kernel_calls) == 1
-        if "read only" in name:
-            assert len(program.results) == 1
-        else:
-            assert len(program.results) == 2
-        assert bool(program.aliases()) == (
-            name not in ("functional", "read only", "read only, keys")
-        )
+        is_read_only = "read only" in name
+        results = 1 + ("lse" in name) + (not is_read_only)
+        assert len(program.results) == results, name
+        is_functional = "functional" in name
+        assert bool(program.aliases()) == (not is_functional and not is_read_only)
 
 
 def test_wrong_calls_are_the_errors_of_the_cpu(calls_record):
