@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "__version__",
+    "cascade_attention",
     "empty_kv_cache",
     "kv_cache_shape",
     "merge_attention",
@@ -35,6 +36,7 @@ def _is_on_the_way_to_the_command_line() -> bool:
 
 
 if TYPE_CHECKING or not _is_on_the_way_to_the_command_line():
+    from torch_rpa.public import cascade_attention as cascade_attention
     from torch_rpa.public import empty_kv_cache as empty_kv_cache
     from torch_rpa.public import kv_cache_shape as kv_cache_shape
     from torch_rpa.public import merge_attention as merge_attention

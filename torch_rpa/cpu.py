@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from jax_kernels import contract
 from jax_kernels.contract import CallSizes, Metadata
-from jax_kernels.contract.options import Attend
 from torch_rpa.options import AttentionOptions, torch_dtype
 from torch_rpa.reference import (
     MAX_SCORES,
@@ -87,7 +86,12 @@ def ragged_paged_attention_(
     """Does what :func:`torch_rpa.reference.ragged_paged_attention_` does."""
     sizes = validate_static(inputs, options)
     arrays = ((array.tobytes(), array.dtype.str) for array in host_metadata(inputs))
-    plan = _plan_of_bytes(tuple(arrays), sizes, options.sliding_window, options.attend)
+    masks = AttentionOptions(
+        sliding_window=options.sliding_window,
+        attend=options.attend,
+        update_kv_cache=options.update_kv_cache,
+    )
+    plan = _plan_of_bytes(tuple(arrays), sizes, masks)
     if options.update_kv_cache:
         _write(inputs, plan, sizes, options)
     out = torch.zeros(inputs.q.shape, dtype=torch_dtype(sizes.out_dtype))
@@ -114,25 +118,19 @@ def ragged_paged_attention_(
 def _plan_of_bytes(
     arrays: tuple[tuple[bytes, str], ...],
     sizes: CallSizes,
-    sliding_window: int | None,
-    attend: Attend,
+    masks: AttentionOptions,
 ) -> Plan:
     metadata = Metadata(*(np.frombuffer(data, dtype) for data, dtype in arrays))
-    return plan_step(metadata, sizes, sliding_window, attend)
+    return plan_step(metadata, sizes, masks)
 
 
-def plan_step(
-    metadata: Metadata,
-    sizes: CallSizes,
-    sliding_window: int | None,
-    attend: Attend = "all",
-) -> Plan:
+def plan_step(metadata: Metadata, sizes: CallSizes, options: AttentionOptions) -> Plan:
     """Finds the slots of new tokens, and which sequences attend together.
 
     Raises:
         ValueError: A length or page id is out of range.
     """
-    contract.check_ranges(metadata, sizes)
+    contract.check_ranges(metadata, sizes, options)
     page_size, heads = sizes.cache.page_size, sizes.cache.heads_per_page
     live = int(metadata.distribution[2])
     starts = metadata.cu_q_lens[: live + 1].astype(np.int64)
@@ -142,16 +140,17 @@ def plan_step(
     sequence = np.repeat(np.arange(live), q_lens)
     tokens = np.arange(len(sequence))
     positions = tokens - starts[sequence] + (kv_lens - q_lens)[sequence]
-    head_pages = page_table[sequence, positions // page_size, None] * heads
+    column = np.minimum(positions // page_size, page_table.shape[1] - 1)
+    head_pages = page_table[sequence, column, None] * heads
     head_pages = head_pages + np.arange(heads)
     slots = head_pages * page_size + positions[:, None] % page_size
 
     first_seen, seen_end = np.zeros_like(kv_lens), kv_lens
-    if sliding_window is not None:
-        first_seen = np.maximum(kv_lens - q_lens + 1 - sliding_window, 0)
-    if attend == "cache":
+    if options.sliding_window is not None:
+        first_seen = np.maximum(kv_lens - q_lens + 1 - options.sliding_window, 0)
+    if options.attend == "cache":
         seen_end = kv_lens - q_lens
-    elif attend == "new":
+    elif options.attend == "new":
         first_seen = np.maximum(first_seen, kv_lens - q_lens)
     sees_any = seen_end > first_seen
     num_pages = -(-seen_end // page_size) - first_seen // page_size

@@ -39,7 +39,7 @@ def ragged_paged_attention_(
             range.
     """
     sizes = validate_static(inputs, options)
-    validate_ranges(inputs, sizes)
+    validate_ranges(inputs, sizes, options)
     geometry = sizes.cache
     live = inputs.distribution.tolist()[2]
     kv_lens = inputs.kv_lens.tolist()
@@ -56,7 +56,8 @@ def ragged_paged_attention_(
         start, stop, kv_len = cu_q_lens[seq], cu_q_lens[seq + 1], kv_lens[seq]
         if stop == start:
             continue
-        pages = page_table[seq, : -(-kv_len // geometry.page_size)]
+        stored = kv_len - (stop - start if options.needs_no_new_tokens else 0)
+        pages = page_table[seq, : -(-stored // geometry.page_size)]
         if options.update_kv_cache:
             assert inputs.k is not None and inputs.v is not None
             new = slice(start, stop)
@@ -68,9 +69,9 @@ def ragged_paged_attention_(
                 kv_len,
                 geometry,
             )
-        keys, values = read_tokens(inputs.kv_cache, pages, kv_len, geometry)
+        keys, values = read_tokens(inputs.kv_cache, pages, stored, geometry)
         rows, lse[start:stop] = attend(
-            inputs.q[start:stop], keys, values, inputs.sinks, options
+            inputs.q[start:stop], keys, values, inputs.sinks, options, kv_len
         )
         out[start:stop] = rows.to(out.dtype)
     return (out, lse) if options.return_lse else out
@@ -178,21 +179,24 @@ def attend(
     values: torch.Tensor,
     sinks: torch.Tensor | None,
     options: AttentionOptions,
+    kv_len: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the last ``n`` tokens of one sequence over all of it.
 
     Args:
         q: ``[n, Hq, D]``, at positions ``kv_len - n .. kv_len``.
-        keys: ``[Hkv, kv_len, D]`` as stored.
-        values: ``[Hkv, kv_len, D]`` as stored.
+        keys: ``[Hkv, kv_len, D]`` as stored; those that no query sees may be missing
+            at the end.
+        values: Like ``keys``.
         sinks: ``[Hq]`` logits of the extra keys with zero values, or None.
         options: Scales and masks.
+        kv_len: Tokens of the sequence.
 
     Returns:
         ``[n, Hq, D]`` float32, and the logarithms of the denominators, ``[n, Hq]``.
     """
     num_queries, num_heads, head_dim = q.shape
-    num_kv_heads, kv_len, _ = keys.shape
+    num_kv_heads = keys.shape[0]
     group = num_heads // num_kv_heads
     if options.q_scale is not None:
         q = encode(q, keys.dtype, options.q_scale)

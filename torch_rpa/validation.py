@@ -115,13 +115,15 @@ def validate_values(inputs: Inputs, options: AttentionOptions) -> None:
     contract.check_metadata(host_metadata(inputs), sizes, options)
 
 
-def validate_ranges(inputs: Inputs, sizes: CallSizes) -> None:
+def validate_ranges(
+    inputs: Inputs, sizes: CallSizes, options: AttentionOptions
+) -> None:
     """Checks that lengths and page ids of CPU tensors lead out of no tensor.
 
     For implementations that would otherwise fail with a part of the cache written, or
     take a negative page id for one that counts from the end.
     """
-    contract.check_ranges(host_metadata(inputs), sizes)
+    contract.check_ranges(host_metadata(inputs), sizes, options)
 
 
 def host_metadata(inputs: Inputs) -> Metadata:

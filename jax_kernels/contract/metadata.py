@@ -1,8 +1,9 @@
 """The numbers in lengths, page table and distribution, as one step has them.
 
 Only live entries are looked at: sequences before ``distribution[2]``, and of those that
-have new tokens the first ``ceil(kv_len / page_size)`` pages. A sequence without new
-tokens, or without any, is skipped wherever it stands.
+have new tokens the first ``ceil(kv_len / page_size)`` pages, or as many as the tokens
+before need where new ones are neither written nor read. A sequence without new tokens,
+or without any, is skipped wherever it stands.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class _Batch(NamedTuple):
     prefill_end: int
     kv_lens: np.ndarray  # [live]
     q_lens: np.ndarray  # [live]
+    stored_lens: np.ndarray  # [live] tokens that have slots, the new ones included
     page_table: np.ndarray  # [live, P]
 
     @property
@@ -63,7 +65,7 @@ def check_metadata(
         wrong part of the distribution, a page twice in one sequence, or a slot that one
         sequence writes and another reads or writes.
     """
-    batch = _check_ranges(metadata, sizes)
+    batch = _check_ranges(metadata, sizes, options)
     _check_distribution(batch, options)
     uses = _shared_page_uses(batch, sizes)
     _check_pages_within_sequences(uses, sizes.cache.page_size)
@@ -71,16 +73,20 @@ def check_metadata(
         _check_pages_between_sequences(uses)
 
 
-def check_ranges(metadata: Metadata, sizes: CallSizes) -> None:
+def check_ranges(
+    metadata: Metadata, sizes: CallSizes, options: AttentionOptions
+) -> None:
     """Checks that lengths and page ids lie within what there is.
 
     Raises:
       ValueError: A number would lead out of an array.
     """
-    _check_ranges(metadata, sizes)
+    _check_ranges(metadata, sizes, options)
 
 
-def _check_ranges(metadata: Metadata, sizes: CallSizes) -> _Batch:
+def _check_ranges(
+    metadata: Metadata, sizes: CallSizes, options: AttentionOptions
+) -> _Batch:
     num_sequences = sizes.num_sequences
     decode_end, prefill_end, live = (int(end) for end in metadata.distribution)
     if not 0 <= decode_end <= prefill_end <= live <= num_sequences:
@@ -90,11 +96,14 @@ def _check_ranges(metadata: Metadata, sizes: CallSizes) -> _Batch:
         )
     page_table = np.asarray(metadata.page_indices).reshape(num_sequences, -1)
     cu_q_lens = np.asarray(metadata.cu_q_lens, np.int64)[: live + 1]
+    kv_lens = np.asarray(metadata.kv_lens, np.int64)[:live]
+    q_lens = np.diff(cu_q_lens)
     batch = _Batch(
         decode_end=decode_end,
         prefill_end=prefill_end,
-        kv_lens=np.asarray(metadata.kv_lens, np.int64)[:live],
-        q_lens=np.diff(cu_q_lens),
+        kv_lens=kv_lens,
+        q_lens=q_lens,
+        stored_lens=kv_lens - q_lens if options.needs_no_new_tokens else kv_lens,
         page_table=page_table[:live].astype(np.int64),
     )
     if live:
@@ -124,9 +133,10 @@ def _check_query_starts(
 def _check_lengths(batch: _Batch, sizes: CallSizes) -> None:
     kv_lens, q_lens = batch.kv_lens, batch.q_lens
     capacity = sizes.pages_per_sequence * sizes.cache.page_size
-    for s in np.flatnonzero((kv_lens < 0) | (kv_lens > capacity))[:1]:
+    most = capacity + (kv_lens - batch.stored_lens)
+    for s in np.flatnonzero((kv_lens < 0) | (kv_lens > most))[:1]:
         raise ValueError(
-            f"kv_lens[{s}] must be in [0, {capacity}] (its row of page_indices), "
+            f"kv_lens[{s}] must be in [0, {most[s]}] (its row of page_indices), "
             f"got {kv_lens[s]}"
         )
     for s in np.flatnonzero(q_lens > kv_lens)[:1]:
@@ -139,8 +149,8 @@ def _check_lengths(batch: _Batch, sizes: CallSizes) -> None:
 def _live_pages(batch: _Batch, page_size: int) -> np.ndarray:
     """Which entries of the page table are used, bool[live, P]."""
     first_position = np.arange(batch.page_table.shape[1]) * page_size
-    kv_lens = np.where(batch.is_active, batch.kv_lens, 0)
-    return first_position < kv_lens[:, None]
+    stored_lens = np.where(batch.is_active, batch.stored_lens, 0)
+    return first_position < stored_lens[:, None]
 
 
 def _check_page_ids(batch: _Batch, sizes: CallSizes) -> None:
@@ -188,7 +198,7 @@ def _shared_page_uses(batch: _Batch, sizes: CallSizes) -> _PageUses:
     shared = shared[np.argsort(page[shared], kind="stable")]
     page, sequence, column = page[shared], sequence[shared], column[shared]
     kv_lens, q_lens = batch.kv_lens[sequence], batch.q_lens[sequence]
-    end = np.minimum(kv_lens - column * page_size, page_size)
+    end = np.minimum(batch.stored_lens[sequence] - column * page_size, page_size)
     begin = np.maximum(kv_lens - q_lens - column * page_size, 0)
     return _PageUses(page, sequence, column, np.minimum(begin, end), end)
 

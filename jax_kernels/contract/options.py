@@ -46,6 +46,7 @@ class AttentionOptions:
         included. None keeps all, and so does a window as long as the context.
       attend: Of the keys that masks leave, see "all", those that were in the "cache"
         before this step, or those that are "new" in it. What is written is the same.
+        With "cache" and without an update the new tokens need no slots.
       soft_cap: Replace each score ``x`` by ``soft_cap * tanh(x / soft_cap)``.
       q_scale: With an 8-bit cache, queries are quantised as well: stored as
         ``q * float32(1 / q_scale)`` in the dtype of the cache (see ``k_scale``), and
@@ -130,6 +131,11 @@ class AttentionOptions:
         if self.sliding_window is None or self.sliding_window < max_kv_len:
             return self
         return dataclasses.replace(self, sliding_window=None)
+
+    @property
+    def needs_no_new_tokens(self) -> bool:
+        """Whether keys and values of the new tokens are neither written nor read."""
+        return self.attend == "cache" and not self.update_kv_cache
 
     @property
     def score_factor(self) -> float:

@@ -380,7 +380,9 @@ def _query_block(
     offset = index * plan.block_q
     first_row = sequences.q_starts[sequence] + offset
     q_len = sequences.q_lens[sequence]
-    kv_len = jnp.minimum(sequences.kv_lens[sequence], problem.max_kv_len)
+    kv_len = sequences.kv_lens[sequence]
+    if not plan.options.needs_no_new_tokens:
+        kv_len = jnp.minimum(kv_len, problem.max_kv_len)
     num_rows = jnp.minimum(q_len - offset, plan.block_q)
     first_position = kv_len - q_len + offset
     first_key, end_key = jnp.int32(0), kv_len
@@ -390,6 +392,7 @@ def _query_block(
         first_key = jnp.maximum(first_position - plan.options.sliding_window + 1, 0)
     if plan.options.attend == "cache":
         end_key = jnp.minimum(end_key, kv_len - q_len)
+        end_key = jnp.minimum(end_key, problem.max_kv_len)
     elif plan.options.attend == "new":
         first_key = jnp.maximum(first_key, kv_len - q_len)
     tile = lax.dynamic_slice_in_dim(queries, first_row, plan.block_q)

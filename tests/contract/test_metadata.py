@@ -113,7 +113,7 @@ def test_numbers_out_of_range_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         check(make_metadata(**change))
     with pytest.raises(ValueError, match=message):
-        check_ranges(make_metadata(**change), SIZES)
+        check_ranges(make_metadata(**change), SIZES, AttentionOptions())
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_numbers_out_of_range_are_named(change, message):
 def test_a_sequence_in_the_wrong_part_is_named(change, chunk, message):
     with pytest.raises(ValueError, match=message):
         check(make_metadata(**change), chunk_prefill_size=chunk)
-    check_ranges(make_metadata(**change), SIZES)
+    check_ranges(make_metadata(**change), SIZES, AttentionOptions())
 
 
 def test_decodes_may_have_up_to_decode_q_len_new_tokens():
@@ -249,3 +249,21 @@ def test_a_large_batch_is_checked_in_well_under_a_second(shares_prefix):
     check(metadata, sizes, None)
     # 0.05 to 0.2 s where nothing else runs.
     assert time.perf_counter() - start < 2.0
+
+
+def test_new_tokens_that_are_neither_written_nor_read_need_no_slots():
+    """Three full pages before the first sequence's token; one before 40 tokens."""
+    metadata = make_metadata(
+        kv_lens=[49, 56, 5, 3, -7],
+        page_indices=[4, 5, 6, 4, -1, -1, *[-1] * 9],
+        cu_q_lens=[0, 1, 41, 46, 46, 9999],
+        distribution=[1, 1, 3],
+    )
+    sizes = make_sizes(5, 3, 16, num_pages=8, num_tokens=64)
+    with pytest.raises(ValueError, match=r"kv_lens\[0\] must be in \[0, 48\]"):
+        check_ranges(metadata, sizes, AttentionOptions(update_kv_cache=False))
+    options = AttentionOptions(attend="cache", update_kv_cache=False)
+    check_metadata(metadata, sizes, options)
+    longer = metadata._replace(kv_lens=np.array([50, 56, 5, 3, -7], np.int32))
+    with pytest.raises(ValueError, match=r"kv_lens\[0\] must be in \[0, 49\]"):
+        check_metadata(longer, sizes, options)

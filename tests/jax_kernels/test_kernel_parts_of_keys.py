@@ -104,6 +104,43 @@ def test_parts_of_keys_and_their_sums(case):
     case.check(distribution=distribution)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="decode_and_mixed"),
+        pytest.param({"causal": False}, id="full", marks=pytest.mark.extended),
+        pytest.param({"sliding_window": 7}, id="window", marks=pytest.mark.extended),
+        pytest.param(
+            {"decode_q_len": 4}, id="decodes_of_four", marks=pytest.mark.extended
+        ),
+        pytest.param(
+            {"decode_q_len": 4, "sliding_window": 7},
+            id="window_of_four",
+            marks=pytest.mark.extended,
+        ),
+    ],
+)
+def test_keys_of_the_cache_without_slots_for_new_ones(options):
+    """Pages end with the old tokens, and the table has room for no more."""
+    num_decodes = 5 if "decode_q_len" in options else 3
+    lengths = [(1, 33), (1, 1), (1, 65), (3, 67), (4, 20), (50, 114), (40, 40)]
+    case = dataclasses.replace(
+        Case(),
+        lengths=tuple(lengths),
+        options={
+            "attend": "cache",
+            "return_lse": True,
+            "update_kv_cache": False,
+            **options,
+        },
+    )
+    case.check(
+        new_tokens_have_slots=False,
+        pages_per_sequence=4,
+        distribution=(num_decodes, num_decodes, len(lengths)),
+    )
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("attend", ["all", "cache"])
 def test_infinite_sinks_have_exact_sums(attend):

@@ -132,12 +132,13 @@ def live_sequences(kv_lens, page_indices, cu_q_lens, distribution, page_size):
         if q_len == 0 or kv_len == 0:
             continue
         position = np.arange(kv_len)
+        column = np.minimum(position // page_size, page_table.shape[1] - 1)
         found.append(
             Sequence(
                 first_row=int(cu_q_lens[s]),
                 q_len=q_len,
                 kv_len=kv_len,
-                pages=page_table[s, position // page_size].astype(np.int64),
+                pages=page_table[s, column].astype(np.int64),
                 slots=position % page_size,
             )
         )
@@ -269,6 +270,7 @@ def ragged_paged_attention(
     page_size = cache_page_size(kv_cache)
     num_kv_heads = cache_kv_heads(kv_cache, head_dim)
     address = slot_address(kv_cache, num_kv_heads, head_dim, page_size)
+    needs_no_new_tokens = attend == "cache" and not update_kv_cache
     if q_scale is not None:
         queries = store(queries, kv_cache.dtype, q_scale)
     out = np.zeros((num_tokens, num_q_heads, head_dim))
@@ -277,8 +279,11 @@ def ragged_paged_attention(
     for sequence in live_sequences(
         kv_lens, page_indices, cu_q_lens, distribution, page_size
     ):
-        stored = read_slots(kv_cache, address, sequence.pages, sequence.slots)
-        # [Hkv, kv_len, D]
+        end = sequence.kv_len - (sequence.q_len if needs_no_new_tokens else 0)
+        stored = read_slots(
+            kv_cache, address, sequence.pages[:end], sequence.slots[:end]
+        )
+        # [Hkv, end, D]
         all_keys, all_values = (x.astype(np.float64).swapaxes(0, 1) for x in stored)
         all_keys = all_keys * (k_scale or 1.0)
         all_values = all_values * (v_scale or 1.0)

@@ -97,6 +97,7 @@ def make_ragged_batch(
     k_scale: float | None = None,
     v_scale: float | None = None,
     cache_holds_new_tokens: bool = False,
+    new_tokens_have_slots: bool = True,
     nan_payloads: bool = False,
     seed: int = 0,
 ) -> RaggedBatch:
@@ -124,6 +125,7 @@ def make_ragged_batch(
       v_scale: Scale with which the old values are stored.
       cache_holds_new_tokens: Whether the new tokens are in the cache already, as
         ``update_kv_cache=False`` needs. Otherwise their slots are poisoned.
+      new_tokens_have_slots: Whether the page table has room for them.
       nan_payloads: Whether dead slots hold NaNs of every payload.
       seed: Seed of everything random.
     """
@@ -144,6 +146,7 @@ def make_ragged_batch(
     page_table, num_pages = _page_table(
         rng,
         sequences,
+        new_tokens_have_slots,
         num_sequences,
         page_size,
         pages_per_sequence,
@@ -174,7 +177,8 @@ def make_ragged_batch(
         sinks=rng.standard_normal(num_q_heads, np.float32) if with_sinks else None,
         page_size=page_size,
     )
-    _fill_live_slots(rng, batch, k_scale, v_scale, cache_holds_new_tokens)
+    holds_new_tokens = cache_holds_new_tokens and new_tokens_have_slots
+    _fill_live_slots(rng, batch, k_scale, v_scale, holds_new_tokens)
     return batch
 
 
@@ -187,13 +191,19 @@ def _normal_rows(rng, num_live, num_tokens, head_dim, dtype, num_heads):
 def _page_table(
     rng,
     sequences,
+    new_tokens_have_slots,
     num_sequences,
     page_size,
     pages_per_sequence,
     num_spare_pages,
     shared_prefix_pages,
 ):
-    needed = [math.ceil(kv / page_size) if q and kv else 0 for q, kv in sequences]
+    needed = [
+        math.ceil((kv if new_tokens_have_slots else kv - q) / page_size)
+        if q and kv
+        else 0
+        for q, kv in sequences
+    ]
     width = pages_per_sequence or max(needed, default=0) + 1
     assert max(needed, default=0) <= width
     num_pages = max(sum(needed) + shared_prefix_pages + num_spare_pages, 1)

@@ -51,6 +51,11 @@ SCENARIOS = {
         {"with_sinks": True},
         {"attend": "cache", "return_lse": True, "causal": False},
     ),
+    "keys of the cache without slots for new ones": (
+        [(1, 33), (1, 1), (50, 82), (40, 41), (3, 3)],
+        {"with_sinks": True, "new_tokens_have_slots": False, "pages_per_sequence": 2},
+        {"attend": "cache", "return_lse": True, "update_kv_cache": False},
+    ),
     "new keys": (MIXED, {}, {"attend": "new", "return_lse": True}),
     "new keys of a window": (
         MIXED,

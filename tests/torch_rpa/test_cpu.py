@@ -79,7 +79,8 @@ def test_slots_that_no_query_sees_may_hold_nan(window):
 def plan_of(lengths, sliding_window=None) -> tuple[cpu.Plan, CallSizes]:
     call = make_call(lengths, num_pages=64, max_seqs=12)
     sizes = validate_static(call, AttentionOptions())
-    return cpu.plan_step(host_metadata(call), sizes, sliding_window), sizes
+    options = AttentionOptions(sliding_window=sliding_window)
+    return cpu.plan_step(host_metadata(call), sizes, options), sizes
 
 
 def test_sequences_of_similar_length_attend_together(monkeypatch):

@@ -33,33 +33,6 @@ def test_keys_of_the_cache_and_new_keys_are_all_keys(options):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_prefix_that_sequences_share_is_read_once():
-    """Cascade attention: all queries read the prefix as those of one sequence."""
-    num_shared, lengths = 16, [(1, 29), (1, 19), (3, 25)]
-    call = make_call(lengths, cache_dtype=torch.float32)
-    table = call.page_indices.view(5, -1)
-    table[:3, :2] = table[0, :2]  # two full pages
-    whole, _ = attend(call)
-
-    num_queries = int(call.cu_q_lens[3])
-    one = call._replace(
-        k=None,
-        v=None,
-        kv_lens=torch.tensor([num_shared]).int(),
-        page_indices=table[0, :2].contiguous(),
-        cu_q_lens=torch.tensor([0, num_queries]).int(),
-        distribution=torch.tensor([0, 0, 1]).int(),
-    )
-    prefix = attend(one, causal=False, update_kv_cache=False)
-    rest = call._replace(
-        kv_lens=call.kv_lens - num_shared,
-        page_indices=table[:, 2:].reshape(-1).contiguous(),
-    )
-    suffix = attend(rest)
-    merged, _ = torch_rpa.merge_attention(*zip(prefix, suffix, strict=True))
-    torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-5)
-
-
 def test_weights_are_shares_of_the_sum():
     outs = [torch.full((1, 4), value) for value in (1.0, 5.0, 9.0)]
     lses = [torch.tensor([math.log(weight)]) for weight in (1.0, 2.0, 1.0)]

@@ -197,5 +197,5 @@ def test_query_blocks_do_not_change_the_result(monkeypatch):
 
 def test_options_default_to_no_scaling():
     keys = torch.ones(1, 1, 32)
-    out, _ = reference.attend(keys, keys, 3 * keys, None, AttentionOptions())
+    out, _ = reference.attend(keys, keys, 3 * keys, None, AttentionOptions(), 1)
     assert torch.equal(out, 3 * keys)

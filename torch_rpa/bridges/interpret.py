@@ -31,7 +31,7 @@ def interpret_pallas_(
             f'impl="pallas_interpret" runs on CPU tensors, got {inputs.q.device}; '
             "use impl=None there, or move the tensors with .cpu()"
         )
-    validation.validate_ranges(inputs, sizes)
+    validation.validate_ranges(inputs, sizes, options)
     jax = lowering.import_jax()
     arguments = [None if t is None else jax.numpy.asarray(_to_numpy(t)) for t in inputs]
     out, *lse, new_cache = _interpreted(options, chip, block_sizes)(*arguments)

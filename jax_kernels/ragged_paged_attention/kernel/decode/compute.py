@@ -615,7 +615,7 @@ def _mask(context: DecodeContext, cell: DecodeCell, size: int) -> jax.Array:
         return masking.decode_mask(cell.visible_begin, seen_end, size)
     num_rows = context.config.query_rows(context.phase)
     row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
-    first_query = cell.visible_end - cell.num_queries
+    first_query = _new_start(context, cell)
     return masking.attention_mask(
         first_query + (row & (num_tokens - 1)),
         lax.broadcasted_iota(jnp.int32, (1, size), 1),
@@ -627,6 +627,12 @@ def _mask(context: DecodeContext, cell: DecodeCell, size: int) -> jax.Array:
 
 def _seen_end(context: DecodeContext, cell: DecodeCell) -> Int:
     """The token after the last that a query sees; new ones may be behind it."""
-    if context.config.spec.attend != "cache":
+    is_cache = context.config.spec.attend == "cache"
+    return _new_start(context, cell) if is_cache else cell.visible_end
+
+
+def _new_start(context: DecodeContext, cell: DecodeCell) -> Int:
+    """Where the new tokens are, counted from the block as all of its tokens."""
+    if context.config.spec.needs_no_new_tokens:
         return cell.visible_end
     return cell.visible_end - (1 if cell.num_queries is None else cell.num_queries)

@@ -55,7 +55,8 @@ class DecodeCell(NamedTuple):
     row_begin: Int | None  # rows fetched; None: from the first one on
     row_end: Int
     visible_begin: Int | None  # tokens that some query sees; None: from the first on
-    visible_end: Int  # may be out of the block, as the begin; after the new tokens
+    visible_end: Int  # may be out of the block, as the begin; after the last that is
+    # seen or kept
     new_place: Int  # where the first new token goes, or -1; None: none is kept
     query: Int  # number of its first query among those of the step; past them if none
     num_before: Int | None  # 0: the first block of its sequence; None: the only one
@@ -186,6 +187,8 @@ def _describe_cell(
             start += floor_to(begin, schedule.anchor_step)
             visible_begin = begin - start
             row_begin = ints.maximum(visible_begin, 0) >> shift
+    if spec.needs_no_new_tokens:
+        kv_len = ints.maximum(kv_len - num_queries, 0)
     visible_end = block_end = kv_len - start
     if not schedule.cell_is_window:
         block_end = ints.minimum(visible_end, phase.block_kv)

@@ -1,0 +1,107 @@
+"""A prefix that sequences share is read once."""
+
+import pytest
+import torch
+
+import torch_rpa
+from tests.torch_rpa.calls import make_call, raw_bytes, to_device
+
+PREFIX_LEN = 16  # two pages
+LENGTHS = [(1, 29), (1, 17), (3, 25), (5, 21)]
+
+
+def make_cascade(lengths=LENGTHS, **arguments):
+    """A call whose sequences share two pages, and the arguments of its cascade."""
+    call = make_call(lengths, **arguments)
+    table = call.page_indices.view(5, -1)
+    table[: len(lengths), :2] = table[0, :2]
+    parts = call._replace(
+        kv_cache=call.kv_cache.clone(),
+        kv_lens=call.kv_lens - PREFIX_LEN,
+        page_indices=table[:, 2:].reshape(-1).clone(),
+    )
+    return (
+        call,
+        parts,
+        {
+            "prefix_len": torch.tensor([PREFIX_LEN]).int(),
+            "prefix_page_indices": table[0, :2].clone(),
+        },
+    )
+
+
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ({"cache_dtype": torch.float32}, {}),
+        ({"sinks": True, "head_dim": 64}, {"soft_cap": 3.0}),
+        ({"cache_dtype": torch.float8_e4m3fn}, {"k_scale": 0.5, "v_scale": 0.3}),
+        ({"num_q_heads": 6}, {"decode_q_len": 3, "chunk_prefill_size": 5}),
+    ],
+    ids=str,
+)
+def test_a_cascade_is_attention_to_prefix_and_rest(arguments, options):
+    call, parts, prefix = make_cascade(**arguments)
+    options = {"sm_scale": 0.1, "return_lse": True, **options}
+    expected = torch_rpa.ragged_paged_attention(*call, **options)
+    got = torch_rpa.cascade_attention(*parts, **prefix, **options)
+    assert_same(got, expected)
+    assert torch.equal(raw_bytes(parts.kv_cache), raw_bytes(call.kv_cache))
+
+
+def test_without_logarithms_and_without_a_live_sequence():
+    call, parts, prefix = make_cascade()
+    expected = torch_rpa.ragged_paged_attention(*call)
+    assert_same([torch_rpa.cascade_attention(*parts, **prefix)], [expected])
+    _, parts, prefix = make_cascade([])
+    assert not torch_rpa.cascade_attention(*parts, **prefix).any()
+
+
+def test_more_queries_than_the_prefix_has_tokens():
+    lengths = [(1, 29), (12, 28), (10, 26)]
+    call, parts, prefix = make_cascade(lengths, cache_dtype=torch.float32)
+    expected = torch_rpa.ragged_paged_attention(*call)
+    got = torch_rpa.cascade_attention(*parts, **prefix, validate=True)
+    assert_same([got], [expected])
+
+
+@pytest.mark.slow
+def test_the_kernel_computes_a_cascade():
+    call, parts, prefix = make_cascade(cache_dtype=torch.float32)
+    expected = torch_rpa.ragged_paged_attention(*call)
+    got = torch_rpa.cascade_attention(*parts, **prefix, impl="pallas_interpret")
+    assert_same([got], [expected])
+    assert torch.equal(parts.kv_cache, call.kv_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.torch_xla
+def test_a_cascade_in_one_graph():
+    import torch_xla
+
+    call, parts, prefix = make_cascade(cache_dtype=torch.float32)
+    expected = torch_rpa.ragged_paged_attention(*call)
+    parts = to_device(parts, torch_xla.device())
+    prefix = {name: tensor.to(torch_xla.device()) for name, tensor in prefix.items()}
+    got = torch_rpa.cascade_attention(*parts, **prefix)
+    torch_xla.sync()
+    assert_same([got.cpu()], [expected])
+    assert torch.equal(parts.kv_cache.cpu(), call.kv_cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sliding_window": 9}, "sliding_window is not supported .*page table"),
+        ({"attend": "new"}, "attend must be 'all'"),
+    ],
+)
+def test_what_a_cascade_cannot_do_is_named(options, message):
+    _, parts, prefix = make_cascade()
+    with pytest.raises(NotImplementedError, match=message):
+        torch_rpa.cascade_attention(*parts, **prefix, **options)
