@@ -1,16 +1,19 @@
 """A prefix that sequences share is read once."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import torch_rpa
 from tests.torch_rpa.calls import make_call, raw_bytes, to_device
+from torch_rpa.validation import Inputs
 
 PREFIX_LEN = 16  # two pages
 LENGTHS = [(1, 29), (1, 17), (3, 25), (5, 21)]
 
 
-def make_cascade(lengths=LENGTHS, **arguments):
+def make_cascade(lengths=LENGTHS, **arguments) -> tuple[Inputs, Inputs, dict[str, Any]]:
     """A call whose sequences share two pages, and the arguments of its cascade."""
     call = make_call(lengths, **arguments)
     table = call.page_indices.view(5, -1)
