@@ -371,13 +371,13 @@ def test_an_error_that_comes_with_the_tokens_is_found_as_well(
             raise RuntimeError("device error")
 
     engine = engine_of(paged)
-    run = engine._run
+    run = engine._steps.run
 
     def failing_later(rows, *arguments):
         tokens = run(rows, *arguments)
         return Lost() if any(256 in row.request.prompt for row in rows) else tokens
 
-    monkeypatch.setattr(engine, "_run", failing_later)
+    monkeypatch.setattr(engine._steps, "run", failing_later)
     outputs = list(engine.generate_batch([*prompts, [256]], GREEDY).values())
     assert outputs.pop().error == "RuntimeError: device error"
     assert [output.generated_tokens for output in outputs] == expected
@@ -387,14 +387,14 @@ def test_a_batch_that_fails_only_together_gets_to_its_end(
     paged, prompts, expected, monkeypatch
 ):
     engine = engine_of(paged)
-    run = engine._run
+    run = engine._steps.run
 
     def too_large(rows, *arguments):
         if len(rows) > 2:
             raise MemoryError
         return run(rows, *arguments)
 
-    monkeypatch.setattr(engine, "_run", too_large)
+    monkeypatch.setattr(engine._steps, "run", too_large)
     assert tokens_of(engine.generate_batch(prompts, GREEDY)) == expected
 
 
@@ -406,7 +406,7 @@ def test_a_device_that_is_lost_fails_every_request_and_comes_back(
 
     engine = engine_of(paged)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_run", lost)
+        patch.setattr(engine._steps, "run", lost)
         patch.setattr(engine._runner, "renew_caches", lost)
         outputs = engine.generate_batch(prompts, GREEDY).values()
     assert {output.error for output in outputs} == {"RuntimeError: device lost"}

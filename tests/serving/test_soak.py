@@ -40,7 +40,7 @@ def test_memory_is_flat_over_twenty_thousand_requests(paged, monkeypatch):
         tokens = [(row.end * 7) % 256 for row in rows]
         return torch.tensor(tokens + [0] * (16 - len(rows)))
 
-    monkeypatch.setattr(engine, "_run", run)
+    monkeypatch.setattr(engine._steps, "run", run)
     monkeypatch.setattr(engine_module._logger, "disabled", True)
     sizes, counts, num_failed = [], [], 0
     tracemalloc.start()

@@ -45,7 +45,7 @@ def test_a_step_that_samples_keeps_its_caches_in_place(monkeypatch):
     taken = {}
 
     def take():
-        outputs = [engine._last_generated, *engine._runner.kv_caches]
+        outputs = [engine._steps.last_generated, *engine._runner.kv_caches]
         outputs.sort(key=torch_xla._XLAC._xla_get_tensor_id)
         taken["graph"] = graph_of(outputs)
         raise GraphTaken

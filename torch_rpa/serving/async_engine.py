@@ -7,7 +7,8 @@ import concurrent.futures
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
-from torch_rpa.serving.engine import Engine, Params
+from torch_rpa.serving.engine import Engine
+from torch_rpa.serving.intake import Params
 from torch_rpa.serving.outputs import RequestUpdate
 
 Result = TypeVar("Result")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import logging
-import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from torch_rpa import devices
 from torch_rpa.scheduling import (
@@ -22,14 +18,9 @@ from torch_rpa.scheduling import (
     Row,
     Scheduler,
 )
-from torch_rpa.serving import sampling
+from torch_rpa.serving.entries import Entry
 from torch_rpa.serving.finite import NO_TOKEN, NONE_LEFT
-from torch_rpa.serving.logits_processing import (
-    TokenRules,
-    build_logits_inputs,
-    num_special_tokens,
-)
-from torch_rpa.serving.logprobs import LogprobTensors
+from torch_rpa.serving.intake import Intake, Params
 from torch_rpa.serving.metrics import PrometheusMetrics
 from torch_rpa.serving.model_version import ModelVersion
 from torch_rpa.serving.options import EngineOptions
@@ -39,48 +30,14 @@ from torch_rpa.serving.outputs import (
     RequestUpdate,
     name_of_text,
 )
-from torch_rpa.serving.prompts import PromptReader
-from torch_rpa.serving.sampling import SamplingInputs
-from torch_rpa.serving.sampling_params import SamplingParams, end_token_ids
 from torch_rpa.serving.stats import EngineStats, StepRecord
-from torch_rpa.serving.step_programs import Logits, StepPrograms
-from torch_rpa.serving.structured import GrammarFactory, TextGrammar
-from torch_rpa.serving.text import OutputText, bad_word_ids
+from torch_rpa.serving.step_runner import Flight, StepRunner
 from torch_rpa.serving.trials import Trials
 from torch_rpa.transformers.model_runner import ModelRunner
-from torch_rpa.transformers.step_inputs import build_step_inputs
 from torch_rpa.transformers.windows import widest_window
 from torch_rpa.transformers.wrappers import refuse_adapters_of_texts
 
-Params = SamplingParams | GenerationConfig | Mapping[str, Any] | None
-_ENDED = SamplingParams()
-
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(eq=False)
-class _Entry:
-    """A request that has not ended: its plan, its wishes and its state."""
-
-    request: Request
-    params: SamplingParams
-    seed: int
-    output: GenerationOutput
-    rules: TokenRules | None  # what it asks of its logits
-    grammar: TextGrammar | None
-
-
-@dataclasses.dataclass(eq=False)
-class _Flight:
-    """A step, from its plan until its tokens are on the host."""
-
-    rows: list[Row] = dataclasses.field(default_factory=list)
-    # i64[S], on the device, where it may still be computed; None before it is started.
-    generated: torch.Tensor | None = None
-    # What the model says, where tokens are chosen in a program of their own.
-    logits: Logits | None = None
-    logprobs: LogprobTensors | None = None
-    prompt_logprobs: LogprobTensors | None = None
 
 
 class Engine:
@@ -132,17 +89,17 @@ class Engine:
         if not callable(on_step):
             raise ValueError(f"on_step must be a function, got {on_step!r}")
         self.options = options
-        self._config = model.config.get_text_config()
-        self._max_sequence_length = options.sequence_length(self._config)
+        config = model.config.get_text_config()
+        longest = options.sequence_length(config)
         self._device = devices.open_device(options.device or model.device)
         self._shapes = options.step_shapes(
-            self._max_sequence_length, compiled=devices.is_compiled(self._device)
+            longest, compiled=devices.is_compiled(self._device)
         )
         self._shapes.bucket(options.max_tokens_per_step)  # raises if none holds it
         num_pages = options.num_pages
         if num_pages is None:
             num_pages = options.max_num_sequences * self._shapes.pages_per_sequence
-        window = widest_window(self._config)
+        window = widest_window(config)
         self.scheduler = Scheduler(
             PageAllocator(num_pages),
             page_size=options.page_size,
@@ -152,7 +109,6 @@ class Engine:
             lookahead=options.lookahead,
             window=window,
         )
-        self._generation_config: Any = model.generation_config
         compilations = devices.num_compilations(self._device)
         self._runner = ModelRunner(
             model,
@@ -162,30 +118,34 @@ class Engine:
             cache_dtype=options.cache_dtype,
             window=window,
         )
-        self._programs = StepPrograms(self._runner, len(self._shapes.token_buckets))
-        self._last_generated = self._no_tokens()
         self._model_version = ModelVersion(self._runner.model)
         self.scheduler.model_key = self._model_version.key()
         self._must_restart = False
-        self._tokenizer = tokenizer
-        self._prompts = _prompt_reader(tokenizer, self._generation_config)
+        self._decode = _token_decoder(tokenizer)
+        self._intake = Intake(
+            tokenizer,
+            model.generation_config,
+            vocabulary=config.vocab_size,
+            longest=longest,
+            seed=options.seed,
+        )
         self._on_step = on_step
         self._metrics = metrics
-        self._grammars = GrammarFactory(
-            tokenizer,
-            self._config.vocab_size,
-            end_token_ids(self._generation_config),
+        self._entries: dict[Request, Entry] = {}
+        self._entry_of_id: dict[str, Entry] = {}
+        self._steps = StepRunner(
+            self._runner,
+            self._shapes,
+            self._entries,
+            vocabulary=config.vocab_size,
+            longest=longest,
         )
-        self._random = random.Random(options.seed)
-        self._entries: dict[Request, _Entry] = {}
-        self._entry_of_id: dict[str, _Entry] = {}
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
         self._trials = Trials()
-        self._is_device_ready = True  # caches and last tokens are as steps left them
         # What is to be reported, and how many tokens of it have been.
         self._changed: dict[GenerationOutput, int] = {}
         self._num_named = 0
-        self.stats = EngineStats(max_compilations=self._programs.max_compilations)
+        self.stats = EngineStats(max_compilations=self._steps.max_compilations)
         self.stats.num_compilations = self._num_compilations() - compilations
 
     @property
@@ -232,9 +192,10 @@ class Engine:
         request_id: str | None = None,
     ) -> list[str]:
         """Adds a request like ``add_request``; returns the names of its ``n`` texts."""
-        tokens = self._prompts.read(prompt_ids, "prompt_ids")
-        wishes = self._sampling_params(params, len(tokens))
-        entries = self._new_entries(tokens, wishes, request_id)
+        tokens = self._intake.prompt(prompt_ids, "prompt_ids")
+        wishes = self._intake.params(params, len(tokens))
+        names = self._new_names(request_id, wishes.n)
+        entries = self._intake.entries(tokens, wishes, names)
         for entry in entries:
             self._add(entry)
         return [entry.output.request_id for entry in entries]
@@ -271,7 +232,7 @@ class Engine:
         generated = self.stats.num_generated
         rows = self._attempt_step()
         self.stats.num_preemptions = self.scheduler.num_preemptions
-        self.stats.max_compilations = self._programs.max_compilations
+        self.stats.max_compilations = self._steps.max_compilations
         seconds = time.perf_counter() - start
         self.stats.seconds += seconds
         if rows:
@@ -345,7 +306,7 @@ class Engine:
             ValueError: As in ``add_request``; or the lists are of unequal lengths.
             NotImplementedError: As in ``add_request``.
         """
-        prompts = self._prompts.read_all(inputs, "inputs")
+        prompts = self._intake.prompts(inputs, "inputs")
         if isinstance(generation_config, Sequence):
             configs = list(generation_config)
         else:
@@ -356,13 +317,15 @@ class Engine:
                 f"prompts, got {len(configs)}"
             )
         params = [
-            self._sampling_params(config, len(prompt), **changes)
+            self._intake.params(config, len(prompt), **changes)
             for config, prompt in zip(configs, prompts, strict=True)
         ]
         entries = [
             entry
             for prompt, wishes in zip(prompts, params, strict=True)
-            for entry in self._new_entries(prompt, wishes, None)
+            for entry in self._intake.entries(
+                prompt, wishes, self._new_names(None, wishes.n)
+            )
         ]
         for entry in entries:
             self._add(entry)
@@ -400,105 +363,17 @@ class Engine:
         if self.has_unfinished:
             raise RuntimeError("warm_up must be called before requests are added")
         before = self._num_compilations()
-        self._prepare_device()
-        for size in self._shapes.token_buckets:
-            for is_greedy in (True, False) if with_sampling else (True,):
-                self._run([], size, is_greedy)
-            for all_positions in [False] * with_logits + [True] * with_prompt_logprobs:
-                flight = _Flight()
-                self._start_model(flight, size, all_positions=all_positions)
-                self._choose(flight, with_logprobs=True)
-        self._last_generated.cpu()
-        self.stats.max_compilations = self._programs.max_compilations
+        self._steps.warm_up(
+            with_sampling=with_sampling,
+            with_logits=with_logits,
+            with_prompt_logprobs=with_prompt_logprobs,
+        )
+        self.stats.max_compilations = self._steps.max_compilations
         self.stats.num_compilations += self._num_compilations() - before
 
-    def _new_entries(
-        self, prompt_ids: list[int], params: SamplingParams, request_id: str | None
-    ) -> list[_Entry]:
-        """Checks a request that is to be added; returns an entry for each text."""
-        if request_id is None:
-            request_id = self._new_name()
-        if not isinstance(request_id, str):
-            raise ValueError(f"request_id must be a str or None, got {request_id!r}")
-        names = [name_of_text(request_id, index) for index in range(params.n)]
-        for name in names:
-            if name in self._entry_of_id:
-                raise ValueError(f"request_id must be new, got {name!r} again")
-        params = self._with_bad_words(params)
-        entries = [
-            self._entry(prompt_ids, params, name, index)
-            for index, name in enumerate(names)
-        ]
-        for entry in entries[1:]:
-            entry.request.leader = entries[0].request
-        return entries
-
-    def _entry(
-        self, prompt_ids: list[int], params: SamplingParams, name: str, index: int
-    ) -> _Entry:
-        request = Request(list(prompt_ids), params.max_new_tokens)
-        request.uses_prefixes = params.prompt_logprobs is None
-        self._check_tokens("prompt_ids", request.tokens)
-        seed = params.seed
-        output = GenerationOutput(name, request.prompt, index=index)
-        if self._tokenizer is not None:
-            output.output_text = OutputText(
-                self._tokenizer,
-                params.stop_strings,
-                keeps_stop_string=params.include_stop_str_in_output,
-            )
-        elif params.stop_strings:
-            raise ValueError(
-                "tokenizer must be given to the engine for stop_strings, got None"
-            )
-        if params.logprobs is not None:
-            output.logprobs = []
-        if params.prompt_logprobs is not None:
-            output.prompt_logprobs = [None for _ in request.prompt]
-        grammar = rules = None
-        structure: Any = params.structured_outputs  # no dict by now
-        if structure is not None:
-            grammar = self._grammars.grammar(structure)
-        if params.changes_logits:
-            rules = TokenRules(params, request.prompt, self._config.vocab_size, grammar)
-        return _Entry(
-            request,
-            params,
-            self._random.getrandbits(63) if seed is None else seed + index,
-            output,
-            rules,
-            grammar,
-        )
-
-    def _with_bad_words(self, params: SamplingParams) -> SamplingParams:
-        """Returns the parameters with bad words as token ids, all of them known."""
-        words = bad_word_ids(self._tokenizer, params.bad_words)
-        for name, tokens in (
-            ("logit_bias", list(params.logit_bias or {})),
-            (
-                "bad_words_ids",
-                [token for word in params.bad_words_ids for token in word],
-            ),
-        ):
-            if tokens:
-                self._check_tokens(name, tokens)
-        if not words:
-            return params
-        return dataclasses.replace(
-            params, bad_words=(), bad_words_ids=(*params.bad_words_ids, *words)
-        )
-
-    def _check_tokens(self, name: str, tokens: Sequence[int]) -> None:
-        vocabulary = self._config.vocab_size
-        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise ValueError(
-                f"{name} must be at least 0 and below {vocabulary}, got "
-                f"{min(tokens)} to {max(tokens)}"
-            )
-
-    def _add(self, entry: _Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         """Hands a request to the scheduler; one that can never fit fails."""
-        error = self._too_long(entry.request)
+        error = self._intake.too_long(entry.request)
         if error is None:
             try:
                 self.scheduler.add(entry.request)
@@ -510,47 +385,23 @@ class Engine:
             self._entries[entry.request] = entry
             self._entry_of_id[entry.output.request_id] = entry
 
+    def _new_names(self, request_id: str | None, n: int) -> list[str]:
+        """Returns the names of the texts of a request; none of them may be taken."""
+        if request_id is None:
+            request_id = self._new_name()
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id must be a str or None, got {request_id!r}")
+        names = [name_of_text(request_id, index) for index in range(n)]
+        for name in names:
+            if name in self._entry_of_id:
+                raise ValueError(f"request_id must be new, got {name!r} again")
+        return names
+
     def _new_name(self) -> str:
         while (name := f"req_{self._num_named}") in self._entry_of_id:
             self._num_named += 1  # somebody's own
         self._num_named += 1
         return name
-
-    def _sampling_params(
-        self, params: Params, num_prompt: int, **changes: Any
-    ) -> SamplingParams:
-        """Returns what is wished, with the tokens that end a text."""
-        model = self._generation_config
-        if params is None or isinstance(params, GenerationConfig):
-            params = SamplingParams.from_generation_config(
-                params or model,
-                num_prompt=num_prompt,
-                longest=self._max_sequence_length,
-                **changes,
-            )
-            changes = {}
-        elif isinstance(params, Mapping):
-            params = _params_of(params)
-        if not isinstance(params, SamplingParams):
-            raise ValueError(
-                "params must be SamplingParams, a dict of its fields, a "
-                f"GenerationConfig or None, got {params!r}"
-            )
-        params = params.changed(**changes)
-        if params.eos_token_ids is not None:
-            return params
-        ends = model.eos_token_id
-        return dataclasses.replace(params, eos_token_ids=() if ends is None else ends)
-
-    def _too_long(self, request: Request) -> str | None:
-        length = request.num_prompt + request.max_new_tokens
-        if length <= self._max_sequence_length:
-            return None
-        return (
-            f"{request.num_prompt} prompt tokens and {request.max_new_tokens} new ones "
-            f"must be at most {self._max_sequence_length} together, got {length}: "
-            "raise max_sequence_length, or shorten prompt or max_new_tokens"
-        )
 
     def _attempt_step(self) -> list[Row]:
         """Starts a step and reads the one before; returns the rows that were started.
@@ -577,18 +428,18 @@ class Engine:
             if self._trials.go_on():
                 self.scheduler.restart(self._entries)
         num_before = len(self._flights)
-        flight = _Flight()
+        flight = Flight()
         self._flights.append(flight)
         flight.rows = self.scheduler.schedule(self._trials.group)
         if flight.rows:
-            self._prepare_device()
+            self._steps.prepare()
             self._start(flight)
             if flight.logits is not None:
                 # What is wanted of the logits may depend on the tokens before.
                 self._finish_all_but(1)
                 if flight not in self._flights:  # all is rolled back
                     return flight.rows
-                self._choose(flight)
+                self._steps.choose(flight)
         else:
             if self._entries and not (num_before or self._changed):
                 raise RuntimeError(f"none of {len(self._entries)} requests can go on")
@@ -614,7 +465,7 @@ class Engine:
             if key != self.scheduler.model_key:
                 refuse_adapters_of_texts(self._runner.model)
         except Exception:
-            self._flights.append(_Flight())
+            self._flights.append(Flight())
             raise
         return key
 
@@ -634,7 +485,7 @@ class Engine:
                 self._trials.split(unfinished)
         self._roll_back()
 
-    def _first_failed(self) -> _Flight | None:
+    def _first_failed(self) -> Flight | None:
         """Reads the steps that did run; returns the first one that did not."""
         while self._flights:
             flight = self._flights[0]
@@ -649,123 +500,30 @@ class Engine:
         return None
 
     def _roll_back(self) -> None:
-        """Forgets all plans and pages: every request is computed again.
-
-        What the caches hold after an error is not known. Some devices have taken them
-        away for a program that did not end.
-        """
+        """Forgets all plans and pages: every request is computed again."""
         self._flights.clear()
         self.scheduler.restart(self._entries)
-        self._is_device_ready = False
+        self._steps.lose()
 
-    def _prepare_device(self) -> None:
-        if not self._is_device_ready:
-            # First: what a failed step was to compute must not be wanted any more.
-            self._last_generated = self._no_tokens()
-            self._runner.renew_caches()
-            self._is_device_ready = True
-
-    def _no_tokens(self) -> torch.Tensor:
-        zeros = torch.zeros(self.options.max_num_sequences, dtype=torch.int64)
-        return zeros.to(self._device)
-
-    def _start(self, flight: _Flight) -> None:
+    def _start(self, flight: Flight) -> None:
         """Starts a step on the device, without waiting for it or for the last one."""
-        rows = flight.rows
         now = time.perf_counter()
-        for row in rows:
+        for row in flight.rows:
             output = self._entries[row.request].output
             if output.status == RequestStatus.PENDING:
                 output.status = RequestStatus.PREFILLING
                 output.lifespan = (now, -1)
                 output.num_shared_tokens = row.request.num_shared
-            if (
-                row.start == row.request.num_shared
-            ):  # started, for the first time or not
+            # Then it is started, for the first time or not.
+            if row.start == row.request.num_shared:
                 self.stats.num_shared_tokens += row.request.num_shared
-        entries = [self._entries[row.request] for row in rows]
-        size = self._shapes.bucket(sum(row.num_tokens for row in rows))
-        reports_prompt = any(
-            entry.output.prompt_logprobs is not None
-            and row.start < len(entry.output.prompt_ids)
-            for entry, row in zip(entries, rows, strict=True)
-        )
-        choosing = [e for e, row in zip(entries, rows, strict=True) if row.is_last]
-        if reports_prompt or any(
-            entry.rules or entry.output.logprobs is not None for entry in choosing
-        ):
-            self._start_model(flight, size, all_positions=reports_prompt)
-        else:
-            is_greedy = all(entry.params.temperature == 0 for entry in choosing)
-            flight.generated = self._run(rows, size, is_greedy)
-
-    def _start_model(self, flight: _Flight, size: int, *, all_positions: bool) -> None:
-        """Starts a step whose tokens are chosen later."""
-        inputs = build_step_inputs(flight.rows, self._shapes, size).to(self._device)
-        flight.logits = self._programs.logits(
-            inputs, self._last_generated, all_positions=all_positions
-        )
-        if flight.logits.all is not None:
-            following = [
-                token for row in flight.rows for token in _following_prompt_tokens(row)
-            ]
-            following += [0] * (len(flight.logits.all) - len(following))
-            flight.prompt_logprobs = self._programs.logprobs(
-                flight.logits.all, torch.tensor(following).to(self._device)
-            )
-
-    def _choose(self, flight: _Flight, *, with_logprobs: bool = False) -> None:
-        """Chooses the tokens of a step when all tokens before them are known."""
-        assert flight.logits is not None
-        # A request may have ended meanwhile.
-        entries = [self._entries.get(row.request) for row in flight.rows]
-        rules = [
-            entry.rules if entry and row.is_last else None
-            for entry, row in zip(entries, flight.rows, strict=True)
-        ]
-        vocabulary = flight.logits.last.shape[-1]
-        changes = build_logits_inputs(
-            rules,
-            num_rows=self._shapes.num_sequences,
-            num_special=num_special_tokens(vocabulary, self._max_sequence_length),
-            vocabulary=vocabulary,
-        )
-        generated = self._programs.choose(
-            flight.logits,
-            self._sampling_inputs(flight.rows).to(self._device),
-            changes.to(self._device),
-        )
-        if with_logprobs or any(e and e.output.logprobs is not None for e in entries):
-            flight.logprobs = self._programs.logprobs(flight.logits.last, generated)
-        flight.logits = None
-        flight.generated = self._last_generated = generated
-
-    def _sampling_inputs(self, rows: list[Row]) -> SamplingInputs:
-        entries = [self._entries.get(row.request) for row in rows]
-        return sampling.build_sampling_inputs(
-            [
-                (entry.params, entry.seed, row.end) if entry else (_ENDED, 0, 0)
-                for entry, row in zip(entries, rows, strict=True)
-            ],
-            num_rows=self._shapes.num_sequences,
-            vocabulary=self._config.vocab_size,
-        )
-
-    def _run(self, rows: list[Row], size: int, is_greedy: bool) -> torch.Tensor:
-        inputs = build_step_inputs(rows, self._shapes, size).to(self._device)
-        wishes = None
-        if not is_greedy:
-            wishes = self._sampling_inputs(rows).to(self._device)
-        self._last_generated = self._programs.tokens(
-            inputs, self._last_generated, wishes
-        )
-        return self._last_generated
+        self._steps.start(flight)
 
     def _finish_all_but(self, num_running: int) -> None:
         while len(self._flights) > num_running:
             self._finish(self._flights[0])
 
-    def _finish(self, flight: _Flight) -> None:
+    def _finish(self, flight: Flight) -> None:
         """Waits for the tokens of the oldest step and gives them to their requests.
 
         Once they are on the host, an error is that of the request whose token it is.
@@ -783,17 +541,16 @@ class Engine:
             else:
                 try:
                     if prompt_logprobs is not None:
-                        self._receive_prompt(entry, row, prompt_logprobs, first)
+                        entry.receive_prompt_logprobs(
+                            prompt_logprobs, first, row, self._decode
+                        )
                     if row.is_last and token == NO_TOKEN:
                         self._refuse_logits(entry, row)
                     elif row.is_last and token == NONE_LEFT:
                         self._refuse_wishes(entry)
                     elif row.is_last:
-                        if logprobs is not None and entry.output.logprobs is not None:
-                            count = entry.params.logprobs or 0
-                            entry.output.logprobs.append(
-                                logprobs.at(index, token, count, self._decode_token())
-                            )
+                        if logprobs is not None:
+                            entry.receive_logprobs(logprobs, index, token, self._decode)
                         self._receive(entry, token)
                 except Exception as error:
                     _logger.warning("a request failed", exc_info=True)
@@ -804,42 +561,14 @@ class Engine:
         if not is_whole:
             self._roll_back()
 
-    def _receive_prompt(
-        self, entry: _Entry, row: Row, logprobs: LogprobTensors, first: int
-    ) -> None:
-        """Gives a request the log probabilities of the prompt tokens after a row's."""
-        output, count = entry.output, entry.params.prompt_logprobs
-        if output.prompt_logprobs is None or count is None:
-            return
-        following = _following_prompt_tokens(row)
-        positions = range(row.start + 1, min(row.end + 1, row.request.num_prompt))
-        for index, position in enumerate(positions):
-            output.prompt_logprobs[position] = logprobs.at(
-                first + index, following[index], count, self._decode_token()
-            )
-
-    def _decode_token(self) -> Callable[[int], str] | None:
-        tokenizer = self._tokenizer
-        if tokenizer is None:
-            return None
-        return lambda token: tokenizer.decode([token], skip_special_tokens=False)
-
-    def _receive(self, entry: _Entry, token: int) -> None:
-        output = entry.output
-        self._report(output)
-        entry.request.append(token)
-        output.generated_tokens.append(token)
-        if entry.rules is not None:
-            entry.rules.append(token)
-        output.timestamps.append(time.perf_counter())
-        output.status = RequestStatus.DECODING
-        output.num_preemptions = entry.request.num_preemptions
-        output.finish_reason, output.stop_reason = _finish_reason(entry, token)
+    def _receive(self, entry: Entry, token: int) -> None:
+        self._report(entry.output)
+        entry.receive(token)
         self.stats.num_generated += 1
-        if output.finish_reason is not None:
+        if entry.output.finish_reason is not None:
             self._end(entry, RequestStatus.FINISHED)
 
-    def _refuse_logits(self, entry: _Entry, row: Row) -> None:
+    def _refuse_logits(self, entry: Entry, row: Row) -> None:
         self.scheduler.end(entry.request, is_sound=False)
         self._fail(
             entry,
@@ -847,7 +576,7 @@ class Engine:
             "for them in the weights, or take a dtype of a larger range",
         )
 
-    def _refuse_wishes(self, entry: _Entry) -> None:
+    def _refuse_wishes(self, entry: Entry) -> None:
         self.scheduler.end(entry.request)
         self._fail(
             entry,
@@ -860,17 +589,17 @@ class Engine:
         """Has the step report the tokens from here on, or the end."""
         self._changed.setdefault(output, len(output.generated_tokens))
 
-    def _fail(self, entry: _Entry, error: str) -> None:
+    def _fail(self, entry: Entry, error: str) -> None:
         """Ends a request that the scheduler has never seen, or is about to forget."""
         entry.output.error = error
         self._forget(entry, RequestStatus.FAILED)
 
-    def _end(self, entry: _Entry, status: RequestStatus) -> None:
+    def _end(self, entry: Entry, status: RequestStatus) -> None:
         """Ends a request that was added to the scheduler, and frees its pages."""
         self.scheduler.end(entry.request)
         self._forget(entry, status)
 
-    def _forget(self, entry: _Entry, status: RequestStatus) -> None:
+    def _forget(self, entry: Entry, status: RequestStatus) -> None:
         output = entry.output
         self._report(output)
         output.status = status
@@ -884,62 +613,12 @@ class Engine:
         return devices.num_compilations(self._device)
 
 
-def _prompt_reader(tokenizer: Any, config: GenerationConfig) -> PromptReader:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    ends = config.eos_token_id
-    return PromptReader(
-        tokenizer,
-        pad_token_id=config.pad_token_id if pad is None else pad,
-        others=[
-            getattr(tokenizer, "bos_token_id", None),
-            getattr(tokenizer, "eos_token_id", None),
-            config.bos_token_id,
-            *(ends if isinstance(ends, (list, tuple)) else [ends]),
-        ],
-    )
-
-
-def _params_of(fields: Mapping[str, Any]) -> SamplingParams:
-    known = inspect.signature(SamplingParams).parameters
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"params must have fields among {[*known]}, got {unknown}")
-    return SamplingParams(**fields)
+def _token_decoder(tokenizer: Any) -> Callable[[int], str] | None:
+    """Returns what gives the text of a single token; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    return lambda token: tokenizer.decode([token], skip_special_tokens=False)
 
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _following_prompt_tokens(row: Row) -> list[int]:
-    """Returns the token of the prompt after each position of a row, 0 for others."""
-    prompt = row.request.prompt
-    following = prompt[row.start + 1 : row.end + 1]
-    return following + [0] * (row.num_tokens - len(following))
-
-
-def _finish_reason(entry: _Entry, token: int) -> tuple[str | None, str | int | None]:
-    """Returns why a text ends, and what ended it; it may hold no more than it has."""
-    params, request = entry.params, entry.request
-    ends: Any = params.eos_token_ids  # tuples by now, like the sequences
-    sequences: Any = params.stop_sequences
-    may_stop = request.num_generated >= params.min_tokens
-    found = None
-    if entry.output.output_text is not None:
-        found = entry.output.output_text.add(token, may_stop=may_stop)
-    if may_stop:
-        if token in ends:
-            return "stop", token
-        for sequence in sequences:
-            num_tokens = len(sequence)
-            if num_tokens <= request.num_generated and (
-                tuple(request.tokens[-num_tokens:]) == sequence
-            ):
-                return "stop", token
-        if found is not None:
-            return "stop", found
-    if entry.grammar is not None and entry.grammar.is_complete:
-        return "stop", None
-    if request.num_generated >= request.max_new_tokens:
-        return "length", None
-    return None, None
