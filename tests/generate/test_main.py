@@ -229,6 +229,8 @@ def test_a_missing_matplotlib_is_reported_before_anything_runs(monkeypatch, caps
         (["--trace", "no/such/file"], "No such file"),
         (["--max-new-tokens", "999"], "--max-new-tokens together must be at most the"),
         (["--model", "no/such/directory"], "error: --model must be a directory"),
+        (["--model", os.path.dirname(__file__)], "with a config.json, as save_pre"),
+        (["--prompt-file", sys.executable], "--prompt-file must be text in UTF-8, got"),
         (["--n", "2"], "error: --n must be 1 at temperature 0, got 2"),
         (
             ["--min-tokens", "7"],

@@ -76,5 +76,8 @@ def token_ids(ids: Iterable[int] | int | None) -> tuple[int, ...]:
 
 def _require_directory(directory: Path) -> None:
     # transformers would look for any other name on the network.
-    if not directory.is_dir():
-        raise ValueError(f"model must be a directory, got {directory}")
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            "model must be a directory with a config.json, as save_pretrained writes "
+            f"it, got {directory}"
+        )

@@ -148,10 +148,15 @@ def _texts(args: argparse.Namespace) -> Sequence[str]:
     """Returns the prompts of arguments, of a file or of standard input."""
     texts = [*(args.prompt or ())]
     if args.prompt_file:
-        if str(args.prompt_file) == "-":
-            text = sys.stdin.read()
-        else:
-            text = args.prompt_file.read_text(encoding="utf-8")
+        try:
+            if str(args.prompt_file) == "-":
+                text = sys.stdin.read()
+            else:
+                text = args.prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--prompt-file must be text in UTF-8, got {args.prompt_file}: {error}"
+            ) from error
         texts += [line for line in text.splitlines() if line]
         if not texts:
             raise ValueError(f"--prompt-file must hold a prompt, got {text!r}")
