@@ -276,7 +276,11 @@ class KernelConfig:
 
     def softmax_rows(self, phase: PhaseConfig) -> int:
         """Query rows of one softmax tile; divides ``query_rows``."""
-        rows = self.query_rows(phase)
-        most = max(rows // SOFTMAX_TILE_ROWS, 1)
-        count = max(n for n in range(1, most + 1) if rows % (n * SUBLANES) == 0)
-        return rows // count
+        return softmax_rows(self.query_rows(phase))
+
+
+def softmax_rows(rows: int) -> int:
+    """How many of some query rows, a multiple of 8, are in one softmax tile."""
+    most = max(rows // SOFTMAX_TILE_ROWS, 1)
+    count = max(n for n in range(1, most + 1) if rows % (n * SUBLANES) == 0)
+    return rows // count

@@ -7,6 +7,7 @@ ones have scores that rise or fall with the position. All is held to float64.
 import numpy as np
 import pytest
 
+from jax_kernels.ragged_paged_attention import BlockSizes
 from tests.support.interpret import SMALL_BLOCKS, assert_kernel_matches_oracle
 from tests.support.ragged_batches import RaggedBatch, make_ragged_batch
 
@@ -51,14 +52,19 @@ OTHER_SLOPES = (
         ("bfloat16", False, {}),
         ("bfloat16", True, {"sliding_window": 50}),
         ("float32", True, {"causal": False}),
+        pytest.param(
+            "bfloat16",
+            True,
+            {"block_sizes": BlockSizes(decode_block_kv=32, block_q=64, block_kv=64)},
+            marks=pytest.mark.extended,
+        ),
     ],
-    ids=["causal", "window", "full"],
+    ids=["causal", "window", "full", "four_parts"],
 )
 def test_scores_may_leave_the_range_of_their_anchor(
     slope, q_dtype, with_sinks, options
 ):
     """Sums overflow, grow out of range, or are those of the first keys alone."""
     batch = make_batch(slope, q_dtype, with_sinks)
-    assert_kernel_matches_oracle(
-        batch, block_sizes=SMALL_BLOCKS, sm_scale=HEAD_DIM**-0.5, **options
-    )
+    options = {"block_sizes": SMALL_BLOCKS, "sm_scale": HEAD_DIM**-0.5} | options
+    assert_kernel_matches_oracle(batch, **options)

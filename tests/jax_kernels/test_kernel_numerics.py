@@ -63,6 +63,7 @@ class Case:
 
 # Of these, other cases here have each part: they are left to a longer run.
 COMBINED = {
+    "chunked_in_parts",
     "d64_gqa_6_to_2",
     "d64_mha_16_to_16",
     "d72_mqa_3_to_1",
@@ -73,10 +74,14 @@ COMBINED = {
     "fused_sinks",
     "many_cells",
     "many_cells_fused",
+    "many_heads_in_rounds",
     "page_larger_than_block",
     "q_f32_cache_e4m3",
     "q_f32_cache_int8",
     "quantised_queries",
+    "row_sums_by_vector_units",
+    "soft_cap_e4m3",
+    "wide_in_parts",
     "window_of_many",
     "window_paired",
     "window_split",
@@ -333,6 +338,51 @@ PARTS_OF_1024 = ((20, 200), (3, 500), (40, 700), (33, 1000), (5, 1300))
 )
 def test_tiles_of_every_shape(case):
     case.check()
+
+
+# Tiles of 64 queries in parts of 16, blocks of two chunks of 256 tokens. The last
+# tiles have queries for one, two and three parts, of which the first ends within one.
+IDLE_PARTS = ((70, 70), (25, 600), (105, 410), (1, 300), (64, 64))
+# The first parts see nothing of the second chunk, or of the second block.
+UNSEEN_CHUNKS = ((64, 300), (60, 284), (100, 560), (64, 257))
+
+
+@cases(
+    last_parts_have_no_query=Case(lengths=IDLE_PARTS, with_sinks=True),
+    first_parts_see_no_key_of_a_chunk=Case(lengths=UNSEEN_CHUNKS, heads=(6, 2)),
+    soft_cap_e4m3=Case(
+        lengths=IDLE_PARTS[:3] + UNSEEN_CHUNKS[:2],
+        head_dim=64,
+        cache_dtype=E4M3,
+        options={"soft_cap": 2.0},
+    ),
+    many_heads_in_rounds=Case(
+        lengths=IDLE_PARTS[:2] + UNSEEN_CHUNKS[:2],
+        heads=(12, 12),
+        head_dim=64,
+        with_sinks=True,
+    ),
+    quantised_queries=Case(
+        lengths=IDLE_PARTS + UNSEEN_CHUNKS,
+        heads=(3, 1),
+        cache_dtype=E4M3,
+        options={"q_scale": 0.01},
+    ),
+    wide_in_parts=Case(lengths=IDLE_PARTS + UNSEEN_CHUNKS, heads=(2, 1), head_dim=256),
+    row_sums_by_vector_units=Case(
+        lengths=IDLE_PARTS + UNSEEN_CHUNKS, options={"chip": "v5e"}
+    ),
+    chunked_in_parts=Case(
+        lengths=((1, 40), (64, 64), (64, 300), (64, 448), (50, 290)),
+        options={"chunk_prefill_size": 64},
+    ),
+)
+def test_parts_of_a_tile_are_left_out_where_they_do_nothing(case):
+    blocks = BlockSizes(decode_block_kv=64, block_q=64, block_kv=512)
+    is_chunked = "chunk_prefill_size" in case.options
+    distribution = (1, 4, 5) if is_chunked else None
+    case = dataclasses.replace(case, blocks=blocks, page_size=64)
+    case.check(distribution=distribution)
 
 
 @cases(

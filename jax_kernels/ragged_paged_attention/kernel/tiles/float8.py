@@ -24,7 +24,7 @@ from jax_kernels.ragged_paged_attention.kernel.block_loads import (
 )
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int
-from jax_kernels.ragged_paged_attention.kernel.tiles import softmax_tiles
+from jax_kernels.ragged_paged_attention.kernel.tiles import parts, softmax_tiles
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
     TileContext,
     chunk_tokens,
@@ -68,11 +68,11 @@ def start(context: TileContext, cell: Cell, slot: Int) -> None:
         l = state.l  # noqa: E741
         if config.spec.has_sinks:
             l = l * jnp.exp2(state.m - m)  # noqa: E741
-        context.buffers.m[softmax_tiles.state_index(softmax_tile)] = m * (
+        context.buffers.m[softmax_tiles.state_index(context, softmax_tile)] = m * (
             1.0 / config.numerics.exponent_multiplier
         )
         l = online_softmax.part_sum(l, config.numerics)  # noqa: E741
-        context.buffers.pending_l[softmax_tiles.state_index(softmax_tile)] = l
+        context.buffers.pending_l[softmax_tiles.state_index(context, softmax_tile)] = l
 
 
 def attend_block(context: TileContext, cell: Cell, slot: Int) -> jax.Array:
@@ -166,7 +166,7 @@ def _sum_pending(context: TileContext, softmax_tile: SoftmaxTile, cell: Cell) ->
     """
     state = softmax_tiles.load_state(context, softmax_tile)
     pending = _load_pending(context, softmax_tile)
-    buffers, index = context.buffers, softmax_tiles.state_index(softmax_tile)
+    buffers, index = context.buffers, softmax_tiles.state_index(context, softmax_tile)
     is_first = cell.block == 0
     # The compiler makes loads with a mask of this.
     before, new = (ints.where(is_first, 0.0, acc) for acc in (state.acc, pending.acc))
@@ -183,7 +183,7 @@ def _visible_bits(context: TileContext, cell: Cell, tokens: Tokens) -> dict:
         words = jnp.zeros((word.shape[0], tokens.number), jnp.uint32)
         for place in range(packing):
             row = softmax_tile.first_row + packing * word + place
-            token = row & (context.phase.block_q - 1)
+            token = parts.token_of_row(context, row)
             is_seen = softmax_tiles.is_visible(context, cell, tokens, token)
             ones = jnp.uint32(0xFF << 8 * place)
             words |= jnp.where(is_seen, ones, jnp.uint32(0))
@@ -218,7 +218,7 @@ def _add(
       mask: If some query does not see all of them.
     """
     config = context.config
-    anchors = context.buffers.m[softmax_tiles.state_index(softmax_tile)]
+    anchors = context.buffers.m[softmax_tiles.state_index(context, softmax_tile)]
     p = online_softmax.float8_probabilities_at(scores, anchors, config.numerics)
     if mask is not None:
         # Whatever stood there, NaN too, is gone.
@@ -295,14 +295,14 @@ def _for_all_tiles(
 
 
 def _load_pending(context: TileContext, softmax_tile: SoftmaxTile) -> Pending:
-    buffers, index = context.buffers, softmax_tiles.state_index(softmax_tile)
+    buffers, index = context.buffers, softmax_tiles.state_index(context, softmax_tile)
     return Pending(buffers.pending_l[index], buffers.pending_acc[index])
 
 
 def _store_pending(
     context: TileContext, softmax_tile: SoftmaxTile, pending: Pending
 ) -> None:
-    buffers, index = context.buffers, softmax_tiles.state_index(softmax_tile)
+    buffers, index = context.buffers, softmax_tiles.state_index(context, softmax_tile)
     buffers.pending_l[index] = jnp.broadcast_to(
         pending.l, (softmax_tile.num_rows, LANES)
     )

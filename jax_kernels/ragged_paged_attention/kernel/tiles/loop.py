@@ -14,7 +14,7 @@ from jax_kernels.ragged_paged_attention.kernel.schedule import (
     Int,
     next_slot,
 )
-from jax_kernels.ragged_paged_attention.kernel.tiles import compute, new_tokens
+from jax_kernels.ragged_paged_attention.kernel.tiles import compute, new_tokens, parts
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import (
     ONLY_SLOT,
     TileContext,
@@ -116,7 +116,9 @@ def _process(
     def _():
         copies.wait_queries(following)
 
-    @pl.when(is_last)
+    is_at_once = is_last & compute.are_ends_at_once(context, cell, following)
+
+    @pl.when(is_at_once)
     def _():
         copies.wait_output(ONLY_SLOT)
         # One stretch for three things, of which the scores take the matrix units. What
@@ -126,13 +128,23 @@ def _process(
         compute.store_output(context)
         copies.start_output(ONLY_SLOT, cell.query_token, cell.num_queries)
 
-    @pl.when(jnp.logical_not(is_last | compute.is_whole(context, cell)))
+    has_scored = jnp.logical_not(is_last) & compute.is_whole(context, cell)
+
+    @pl.when(jnp.logical_not(is_at_once | has_scored))
     def _():
         @pl.when(begins)
         def _():
-            compute.prepare_queries(context, following.num_queries)
+            compute.prepare_queries(context, following.num_queries, by_part=True)
 
-        compute.score_ahead(context, following_slot)
+        compute.score_following(context, following, following_slot)
+
+        if parts.number(context) > 1:
+
+            @pl.when(is_last)
+            def _():
+                copies.wait_output(ONLY_SLOT)
+                compute.store_output_by_part(context, cell.num_queries)
+                copies.start_output(ONLY_SLOT, cell.query_token, cell.num_queries)
 
     fetcher.start_queries(progress)
     return following_slot, planned

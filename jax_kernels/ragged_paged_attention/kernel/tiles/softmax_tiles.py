@@ -1,7 +1,8 @@
 """The query rows that go through the softmax together: their scores and their state.
 
 A tile has *query rows*: those of a key head are its G query heads, each with its
-``block_q`` tokens, row = g * block_q + t. A *softmax tile* is some of them.
+``block_q`` tokens, in the order that ``parts.py`` gives. A *softmax tile* is some of
+them.
 """
 
 import math
@@ -14,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from jax_kernels.ragged_paged_attention.config import SUBLANES
+from jax_kernels.ragged_paged_attention.config import SUBLANES, softmax_rows
 from jax_kernels.ragged_paged_attention.kernel import masking, online_softmax
 from jax_kernels.ragged_paged_attention.kernel.block_loads import (
     largest_divisor,
@@ -23,6 +24,7 @@ from jax_kernels.ragged_paged_attention.kernel.block_loads import (
 )
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import SoftmaxState
 from jax_kernels.ragged_paged_attention.kernel.schedule import Cell, Int, log2
+from jax_kernels.ragged_paged_attention.kernel.tiles import parts
 from jax_kernels.ragged_paged_attention.kernel.tiles.buffers import TileContext
 from jax_kernels.ragged_paged_attention.layout import LANES
 
@@ -30,6 +32,8 @@ from jax_kernels.ragged_paged_attention.layout import LANES
 MAX_STRETCH_TILES = 16
 # The same in float32, whose products take several times as much code.
 MAX_F32_STRETCH_TILES = 4
+# The same of some parts of a tile.
+MAX_PART_STRETCH_TILES = 8
 # Query rows that are recovered at a time.
 MAX_RECOVERY_ROWS = 128
 
@@ -38,8 +42,9 @@ class SoftmaxTile(NamedTuple):
     """Some query rows of one key head."""
 
     head: Int
-    first_row: Int
+    first_row: Int  # counted from the first row of the part
     num_rows: int
+    part: Int = 0
 
 
 class Tokens(NamedTuple):
@@ -61,12 +66,35 @@ def tiles_of_heads(
     ]
 
 
+def tiles_of_parts(
+    context: TileContext, first_part: Int, number: int, first_head: Int, num_heads: int
+) -> list[SoftmaxTile]:
+    """The softmax tiles of some parts of a tile, of some key heads."""
+    rows = number * parts.num_rows(context)
+    num_rows = softmax_rows(rows)
+    return [
+        SoftmaxTile(first_head + offset, first_row, num_rows, first_part)
+        for offset in range(num_heads)
+        for first_row in range(0, rows, num_rows)
+    ]
+
+
 def round_heads(context: TileContext) -> int:
     """Key heads whose softmax tiles are in one stretch of code."""
-    config = context.config
-    is_f32 = config.numerics.value_dtype == jnp.float32
-    most_tiles = MAX_F32_STRETCH_TILES if is_f32 else MAX_STRETCH_TILES
     tiles_per_head = len(tiles_of_heads(context, 0, 1))
+    return _most_heads(context, tiles_per_head, MAX_STRETCH_TILES)
+
+
+def round_heads_of_parts(context: TileContext, number: int) -> int:
+    """The same if the softmax tiles are those of so many parts."""
+    tiles_per_head = len(tiles_of_parts(context, 0, number, 0, 1))
+    return _most_heads(context, tiles_per_head, MAX_PART_STRETCH_TILES)
+
+
+def _most_heads(context: TileContext, tiles_per_head: int, most_tiles: int) -> int:
+    config = context.config
+    if config.numerics.value_dtype == jnp.float32:
+        most_tiles = MAX_F32_STRETCH_TILES
     return largest_divisor(config.num_kv_heads, max(most_tiles // tiles_per_head, 1))
 
 
@@ -79,16 +107,17 @@ def recover_pieces(
     context: TileContext, recover: Callable[[SoftmaxTile], None]
 ) -> None:
     """Calls a function with all query rows, few at a time."""
-    config = context.config
-    num_rows = math.gcd(config.query_rows(context.phase), MAX_RECOVERY_ROWS)
-    pieces = config.query_rows(context.phase) // num_rows
+    num_rows = math.gcd(parts.num_rows(context), MAX_RECOVERY_ROWS)
+    pieces = parts.num_rows(context) // num_rows
+    num_parts = parts.number(context)
 
     def piece(index: Int, _) -> None:
-        head = lax.div(index, jnp.int32(pieces))
-        first_row = pl.multiple_of((index - head * pieces) * num_rows, num_rows)
-        recover(SoftmaxTile(head, first_row, num_rows))
+        part = lax.div(index, jnp.int32(pieces))
+        first_row = pl.multiple_of((index - part * pieces) * num_rows, num_rows)
+        head = part >> log2(num_parts)
+        recover(SoftmaxTile(head, first_row, num_rows, part & (num_parts - 1)))
 
-    lax.fori_loop(0, config.num_kv_heads * pieces, piece, None)
+    lax.fori_loop(0, context.config.num_kv_heads * num_parts * pieces, piece, None)
 
 
 def scores_of_lost_rows(
@@ -126,7 +155,7 @@ def products(
 ) -> jax.Array:
     """f32[rows, tokens]: of queries and keys, nothing more."""
     config = context.config
-    _, head, rows = state_index(softmax_tile)
+    _, head, rows = state_index(context, softmax_tile)
     return online_softmax.products(
         context.buffers.q[head, rows],
         load_keys(
@@ -197,14 +226,14 @@ def start_state(context: TileContext, softmax_tile: SoftmaxTile) -> SoftmaxState
 
 
 def load_state(context: TileContext, softmax_tile: SoftmaxTile) -> SoftmaxState:
-    buffers, index = context.buffers, state_index(softmax_tile)
+    buffers, index = context.buffers, state_index(context, softmax_tile)
     return SoftmaxState(buffers.m[index], buffers.l[index], buffers.acc[index])
 
 
 def store_state(
     context: TileContext, softmax_tile: SoftmaxTile, state: SoftmaxState
 ) -> None:
-    buffers, index = context.buffers, state_index(softmax_tile)
+    buffers, index = context.buffers, state_index(context, softmax_tile)
     buffers.m[index], buffers.l[index], buffers.acc[index] = state
 
 
@@ -215,36 +244,45 @@ def visible_pairs(
 
     Rows without a query see what the last query sees, so that they meet no dead key.
     """
-    row = lax.broadcasted_iota(jnp.int32, (softmax_tile.num_rows, 1), 0)
-    token = (row + softmax_tile.first_row) & (context.phase.block_q - 1)
+    _, first_row, num_rows, part = softmax_tile
+    row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0) + first_row
+    token = parts.token_of_row(context, row) + part * parts.num_tokens(context)
     return is_visible(context, cell, tokens, token)
 
 
-def store_visible_bits(context: TileContext, cell: Cell, tokens: Tokens) -> None:
+def store_visible_bits(
+    context: TileContext,
+    cell: Cell,
+    tokens: Tokens,
+    first_part: Int = 0,
+    num_parts: int | None = None,
+) -> None:
     """Keeps which query of a tile sees which of some tokens, as bits of its words.
 
-    They are the same for all heads.
+    They are the same for all heads. They may be of some parts of the tile only.
     """
-    visible = context.buffers.visible
-    num_words = visible.shape[0]
-    packing = context.phase.block_q // num_words
-    word = lax.broadcasted_iota(jnp.int32, (num_words, 1), 0)
-    bits = jnp.zeros(visible.shape, jnp.uint32)
+    visible, size = context.buffers.visible, parts.num_tokens(context)
+    packing = context.phase.block_q // visible.shape[0]
+    num_words = (num_parts or parts.number(context)) * size // packing
+    first = _multiple_of(first_part * (size // packing), SUBLANES)
+    word = lax.broadcasted_iota(jnp.int32, (num_words, 1), 0) + first
+    bits = jnp.zeros((num_words, tokens.number), jnp.uint32)
     for place in range(packing):
         ones = jnp.uint32((2 ** (32 // packing) - 1) << (place * 32 // packing))
         is_seen = is_visible(context, cell, tokens, word * packing + place)
         bits |= jnp.where(is_seen, ones, jnp.uint32(0))
-    visible[...] = bits
+    visible[pl.ds(first, num_words)] = bits
 
 
 def visible_bits(context: TileContext, softmax_tile: SoftmaxTile) -> jax.Array:
     """u32[rows // packing, tokens]: those that are kept, for the rows of a tile."""
-    visible, block_q = context.buffers.visible, context.phase.block_q
-    packing = block_q // visible.shape[0]
-    pieces = [
-        visible[pl.ds((row & (block_q - 1)) // packing, number // packing)]
-        for row, number in _pieces(softmax_tile, block_q)
-    ]
+    visible = context.buffers.visible
+    packing = context.phase.block_q // visible.shape[0]
+    pieces = []
+    for piece in _pieces(context, softmax_tile):
+        word = parts.num_tokens(context) // packing * piece.part
+        word = _multiple_of(word + piece.token // packing, SUBLANES)
+        pieces.append(visible[pl.ds(word, piece.num_rows // packing)])
     return jnp.concatenate(pieces)
 
 
@@ -262,32 +300,53 @@ def is_visible(
     )
 
 
-def state_index(softmax_tile: SoftmaxTile):
+def state_index(context: TileContext, softmax_tile: SoftmaxTile):
     """Index of a softmax tile in the state."""
-    head, first_row, num_rows = softmax_tile
-    return 0, head, pl.ds(first_row, num_rows)
+    head, first_row, num_rows, part = softmax_tile
+    row = parts.first_row(context, part, 0) + first_row
+    return 0, head, pl.ds(_multiple_of(row, math.gcd(num_rows, 32)), num_rows)
 
 
 def _first_row(context: TileContext, tokens: Tokens) -> Int:
     """The packed row of the first token."""
     row = tokens.first >> log2(context.config.cache.packing)
-    return row if isinstance(row, int) else pl.multiple_of(row, 8)
+    return _multiple_of(row, SUBLANES)
+
+
+def _multiple_of(row: Int, size: int) -> Int:
+    """A row that is known to be a multiple."""
+    return row if isinstance(row, int) else pl.multiple_of(row, size)
 
 
 def _sink_logits(context: TileContext, softmax_tile: SoftmaxTile) -> jax.Array:
     """f32[rows, 128]: a sink counts as one key with its logit and a zero value."""
-    config, block_q = context.config, context.phase.block_q
-    first = softmax_tile.head * config.group
+    first = softmax_tile.head * context.config.group
     pieces = []
-    for row, number in _pieces(softmax_tile, block_q):
-        sink = context.inputs.sinks[first + (row >> log2(block_q))]
-        logit = online_softmax.sink_logit(sink)
-        pieces.append(jnp.full((number, LANES), logit, jnp.float32))
+    for piece in _pieces(context, softmax_tile):
+        logit = online_softmax.sink_logit(context.inputs.sinks[first + piece.member])
+        pieces.append(jnp.full((piece.num_rows, LANES), logit, jnp.float32))
     return jnp.concatenate(pieces)
 
 
-def _pieces(softmax_tile: SoftmaxTile, block_q: int) -> list[tuple[int, int]]:
-    """First row and number of the rows that a softmax tile has of each query head."""
-    _, first_row, num_rows = softmax_tile
-    number = math.gcd(block_q, num_rows)
-    return [(first_row + row, number) for row in range(0, num_rows, number)]
+class _Piece(NamedTuple):
+    """Query rows of consecutive tokens of one query head, in one part of a tile."""
+
+    part: Int
+    member: Int  # query head of the key head
+    token: Int  # the first one, counted from the first of the part
+    num_rows: int
+
+
+def _pieces(context: TileContext, softmax_tile: SoftmaxTile) -> list[_Piece]:
+    """The rows of a softmax tile; one at a row that is traced has them of one part."""
+    _, first_row, num_rows, part = softmax_tile
+    size = parts.num_tokens(context)
+    number = math.gcd(size, num_rows)
+    pieces = []
+    for row in range(0, num_rows, number):
+        later, row = 0, first_row + row
+        if isinstance(row, int):
+            later, row = divmod(row, parts.num_rows(context))
+        member, token = row >> log2(size), row & (size - 1)
+        pieces.append(_Piece(part + later, member, token, number))
+    return pieces
