@@ -16,9 +16,12 @@ import numpy as np
 from benchmarks.tpu_timing import workloads
 from benchmarks.tpu_timing.workloads import Sequence
 from jax_kernels.contract.cache import ITEMSIZES, check_page_size
+from jax_kernels.contract.options import Attend
 
 # After four scalars, queries, keys, values and the cache.
 SINKS_OPERAND = 8
+# Of a call that does not write: without keys and values.
+READ_ONLY_SINKS_OPERAND = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,9 @@ class StaticShape:
       q_scale: Quantises queries to the dtype of the cache, if given.
       k_scale: Of the keys in the cache.
       v_scale: Of the values in the cache.
+      attend: Which keys queries see.
+      update_kv_cache: Whether new tokens are written.
+      return_lse: Whether the logarithms of the denominators are returned.
     """
 
     model: Model
@@ -86,6 +92,9 @@ class StaticShape:
     q_scale: float | None = None
     k_scale: float | None = None
     v_scale: float | None = None
+    attend: Attend = "all"
+    update_kv_cache: bool = True
+    return_lse: bool = False
 
     @property
     def num_pages(self) -> int:
@@ -106,6 +115,9 @@ class StaticShape:
             "q_scale": self.q_scale,
             "k_scale": self.k_scale,
             "v_scale": self.v_scale,
+            "attend": self.attend,
+            "update_kv_cache": self.update_kv_cache,
+            "return_lse": self.return_lse,
         }
 
     @property
@@ -168,9 +180,20 @@ class Case:
     @property
     def ideal(self) -> workloads.Ideal:
         """What the step needs at least."""
-        shape = self.shape
-        window = shape.model.sliding_window
-        return workloads.ideal(shape.rpa_shape, self.sequences, shape.causal, window)
+        shape, sequences, causal = self.shape, self.sequences, self.shape.causal
+        if shape.attend == "cache":
+            # All queries see the same keys, those before the new ones.
+            sequences = [Sequence(s.q_len, s.kv_len - s.q_len) for s in sequences]
+            causal = False
+        elif shape.attend == "new":
+            sequences = [Sequence(s.q_len, s.q_len) for s in sequences]
+        return workloads.ideal(
+            shape.rpa_shape,
+            sequences,
+            causal,
+            shape.model.sliding_window,
+            writes_cache=shape.update_kv_cache,
+        )
 
     @property
     def scalars(self) -> dict[int, np.ndarray]:
@@ -182,7 +205,9 @@ class Case:
             decode_q_len=self.shape.decode_q_len,
         )
         if self.shape.model.with_sinks:
-            operands[SINKS_OPERAND] = np.zeros(self.shape.model.num_q_heads, np.int32)
+            updates = self.shape.update_kv_cache
+            place = SINKS_OPERAND if updates else READ_ONLY_SINKS_OPERAND
+            operands[place] = np.zeros(self.shape.model.num_q_heads, np.int32)
         return operands
 
 
@@ -336,6 +361,55 @@ def _deployments() -> Iterator[Case]:
 DEPLOYMENTS = tuple(_deployments())
 
 
+_CASCADE_SEQUENCES = 64
+_CASCADE_PREFIXES = (256, 512, 1024, 2048, 4096, 8192, 16384)
+_CASCADE_REST = 512
+
+
+def _parts() -> Iterator[Case]:
+    """What parts of the keys cost, and the parts of a cascade beside the whole."""
+    lse: dict[str, Any] = {"return_lse": True}
+    for name, model, lengths, static in (
+        ("decode-128x1k", LLAMA3_8B, "128*1/1024", _SERVER),
+        ("decode-8x1-dec256", MQA, DRAWN["dec256"], _SHARD_SERVER),
+        ("prefill-2k-at-8k", LLAMA3_8B, "2048/8192", _PREFILL),
+    ):
+        yield fitted(f"parts-{name}", model, lengths, **static)
+        yield fitted(f"parts-{name}-lse", model, lengths, **static, **lse)
+        for attend in ("cache", "new"):
+            options = {**static, **lse, "attend": attend}
+            yield fitted(f"parts-{name}-lse-{attend}", model, lengths, **options)
+    count, longest = _CASCADE_SEQUENCES, _CASCADE_PREFIXES[-1] + _CASCADE_REST
+    whole = {"pages_per_sequence": longest // 128}
+    prefix = {
+        **lse,
+        "attend": "cache",
+        "update_kv_cache": False,
+        "causal": False,
+        "pages_per_sequence": _CASCADE_PREFIXES[-1] // 128 + 1,
+    }
+    for size in _CASCADE_PREFIXES:
+        yield fitted(
+            f"cascade-whole-{count}x{size}+{_CASCADE_REST}",
+            LLAMA3_8B,
+            f"{count}*1/{size + _CASCADE_REST}",
+            **whole,
+        )
+    for size in _CASCADE_PREFIXES:
+        yield fitted(
+            f"cascade-prefix-{size}", LLAMA3_8B, f"{count}/{size + count}", **prefix
+        )
+    yield fitted(
+        f"cascade-rest-{count}x{_CASCADE_REST}",
+        LLAMA3_8B,
+        f"{count}*1/{_CASCADE_REST}",
+        **lse,
+    )
+
+
+PARTS = tuple(_parts())
+
+
 def _series(prefix: str, model: Model, steps: list[str], **static: Any) -> list[Case]:
     """Steps of one program, named by their lengths."""
     return [fitted(f"{prefix}:{step}", model, step, **static) for step in steps]
@@ -472,6 +546,7 @@ TABLES = {
     "main": MAIN,
     "models": MODELS,
     "deployments": DEPLOYMENTS,
+    "parts": PARTS,
     "peers": PEERS,
     "sweep": SWEEP,
 }

@@ -69,23 +69,29 @@ def _compile(
     by_head = ordered(1, 0, 2) if model.num_kv_heads % 2 else None
     new_tokens = array(shape.q_dtype, *tokens, placed=by_head)
 
+    updates = shape.update_kv_cache
+
     def call(*arguments):
-        return ragged_paged_attention(
+        *attention, new_cache = ragged_paged_attention(
             *arguments,
             chip=chip,
             block_sizes=BlockSizes(*blocks) if blocks else None,
             **shape.options,
         )
+        return (*attention, new_cache) if updates else tuple(attention)
 
+    num_axes = [len(queries)]
+    num_axes += [len(queries) - 1] if shape.return_lse else []
+    num_axes += [len(cache)] if updates else []
     jitted = jax.jit(
         call,
-        donate_argnums=3,
-        out_shardings=(row_major(len(queries)), row_major(len(cache))),
+        donate_argnums=3 if updates else (),
+        out_shardings=tuple(map(row_major, num_axes)),
     )
     lowered = jitted.lower(
         array(shape.q_dtype, *queries),
-        new_tokens,
-        new_tokens,
+        new_tokens if updates else None,
+        new_tokens if updates else None,
         array(shape.cache_dtype, *cache),
         array("int32", shape.num_sequences),
         array("int32", shape.num_pages),

@@ -87,7 +87,7 @@ def time_with_jax(
     def loop(calls: int, kv_cache, queries, new, batch, sinks):
         def body(_, kv_cache):
             arguments = (queries, *new, kv_cache, *batch, sinks)
-            return attend(*arguments, **shape.options)[1]
+            return attend(*arguments, **shape.options)[-1]
 
         return jax.lax.fori_loop(0, calls, body, kv_cache)
 
@@ -109,6 +109,7 @@ def time_with_torch(
     import torch_xla
 
     import torch_rpa
+    from torch_rpa import ops
     from torch_rpa.bridges import torch_xla as xla_bridge
 
     device = torch_xla.device()
@@ -135,11 +136,12 @@ def time_with_torch(
     sinks = torch.zeros(model.num_q_heads, device=device) if model.with_sinks else None
     torch_xla.sync(wait=True)
 
+    operators = ops.WITH_LSE if shape.return_lse else ops.WITHOUT_LSE
+    options = {name: x for name, x in shape.options.items() if name != "return_lse"}
+
     def run(calls: int) -> None:
         for _ in range(calls):
-            torch.ops.rpa.ragged_paged_attention(
-                q, k, v, kv_cache, *batch, sinks, **shape.options
-            )
+            operators.public(q, k, v, kv_cache, *batch, sinks, **options)
         torch_xla.sync()
 
     chip = xla_bridge.device_target(device).chip or "unknown"

@@ -31,8 +31,8 @@ def cascade_attention(
     Two calls of the operator and a merge. The first one has all queries attend to the
     prefix, as those of one sequence: its pages are read once, by matrix products of
     many rows. The second one has each sequence attend to what comes after the prefix,
-    and writes the new tokens. The table "Cascade" in ``benchmarks/README.md`` says from
-    which prefix on this is faster.
+    and writes the new tokens. ``benchmarks/README.md`` has predicted times: for 64
+    decodes it pays from a prefix of 256 tokens on.
 
     Args:
         q: ``[T, Hq, D]``, and so on as for the operator, but for the following two.
