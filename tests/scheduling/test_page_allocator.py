@@ -34,6 +34,13 @@ def test_every_page_is_free_or_has_one_owner(num_pages, requests):
     assert sorted(allocator.allocate(num_pages)) == list(range(num_pages))
 
 
+def test_pages_that_nobody_has_held_take_no_memory():
+    allocator = PageAllocator(2**31 - 1)
+    assert allocator.allocate(2) == [0, 1] and allocator.num_held == 2
+    allocator.free([1])
+    assert allocator.allocate(2) == [1, 2] and allocator.num_free == 2**31 - 4
+
+
 def test_out_of_pages_says_what_to_change():
     allocator = PageAllocator(3)
     allocator.allocate(2)

@@ -46,7 +46,8 @@ class PageAudit:
         pages = range(allocator.num_pages)
         assert [allocator.num_holders(p) for p in pages] == [holders[p] for p in pages]
         assert allocator.num_held == len(holders)
-        states = [*allocator._free, *allocator._cached, *holders]
+        free = [*allocator._free, *allocator._never_held]
+        states = [*free, *allocator._cached, *holders]
         assert sorted(states) == list(pages)  # each page in exactly one state
         for request in scheduler.running:
             assert len(set(request.held_pages)) == len(request.held_pages)

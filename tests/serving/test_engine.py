@@ -185,6 +185,9 @@ def test_a_largest_length_of_the_model_ends_texts(paged, prompts, expected):
 
 
 def test_each_request_has_parameters_of_its_own(paged, prompts, expected):
+    with pytest.raises(ValueError, match=r"params must be SamplingParams, .*'greedy'"):
+        wishes: Any = "greedy"
+        engine_of(paged).generate_batch(prompts, wishes)
     params = [SamplingParams(max_new_tokens=n) for n in (1, 2, 3, 4)]
     results = engine_of(paged).generate_batch(prompts, params)
     assert tokens_of(results) == [
@@ -261,7 +264,12 @@ def test_outputs_tell_when_things_happened(paged, prompts):
 @pytest.mark.parametrize(
     ("prompt", "keywords", "message"),
     [
-        ([], {}, "prompt must have at least one token, got 0"),
+        ([], {}, r"inputs\[1\] must have at least one token, got none"),
+        (
+            torch.empty(1, 0, dtype=torch.int64),
+            {},
+            r"inputs\[1\] must have at least one",
+        ),
         ([1, 258], {}, "at least 0 and below 258, got 1 to 258"),
         ([-1], {}, "at least 0 and below 258, got -1 to -1"),
         ([1], {"request_id": "taken"}, "request_id must be new, got 'taken' again"),
@@ -291,7 +299,10 @@ def test_malformed_requests_are_refused_at_once(paged, prompt, keywords, message
         ({"max_sequence_length": 1}, "max_sequence_length must be at least 2, .*got 1"),
         ({"token_buckets": (40, 8)}, r"positive and ascending ints, got \(40, 8\)"),
         ({"num_pages": 0}, "num_pages must be at least 1, .*got 0"),
-        ({"token_buckets": (8, 16)}, "num_tokens must be at most 16, got 40"),
+        (
+            {"token_buckets": (8, 16)},
+            r"end with max_tokens_per_step = 40 or more, got \(8, 16\)",
+        ),
         ({"max_tokens_per_step": 3}, "each of the 4 sequences, got 3"),
         ({"max_num_sequences": 0}, "max_num_sequences must be at least 1, .*got 0"),
         ({"max_num_sequences": True}, "max_num_sequences must be an int, got True"),
@@ -474,11 +485,20 @@ def test_an_error_of_on_step_loses_no_token(paged, prompts, expected):
     assert list(tokens.values()) == expected
 
 
-def test_engines_take_options_and_functions_only(paged):
-    with pytest.raises(ValueError, match="options must be EngineOptions or None, got"):
-        Engine(paged, {"page_size": 8})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="on_step must be a function, got None"):
-        Engine(paged, on_step=None)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"options": {"page_size": 8}}, "options must be EngineOptions or None, got"),
+        ({"on_step": None}, "on_step must be a function, got NoneType"),
+        ({"model": None}, "model must be a causal language model, got NoneType"),
+        ({"model": torch.nn.Linear(1, 1)}, "model must be a causal .*, got Linear"),
+        ({"tokenizer": "a name"}, "tokenizer must be a tokenizer or None, got str"),
+        ({"metrics": True}, "metrics must be PrometheusMetrics or None, got bool"),
+    ],
+)
+def test_engines_take_nothing_else(paged, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(**{"model": paged, **keywords})
 
 
 def test_wishes_may_be_a_dict(paged, prompts, expected):

@@ -33,7 +33,8 @@ class PageAllocator:
 
     def reset(self) -> None:
         """Makes every page free, whoever holds it, and forgets what is in it."""
-        self._free = list(reversed(range(self.num_pages)))
+        self._never_held = range(self.num_pages)  # no list: there may be very many
+        self._free: list[int] = []
         self._holders: Counter[int] = Counter()
         self._cached: OrderedDict[int, None] = OrderedDict()  # longest ago first
         self._page_of_key: dict[bytes, int] = {}
@@ -42,7 +43,7 @@ class PageAllocator:
     @property
     def num_free(self) -> int:
         """Pages that can be allocated: free and cached ones."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._never_held) + len(self._cached)
 
     @property
     def num_held(self) -> int:
@@ -126,6 +127,9 @@ class PageAllocator:
     def _take(self) -> int:
         if self._free:
             return self._free.pop()
+        if self._never_held:
+            page, self._never_held = self._never_held[0], self._never_held[1:]
+            return page
         page, _ = self._cached.popitem(last=False)
         del self._page_of_key[self._key_of_page.pop(page)]
         return page

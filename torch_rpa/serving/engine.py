@@ -82,12 +82,14 @@ class Engine:
                 what parameters say as text.
             on_step: Called after each step.
             metrics: Told what each step brought, such as ``PrometheusMetrics``.
+
+        Raises:
+            ValueError: One of them is something else, or options do not fit the model.
         """
         options = EngineOptions() if options is None else options
         if not isinstance(options, EngineOptions):
             raise ValueError(f"options must be EngineOptions or None, got {options!r}")
-        if not callable(on_step):
-            raise ValueError(f"on_step must be a function, got {on_step!r}")
+        _require_parts(model, on_step, tokenizer, metrics)
         self.options = options
         config = model.config.get_text_config()
         longest = options.sequence_length(config)
@@ -95,7 +97,6 @@ class Engine:
         self._shapes = options.step_shapes(
             longest, compiled=devices.is_compiled(self._device)
         )
-        self._shapes.bucket(options.max_tokens_per_step)  # raises if none holds it
         num_pages = options.num_pages
         if num_pages is None:
             num_pages = options.max_num_sequences * self._shapes.pages_per_sequence
@@ -307,10 +308,9 @@ class Engine:
             NotImplementedError: As in ``add_request``.
         """
         prompts = self._intake.prompts(inputs, "inputs")
-        if isinstance(generation_config, Sequence):
+        configs: list[Any] = [generation_config] * len(prompts)
+        if isinstance(generation_config, (list, tuple)):
             configs = list(generation_config)
-        else:
-            configs = [generation_config] * len(prompts)
         if len(configs) != len(prompts):
             raise ValueError(
                 f"generation_config must be one for all or for each of {len(prompts)} "
@@ -618,6 +618,19 @@ def _token_decoder(tokenizer: Any) -> Callable[[int], str] | None:
     if tokenizer is None:
         return None
     return lambda token: tokenizer.decode([token], skip_special_tokens=False)
+
+
+def _require_parts(model: Any, on_step: Any, tokenizer: Any, metrics: Any) -> None:
+    """Raises for what an engine would stumble over only later."""
+    for name, value, attribute, expected in (
+        ("model", model, "generation_config", "a causal language model"),
+        ("on_step", on_step, "__call__", "a function"),
+        ("tokenizer", tokenizer, "decode", "a tokenizer or None"),
+        ("metrics", metrics, "observe_step", "PrometheusMetrics or None"),
+    ):
+        is_left_out = value is None and expected.endswith("None")
+        if not is_left_out and not hasattr(value, attribute):
+            raise ValueError(f"{name} must be {expected}, got {type(value).__name__}")
 
 
 def _describe(error: Exception) -> str:

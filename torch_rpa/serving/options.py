@@ -68,6 +68,12 @@ class EngineOptions:
         ):
             self._require(name, _is_from(least), f"at least {least}, and below 2**31")
         self._require("token_buckets", _is_ascending, "positive and ascending ints")
+        largest = self.token_buckets[-1] if self.token_buckets else None
+        if largest is not None and largest < self.max_tokens_per_step:
+            raise ValueError(
+                f"token_buckets must end with max_tokens_per_step = "
+                f"{self.max_tokens_per_step} or more, got {self.token_buckets}"
+            )
         self._require(
             "cache_dtype", lambda value: isinstance(value, torch.dtype), "a torch.dtype"
         )

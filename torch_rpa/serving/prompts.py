@@ -45,12 +45,15 @@ class PromptReader:
             NotImplementedError: It has inputs besides text.
         """
         if isinstance(prompt, str):
-            return self._encode(prompt, name)
-        if _is_chat(prompt):
-            return self._apply_chat_template(prompt, name)
-        rows = self._rows(prompt, name)
+            rows = [self._encode(prompt, name)]
+        elif _is_chat(prompt):
+            rows = [self._apply_chat_template(prompt, name)]
+        else:
+            rows = self._rows(prompt, name)
         if len(rows) != 1:
             raise ValueError(f"{name} must be one prompt, got {len(rows)} rows")
+        if not rows[0]:
+            raise ValueError(f"{name} must have at least one token, got none")
         return rows[0]
 
     def read_all(self, inputs: Any, name: str) -> list[list[int]]:
