@@ -24,7 +24,7 @@ _PARTS = (
 )
 LONGER: dict[str, str] = {
     **dict.fromkeys(("32/8", "32/8 fp8", "32/8 window", "64/8"), _WHOLE_CELL),
-    **dict.fromkeys(("8/1", "8/1 fp8"), _PARTS),
+    **dict.fromkeys(("8/1", "8/1 fp8", "8/1 of 64", "16/1"), _PARTS),
     **dict.fromkeys(("32/8 of 256", "32/4 of 256", "8/4 of 256"), _PARTS),
 }
 # What has a loop that is longer than ``LARGEST_LOOP``, by name and chip, and how long.
