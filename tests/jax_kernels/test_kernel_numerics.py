@@ -358,7 +358,7 @@ UNSEEN_CHUNKS = ((64, 300), (60, 284), (100, 560), (64, 257))
     ),
     many_heads_in_rounds=Case(
         lengths=IDLE_PARTS[:2] + UNSEEN_CHUNKS[:2],
-        heads=(12, 12),
+        heads=(20, 10),
         head_dim=64,
         with_sinks=True,
     ),

@@ -28,8 +28,9 @@ PAIR = 2
 def number(context: TileContext) -> int:
     """Parts of a tile; 1 where all queries see the same keys, or code would be long.
 
-    Products in float32 take several times as much. With a window or with float8
-    probabilities, masked blocks have code of their own.
+    Products in float32 take several times as much, and as many key heads as query heads
+    need a lot. With a window or with float8 probabilities, masked blocks have code of
+    their own.
     Tokens of a part fill registers of queries.
     """
     config = context.config
@@ -37,7 +38,7 @@ def number(context: TileContext) -> int:
     if not spec.causal or spec.sliding_window is not None or spec.attend != "all":
         return 1
     is_float32 = numerics.value_dtype == jnp.float32
-    if is_float32 or numerics.float8_probabilities is not None:
+    if is_float32 or config.group == 1 or numerics.float8_probabilities is not None:
         return 1
     least = SUBLANES * dtype_packing(numerics.multiply_dtype)
     return min(MAX_PARTS, max(context.phase.block_q // least, 1))

@@ -45,6 +45,7 @@ def make_context(
         ({"block_q": 256}, 4),
         ({"block_q": 32}, 2),
         ({"dtype": "float32"}, 1),
+        ({"group": 1}, 1),
         ({"attend": "cache"}, 1),
         ({"causal": False}, 1),
         ({"sliding_window": 100}, 1),
