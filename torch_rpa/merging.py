@@ -47,16 +47,18 @@ def merge_attention(
                 f"lses[{index}] must be torch.float32 {list(first.shape[:-1])}, got "
                 f"{lse.dtype} {list(lse.shape)}"
             )
-    parts = torch.stack(tuple(lses))
-    peak = parts.amax(dim=0)
+    return merge_stacked(torch.stack(tuple(outs)), torch.stack(tuple(lses)))
+
+
+def merge_stacked(
+    outs: torch.Tensor, lses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`merge_attention` of parts that are one tensor, along its first axis."""
+    peak = lses.amax(dim=0)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)  # (-inf) - (-inf) is NaN
     # So is inf - inf.
-    weights = (parts - peak).masked_fill(parts == peak, 0.0).exp()
+    weights = (lses - peak).masked_fill(lses == peak, 0.0).exp()
     total = weights.sum(dim=0)
     shares = weights / total.masked_fill(total == 0.0, 1.0)
-    weighted = (
-        share.unsqueeze(-1) * out.float()
-        for share, out in zip(shares, outs, strict=True)
-    )
-    merged = sum(weighted, start=torch.zeros_like(first, dtype=torch.float32))
-    return merged.to(first.dtype), peak + total.log()
+    merged = (shares.unsqueeze(-1) * outs.float()).sum(dim=0)
+    return merged.to(outs.dtype), peak + total.log()

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from jax_kernels.contract.cache import CACHE_DTYPES
-from torch_rpa import devices
 from torch_rpa.generate import check, command_line, constants, run
 from torch_rpa.generate import models as generate_models
 from torch_rpa.generate.__main__ import main
@@ -352,7 +351,6 @@ def test_what_is_known_before_torch_is_imported_is_what_it_knows(monkeypatch):
     monkeypatch.setattr(run, "run", lambda args, with_option_names: seen.append(args))
     main([])
     assert seen[0].page_size == EngineOptions().page_size
-    assert devices.names() == constants.DEVICES
     assert command_line.MOST_LOGPROBS == sampling_params.MAX_LOGPROBS
     fields = [field.name for field in dataclasses.fields(SamplingParams)]
     assert set(run.SAMPLING_OPTIONS) <= {*fields} & {*vars(seen[0])}

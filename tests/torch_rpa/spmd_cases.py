@@ -5,6 +5,7 @@ SPMD mode belongs to a process, so these tests cannot share one with the others.
 
 import functools
 import importlib.util
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ import torch_xla.runtime as xr
 import torch_rpa
 from tests.support.snippets import all_snippets
 from tests.torch_rpa.calls import assert_same_up_to_rounding, make_call, to_device
+from tests.torch_rpa.test_context_parallel import striped_caches
 from tests.torch_rpa.tpu_compiler import compile_for_tpu, graph_of
+from torch_rpa import context_parallel as cp
 from torch_rpa import ops, spmd
 from torch_rpa.bridges import torch_xla as xla_bridge
 
@@ -271,3 +274,107 @@ def test_a_graph_for_four_tpus_exchanges_no_part_of_the_cache():
     assert list(compiled.collectives) == ["all-reduce"]
     shapes = [shape.split("{")[0] for shape in compiled.collectives["all-reduce"]]
     assert shapes == ["bf16[24,256]"] * 2
+
+
+# ---- stripes of the context
+
+
+def striped_step(call, pages, new_page_size):
+    return cp.plan_striped_step(
+        call.kv_lens.cpu(),
+        pages,
+        call.cu_q_lens.cpu(),
+        call.distribution.cpu(),
+        num_devices=DEVICES,
+        num_tokens=len(call.q),
+        new_page_size=new_page_size,
+    ).to(torch_xla.device())
+
+
+def test_stripes_of_four_devices_give_the_values_of_one():
+    """Decodes, then prefill, by one program, in which both caches stay in place."""
+    metrics.clear_all()
+    for lengths in ([(1, 13), (1, 1), (1, 30)], [(9, 9), (7, 30)]):
+        check_stripes(lengths)
+    counts = [number for _, number in metrics.metric_data("InputOutputAliasCount")[2]]
+    assert sum(counts) == 2
+
+
+def check_stripes(lengths):
+    mesh, device = mesh_of(context=4), torch_xla.device()
+    call = make_call(lengths, cache_dtype=torch.float32, sinks=True)
+    stripes, pages = striped_caches(call, lengths, DEVICES)
+    cache = torch.cat(stripes).nan_to_num().to(device)
+    xs.mark_sharding(cache, mesh, ("context", None, None, None, None))
+    spec = torch_xla._XLAC._get_xla_sharding_spec(cache)
+    num_pages = cp.num_new_pages(len(call.q), len(call.kv_lens), 8)
+    new_cache = torch_rpa.empty_kv_cache(
+        num_pages, 8, 2, 128, dtype=torch.float32, device=device
+    )
+    step = striped_step(call, pages, 8)
+    moved: Any = to_device(call, device)
+    torch_xla.sync(wait=True)
+    expected = ops.WITH_LSE.public(*call, sm_scale=0.1)
+    got = cp.context_parallel_attention(
+        moved.q,
+        moved.k,
+        moved.v,
+        cache,
+        new_cache,
+        step,
+        moved.sinks,
+        mesh=mesh,
+        sm_scale=0.1,
+        return_lse=True,
+    )
+    torch_xla.sync(wait=True)
+    live = slice(0, int(call.cu_q_lens[len(lengths)]))
+    for a, b in zip(got, expected, strict=True):
+        assert_same_up_to_rounding(a[live], b[live])
+    assert torch_xla._XLAC._get_xla_sharding_spec(cache) == spec
+    after, _ = striped_caches(call, [(0, kv) for _, kv in lengths], DEVICES)
+    shards = [shard.data for shard in xs.wrap_if_sharded(cache).local_shards]
+    for shard, right in zip(shards, after, strict=True):
+        assert torch.equal(shard, right.nan_to_num())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+def test_a_graph_for_four_tpus_exchanges_outputs_and_no_keys():
+    mesh, device = mesh_of(context=4), torch_xla.device()
+    call = make_call(
+        [(1, 30)] * 4,
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        page_size=128,
+        num_pages=256,
+        dtype=torch.bfloat16,
+    )
+    cache = cp.empty_striped_kv_cache(256, 128, 8, 128, mesh=mesh)
+    new_cache = torch_rpa.empty_kv_cache(
+        cp.num_new_pages(24, 5, 128), 128, 8, 128, device=device
+    )
+    step = striped_step(call, call.page_indices, 128)
+    q, k, v = to_device(call, device)[:3]
+    assert k is not None and v is not None
+    torch_xla.sync(wait=True)
+    with xla_bridge.lowering_target(xla_bridge.Target("tpu", "v6e", "pallas")):
+        out = cp.context_parallel_attention(q, k, v, cache, new_cache, step, mesh=mesh)
+    outputs = [out, cache, new_cache]
+    graph = graph_of(sorted(outputs, key=torch_xla._XLAC._xla_get_tensor_id))
+    compiled = compile_for_tpu(graph, "v6e", "1024x16x64x2x128xbf16", DEVICES)
+    torch_xla._XLAC._clear_pending_irs(str(device))
+
+    stripe_bytes = cache.numel() * 2 // DEVICES
+    assert compiled.memory.alias_size_in_bytes >= stripe_bytes
+    assert compiled.memory.temp_size_in_bytes < stripe_bytes // 8
+    passing_on = {"parameter", "get-tuple-element", "bitcast"}
+    assert set(compiled.operations_producing("bf16[256,16,64,2,128]")) <= passing_on
+    assert compiled.operations_producing("bf16[1024,16,64,2,128]") == []
+    assert len(compiled.kernel_calls) == 3
+    # What is exchanged: maxima, sums, and weighted outputs.
+    assert list(compiled.collectives) == ["all-reduce"]
+    shapes = [shape.split("{")[0] for shape in compiled.collectives["all-reduce"]]
+    assert shapes == ["f32[24,32]", "f32[24,32]", "bf16[24,32,128]"]

@@ -18,7 +18,7 @@ CASES = Path(__file__).with_name("lazy_bridge_cases.py")
 PACKAGE = Path(torch_rpa.__file__).parent
 # Rooms that know a framework: its bridge, and torch_xla's way to shard over devices.
 KNOW = {
-    "torch_xla": ("bridges/torch_xla.py", "spmd.py"),
+    "torch_xla": ("bridges/torch_xla.py", "context_parallel.py", "spmd.py"),
     "torch_tpu": ("bridges/torch_tpu.py", "bridges/torch_tpu_launch.py"),
 }
 # What they alone may say, as device type or framework.

@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
-import torch
+if TYPE_CHECKING:
+    # The command line asks which devices there are before it waits for torch; the room
+    # of lowering imports the rooms of options, which need no bridge.
+    import torch
 
-if TYPE_CHECKING:  # it imports the rooms of options, which need no bridge
     from torch_rpa.bridges.lowering import Target
 
 
@@ -194,13 +196,19 @@ class Entry(NamedTuple):
         fitting = first if first == last else f"{first} to {last}"
         return (
             f"a torch that fits {self.framework} {_version(self.framework)}, which is "
-            f"torch {fitting}, got torch {torch.__version__}: {remedy}, in an "
+            f"torch {fitting}, got torch {_torch_version()}: {remedy}, in an "
             "environment of its own"
         )
 
 
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__
+
+
 def _installed_torch() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
+    major, minor = _torch_version().split(".")[:2]
     return int(major), int(minor)
 
 

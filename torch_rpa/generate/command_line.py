@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_kernels.contract.cache import CACHE_DTYPES, check_page_size
+from torch_rpa import bridges
 from torch_rpa.generate.constants import (
     DEFAULT_PROMPTS,
-    DEVICES,
     MODEL_DTYPES,
     USUAL_NEW_TOKENS,
     USUAL_SEQUENCES,
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--device",
-        choices=DEVICES,
+        choices=(*bridges.BRIDGES, "cpu"),
         help="of the model; the CPU is a device without any framework. Without it the "
         "first that can be used",
     )

@@ -11,7 +11,6 @@ DEFAULT_PROMPTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
     "1, 1, 2, 3, 5, 8,",
 )
-DEVICES = ("xla", "tpu", "cpu")  # torch_rpa.devices.names()
 MODEL_DTYPES = ("float32", "bfloat16")
 # All prompts run at once up to so many, and up to so many tokens in one step.
 USUAL_SEQUENCES, USUAL_STEP_TOKENS = 16, 256

@@ -1,0 +1,470 @@
+"""Context parallelism: the cache of each sequence is striped over devices by token.
+
+Token ``t`` of a sequence is on device ``t % n``, as token ``t // n`` of its *stripe*
+there, and a stripe has pages as any sequence has. So a long context takes the memory,
+and the bandwidth, of all devices. With n = 4 and 10 tokens, of which the last three are
+new::
+
+    device 0    tokens 0 4 | 8      device 2    2 6 |
+    device 1           1 5 | 9      device 3    3   | 7
+
+A step is planned once, on the host, by :func:`plan_striped_step`. In each layer every
+device has all queries and all new tokens. It
+
+* writes those new tokens that are its own to its stripe,
+* attends to the tokens that were in its stripe before,
+* attends to all new tokens, which are kept in a small cache of their own meanwhile;
+  the result counts once.
+
+The parts are merged, for which devices exchange outputs and logarithms, and no keys or
+values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from torch_rpa import ops
+from torch_rpa.kv_cache import empty_kv_cache
+from torch_rpa.merging import merge_attention, merge_stacked
+
+if TYPE_CHECKING:
+    from torch_xla.distributed.spmd import Mesh
+
+
+class StripedStep(NamedTuple):
+    """The numbers of a step, int32. The first axis of the upper five is the device.
+
+    For all devices it is as :func:`plan_striped_step` gives it; ``of_device`` gives
+    those of one.
+    """
+
+    old_kv_lens: torch.Tensor  # [n, S] tokens of a stripe before the step, plus q_len
+    own_rows: torch.Tensor  # [n, W] rows of k and v of the device's new tokens
+    own_kv_lens: torch.Tensor  # [n, S] tokens of a stripe after the step
+    own_cu_q_lens: torch.Tensor  # [n, S + 1] of its new tokens
+    counts_new: torch.Tensor  # [n] 1 for the device whose part of new tokens counts
+    page_indices: torch.Tensor  # [S * P] pages of stripes, the same on all devices
+    cu_q_lens: torch.Tensor  # [S + 1]
+    distribution: torch.Tensor  # [3] without a range for chunks
+    new_kv_lens: torch.Tensor  # [S] new tokens of each sequence
+    new_page_indices: torch.Tensor  # [S * P'] their pages in the cache of new tokens
+
+    def of_device(self, device: int) -> StripedStep:
+        """The numbers of one device, without the axis of devices."""
+        upper = (x[device] for x in self[:NUM_STRIPED])
+        return StripedStep._make((*upper, *self[NUM_STRIPED:]))
+
+    def to(self, device: torch.device | str) -> StripedStep:
+        """The same numbers on a device of torch."""
+        return StripedStep._make(x.to(device) for x in self)
+
+
+# Fields of ``StripedStep`` that differ from device to device.
+NUM_STRIPED = 5
+
+
+def stripe_len(num_tokens: Any, device: Any, num_devices: int) -> Any:
+    """Returns how many of the first tokens of a sequence a device has.
+
+    Ints, or arrays that broadcast.
+    """
+    return (num_tokens + (num_devices - 1 - device)) // num_devices
+
+
+def num_new_pages(num_tokens: int, num_sequences: int, page_size: int) -> int:
+    """Returns the pages that a cache of new tokens needs.
+
+    Args:
+        num_tokens: T.
+        num_sequences: S.
+        page_size: Of the cache of new tokens.
+    """
+    return num_sequences + num_tokens // page_size
+
+
+def plan_striped_step(
+    kv_lens: torch.Tensor,
+    page_indices: torch.Tensor,
+    cu_q_lens: torch.Tensor,
+    distribution: torch.Tensor,
+    *,
+    num_devices: int,
+    num_tokens: int,
+    new_page_size: int,
+) -> StripedStep:
+    """Plans a step of a striped cache; all layers share the plan.
+
+    Args:
+        kv_lens: int32 ``[S]`` on the CPU, tokens of each sequence on all devices, the
+            new ones included.
+        page_indices: int32 ``[S * P]``, pages of the stripes. Each has room for
+            ``ceil(kv_len / num_devices)`` tokens. All devices use the same pages.
+        cu_q_lens: int32 ``[S + 1]``.
+        distribution: int32 ``[3]``, as for the operator.
+        num_devices: n.
+        num_tokens: T, rows of q.
+        new_page_size: Tokens in a page of the cache of new tokens.
+
+    Returns:
+        Tensors on the CPU. Their sizes follow from S, P, T and n alone.
+
+    Raises:
+        ValueError: Lengths do not fit each other.
+    """
+    lengths = kv_lens.numpy().astype(np.int64)
+    num_sequences = len(lengths)
+    decode_end, _, live = distribution.tolist()
+    starts = cu_q_lens.numpy()[: live + 1].astype(np.int64)
+    q_lens = np.zeros(num_sequences, np.int64)
+    q_lens[:live] = np.diff(starts)
+    lengths[live:] = 0
+    if (q_lens < 0).any() or (q_lens > lengths).any() or q_lens.sum() > num_tokens:
+        raise ValueError(
+            "cu_q_lens must not decrease, nor name more tokens than kv_lens or than "
+            f"num_tokens = {num_tokens}, got {starts.tolist()} with kv_lens "
+            f"{lengths[:live].tolist()}"
+        )
+    devices = np.arange(num_devices)[:, None]
+    old = stripe_len(lengths - q_lens, devices, num_devices)
+    own = stripe_len(lengths, devices, num_devices)
+
+    sequence = np.repeat(np.arange(num_sequences), q_lens)
+    row = np.arange(len(sequence))
+    if live:
+        position = row - starts[sequence] + (lengths - q_lens)[sequence]
+    else:
+        position = row
+    width = min(num_tokens, num_sequences + num_tokens // num_devices)
+    own_rows = np.zeros((num_devices, width), np.int64)
+    for device in range(num_devices):
+        rows = row[position % num_devices == device]
+        own_rows[device, : len(rows)] = rows
+
+    pages_per_sequence = -(-num_tokens // new_page_size)
+    new_pages = -(-q_lens // new_page_size)
+    first_page = np.cumsum(new_pages) - new_pages
+    new_table = first_page[:, None] + np.arange(pages_per_sequence)
+    most = num_new_pages(num_tokens, num_sequences, new_page_size)
+    counts_new = np.arange(num_devices) == 0
+
+    def int32(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.int32))
+
+    return StripedStep(
+        old_kv_lens=int32(old + q_lens),
+        own_rows=int32(own_rows),
+        own_kv_lens=int32(own),
+        own_cu_q_lens=int32(np.pad(np.cumsum(own - old, axis=1), [(0, 0), (1, 0)])),
+        counts_new=int32(counts_new),
+        page_indices=page_indices,
+        cu_q_lens=int32(np.pad(np.cumsum(q_lens), [(1, 0)])),
+        distribution=int32(np.array([decode_end, decode_end, live])),
+        new_kv_lens=int32(q_lens),
+        new_page_indices=int32(np.minimum(new_table, most - 1).reshape(-1)),
+    )
+
+
+def attend_to_stripe(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: torch.Tensor,
+    new_cache: torch.Tensor,
+    step: StripedStep,
+    sinks: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one device computes, where each has a process of its own.
+
+    Gather the results of all devices, and join them by
+    :func:`torch_rpa.merge_attention`.
+
+    Args:
+        q: ``[T, Hq, D]``, the same on all devices.
+        k: ``[T, Hkv, D]``, likewise.
+        v: ``[T, Hkv, D]``, likewise.
+        kv_cache: The stripes of this device; updated in place.
+        new_cache: Room for :func:`num_new_pages` pages of new tokens, in the dtype of
+            the cache; overwritten. All layers may share it.
+        step: ``plan_striped_step(...).of_device(number of this device)``, on its
+            device.
+        sinks: ``[Hq]``, likewise.
+        options: Of the operator: ``sm_scale``, ``causal``, ``soft_cap``, scales,
+            ``decode_q_len``, ``probabilities_dtype``, ``out_dtype``.
+
+    Returns:
+        ``[T, Hq, D]`` and float32 ``[T, Hq]``.
+
+    Raises:
+        ValueError: See the operator.
+        NotImplementedError: ``sliding_window`` is given, or an option that has no
+            meaning here.
+    """
+
+    def in_place(*tensors: Any, **keywords: Any) -> tuple[Any, Any, Any]:
+        return *ops.WITH_LSE.public(*tensors, **keywords), tensors[3]
+
+    _check(options)
+    own = _own_tokens(q, k, v, step.own_rows)
+    tensors = q, k, v, kv_cache, new_cache
+    old, new, _, _ = _attend(in_place, own, *tensors, step, sinks, options)
+    new_lse = torch.where(step.counts_new > 0, new.lse, -torch.inf)
+    return merge_attention([old.out, new.out], [old.lse, new_lse])
+
+
+class _Part(NamedTuple):
+    """Attention to some keys."""
+
+    out: torch.Tensor  # [T, Hq, D]
+    lse: torch.Tensor  # [T, Hq]
+
+
+def _own_tokens(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own_rows: torch.Tensor
+) -> list[torch.Tensor]:
+    """Returns the new tokens that a device keeps, each ``[W, Hkv, D]``.
+
+    Their queries are there for the call alone, so they have the fewest heads.
+    """
+    rows = own_rows.long()
+    return [q[:, : k.shape[1]][rows], k[rows], v[rows]]
+
+
+def _attend(
+    call: Callable[..., tuple[Any, Any, Any]],
+    own: Sequence[torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: torch.Tensor,
+    new_cache: torch.Tensor,
+    step: StripedStep,
+    sinks: torch.Tensor | None,
+    options: dict[str, Any],
+) -> tuple[_Part, _Part, torch.Tensor, torch.Tensor]:
+    """Attends on a device to the old tokens of its stripe, and to all new tokens.
+
+    Args:
+        call: Takes what ``ops.WITH_LSE.functional`` takes, and returns as much.
+        own: See ``_own_tokens``.
+
+    Returns:
+        Both parts, the stripes with their new tokens, and the cache of new tokens.
+    """
+    batch = step.cu_q_lens, step.distribution
+    _, _, kv_cache = call(
+        *own,
+        kv_cache,
+        step.own_kv_lens,
+        step.page_indices,
+        step.own_cu_q_lens,
+        step.distribution,
+        **options,
+        attend="new",
+    )
+    old = ops.WITH_LSE.readonly(
+        q,
+        None,
+        None,
+        kv_cache,
+        step.old_kv_lens,
+        step.page_indices,
+        *batch,
+        **options,
+        attend="cache",
+        update_kv_cache=False,
+    )
+    out, lse, new_cache = call(
+        q,
+        k,
+        v,
+        new_cache,
+        step.new_kv_lens,
+        step.new_page_indices,
+        *batch,
+        sinks,
+        **options,
+    )
+    return _Part(*old), _Part(out, lse), kv_cache, new_cache
+
+
+def _check(options: dict[str, Any]) -> None:
+    if options.get("sliding_window") is not None:
+        raise NotImplementedError(
+            "sliding_window is not supported with a striped cache, got "
+            f"{options['sliding_window']}: a window is short, so keep the caches of "
+            "such layers whole on every device"
+        )
+    for name in ("attend", "update_kv_cache", "chunk_prefill_size"):
+        if name in options:
+            raise NotImplementedError(
+                f"{name} has no meaning with a striped cache, got {options[name]!r}: "
+                "leave it out"
+            )
+
+
+# ---- one process, with SPMD of PyTorch/XLA
+
+
+def empty_striped_kv_cache(
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    mesh: Mesh,
+    axis: str = "context",
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Returns a new cache of zeros whose pages are those of the devices of an axis.
+
+    Args:
+        num_pages: Pages on each device.
+        page_size: Tokens in a page.
+        num_kv_heads: Key heads, all on each device.
+        head_dim: From 32 to 256.
+        mesh: A mesh of torch_xla with named axes.
+        axis: The axis of the mesh to stripe over.
+        dtype: What keys and values are stored as.
+    """
+    import torch_xla
+    import torch_xla.distributed.spmd as xs
+
+    cache = empty_kv_cache(
+        num_pages * _num_devices(mesh, axis),
+        page_size,
+        num_kv_heads,
+        head_dim,
+        dtype=dtype,
+        device=torch_xla.device(),
+    )
+    xs.mark_sharding(cache, mesh, _striped(cache, axis))
+    return cache
+
+
+def context_parallel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: torch.Tensor,
+    new_cache: torch.Tensor,
+    step: StripedStep,
+    sinks: torch.Tensor | None = None,
+    *,
+    mesh: Mesh,
+    axis: str = "context",
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """Attention over a striped cache, for one process that has all devices.
+
+    In lazy mode, on XLA tensors, after ``torch_xla.runtime.use_spmd()``.
+
+    Args:
+        q: ``[T, Hq, D]``, replicated, and so are k and v.
+        k: ``[T, Hkv, D]``.
+        v: ``[T, Hkv, D]``.
+        kv_cache: From :func:`empty_striped_kv_cache`; updated in place.
+        new_cache: See :func:`attend_to_stripe`; replicated.
+        step: From :func:`plan_striped_step`, on the XLA device.
+        sinks: ``[Hq]``.
+        mesh: The mesh of the cache.
+        axis: Its axis of stripes.
+        return_lse: Return the logarithms as well.
+        options: See :func:`attend_to_stripe`.
+
+    Returns:
+        ``[T, Hq, D]``, replicated, and float32 ``[T, Hq]`` if asked for.
+
+    Raises:
+        ValueError: SPMD mode is off, or the plan is for another number of devices.
+        NotImplementedError: See :func:`attend_to_stripe`.
+    """
+    import torch_xla.distributed.spmd as xs
+    from torch_xla.distributed.spmd.xla_sharding import unwrap_sharded_tensor
+
+    _check(options)
+    num_devices = _num_devices(mesh, axis)
+    if len(step.counts_new) != num_devices:
+        raise ValueError(
+            f"step must be planned for the {num_devices} devices along {axis!r}, got "
+            f"one for {len(step.counts_new)}"
+        )
+
+    def on_each_device(tensor: torch.Tensor, spec: tuple) -> torch.Tensor:
+        local = xs.enable_manual_sharding(tensor, spec, mesh=mesh)
+        return unwrap_sharded_tensor(local)
+
+    def replicated(tensor: torch.Tensor) -> torch.Tensor:
+        return on_each_device(tensor, (None,) * tensor.dim())
+
+    def striped(tensor: torch.Tensor) -> torch.Tensor:
+        return on_each_device(tensor, _striped(tensor, axis))
+
+    def joined(local: torch.Tensor, spec: tuple, shape: Sequence[int]) -> torch.Tensor:
+        size = torch.Size(shape)
+        whole = xs.disable_manual_sharding(local, spec, size, mesh=mesh)
+        return unwrap_sharded_tensor(whole)
+
+    def stacked(local: torch.Tensor) -> torch.Tensor:
+        """[n, ...], the arrays of the devices."""
+        local = local.unsqueeze(0)
+        return joined(local, _striped(local, axis), (num_devices, *local.shape[1:]))
+
+    kv_cache, new_cache = map(unwrap_sharded_tensor, (kv_cache, new_cache))
+    # Only what has to be is in the manual region. With tokens chosen and parts merged
+    # there too, libtpu 0.0.52 ended the process.
+    xs.mark_sharding(step.own_rows, mesh, (axis, None))
+    own = [striped(x).squeeze(0) for x in _own_tokens(q, k, v, step.own_rows)]
+    local_step = StripedStep._make(
+        (
+            *(striped(x).squeeze(0) for x in step[:NUM_STRIPED]),
+            *map(replicated, step[NUM_STRIPED:]),
+        )
+    )
+    with torch.no_grad():
+        old, new, striped_cache, all_new = _attend(
+            ops.WITH_LSE.functional,
+            own,
+            replicated(q),
+            replicated(k),
+            replicated(v),
+            striped(kv_cache),
+            replicated(new_cache),
+            local_step,
+            None if sinks is None else replicated(sinks),
+            options,
+        )
+        for cache, value, spec in (
+            (kv_cache, striped_cache, _striped(kv_cache, axis)),
+            (new_cache, all_new, (None,) * new_cache.dim()),
+        ):
+            ops.update_in_place(cache, joined(value, spec, cache.shape))
+        old_parts = _Part(*map(stacked, old))
+        new_part = _Part(*(joined(x, (None,) * x.dim(), x.shape) for x in new))
+        merged = _Part(*merge_stacked(*old_parts))
+        out, lse = merge_attention(*zip(merged, new_part, strict=True))
+    return (out, lse) if return_lse else out
+
+
+def _striped(tensor: torch.Tensor, axis: str) -> tuple:
+    return (axis, *(None,) * (tensor.dim() - 1))
+
+
+def _num_devices(mesh: Mesh, axis: str) -> int:
+    import torch_xla.runtime
+
+    if not torch_xla.runtime.is_spmd():
+        raise ValueError(
+            "SPMD mode must be on before tensors are sharded, got off: call "
+            "torch_xla.runtime.use_spmd() first"
+        )
+    sizes: dict[Any, int] = dict(mesh.shape())
+    if axis not in sizes:
+        raise ValueError(f"axis must be one of {list(sizes)} of mesh, got {axis!r}")
+    return sizes[axis]
