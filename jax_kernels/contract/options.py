@@ -20,7 +20,7 @@ Attend = Literal["all", "cache", "new"]
 # Factors and their inverses must be normal float32 numbers, also after the few powers
 # of two that the kernel may add to them (numerics.py).
 LARGEST_FACTOR = 2.0**120
-_FACTOR_RANGE = "from 2**-120 to 2**120 (about 7.5e-37 to 1.3e36)"
+FACTOR_RANGE = "from 2**-120 to 2**120 (about 7.5e-37 to 1.3e36)"
 
 # The schema of a PyTorch operator holds integers of 64 bits.
 LARGEST_INT = 2**63 - 1
@@ -104,7 +104,7 @@ class AttentionOptions:
                 f"{self.attend!r}"
             )
         for name in ("soft_cap", "q_scale", "k_scale", "v_scale"):
-            object.__setattr__(self, name, _factor(name, getattr(self, name)))
+            object.__setattr__(self, name, check_factor(name, getattr(self, name)))
         self._check_factor_of_scores()
         if self.probabilities_dtype not in (None, *PROBABILITIES_DTYPES):
             raise NotImplementedError(
@@ -144,10 +144,10 @@ class AttentionOptions:
 
     def _check_factor_of_scores(self) -> None:
         for factor in (self.score_factor, self.score_factor / (self.soft_cap or 1.0)):
-            if self.sm_scale and not _is_factor(abs(factor)):
+            if self.sm_scale and not is_factor(abs(factor)):
                 raise ValueError(
                     "sm_scale * q_scale * k_scale, and that / soft_cap, must be "
-                    f"{_FACTOR_RANGE} in size, got {factor} from {self.sm_scale=}, "
+                    f"{FACTOR_RANGE} in size, got {factor} from {self.sm_scale=}, "
                     f"{self.q_scale=}, {self.k_scale=}, {self.soft_cap=}"
                 )
 
@@ -188,30 +188,36 @@ def check_bool(name: str, value: object) -> bool:
     return value
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def check_factor(name: str, value: Any) -> float | None:
+    """Returns a factor such as ``k_scale`` as a float, or None for None.
 
-
-def _is_factor(value: Any) -> bool:
-    return 1.0 / LARGEST_FACTOR <= value <= LARGEST_FACTOR
-
-
-def _score_scale(name: str, value: Any) -> float:
-    if not _is_number(value) or not (value == 0 or _is_factor(abs(value))):
+    Raises:
+      ValueError: It is not a positive number, or too large or small for float32.
+    """
+    if value is None:
+        return None
+    if not _is_number(value) or not is_factor(value):
         raise ValueError(
-            f"{name} must be a Python number, 0 or {_FACTOR_RANGE} in size, "
-            f"got {value!r}"
+            f"{name} must be a positive Python number {FACTOR_RANGE}, such that it "
+            f"and its inverse are normal in float32, or None, got {value!r}"
         )
     return float(value)
 
 
-def _factor(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    if not _is_number(value) or not _is_factor(value):
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_factor(value: Any) -> bool:
+    """Whether a number and its inverse are normal in float32, with some room."""
+    return 1.0 / LARGEST_FACTOR <= value <= LARGEST_FACTOR
+
+
+def _score_scale(name: str, value: Any) -> float:
+    if not _is_number(value) or not (value == 0 or is_factor(abs(value))):
         raise ValueError(
-            f"{name} must be a positive Python number {_FACTOR_RANGE}, such that it "
-            f"and its inverse are normal in float32, or None, got {value!r}"
+            f"{name} must be a Python number, 0 or {FACTOR_RANGE} in size, "
+            f"got {value!r}"
         )
     return float(value)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from jax_kernels.contract.cache import CACHE_DTYPES
+from tests.support.recorded_caches import RecordedCaches
 from torch_rpa.generate import check, command_line, constants, run
 from torch_rpa.generate import models as generate_models
 from torch_rpa.generate.__main__ import main
@@ -79,6 +81,28 @@ def test_a_difference_fails_the_check_and_is_named(monkeypatch, capsys):
 def test_bfloat16_and_a_small_cache_dtype_run(capsys):
     assert main([*SHORT, "--dtype", "bfloat16", "--cache-dtype", "int8"]) == 0
     assert "generated tokens        24\n" in capsys.readouterr().out
+
+
+def test_a_cache_in_int8_gives_the_same_text_with_scales(capsys):
+    def text(*options):
+        assert main([*SHORT, "--prompt", "Return a new ", *options]) == 0
+        return capsys.readouterr().out.split("\n\ndevice")[0]
+
+    # Its largest key is 15, and its largest value 10.
+    scales = {"--k-scale": "0.13", "--v-scale": "0.09"}
+    int8 = ["--cache-dtype", "int8"]
+    assert text(*int8, *itertools.chain(*scales.items())) == text()
+    for option, scale in scales.items():
+        assert text(*int8, option, scale) != text()
+
+
+def test_each_scale_divides_what_is_its_own(monkeypatch):
+    caches = RecordedCaches(monkeypatch)
+    assert main(SHORT) == 0
+    unscaled = caches.last()
+    assert main([*SHORT, "--k-scale", "2", "--v-scale", "8"]) == 0
+    keys, values = caches.last().unbind(2)
+    assert torch.equal(torch.stack([keys * 2, values * 8], 2), unscaled)
 
 
 def test_prompts_come_from_arguments_a_file_or_standard_input(
@@ -278,6 +302,8 @@ def test_user_mistakes_are_one_line(arguments, message, capsys):
         (["--frequency-penalty", "nan"], "--frequency-penalty: must be from -2 to 2"),
         (["--min-tokens", "-1"], "--min-tokens: must be an int of at least 0"),
         (["--logprobs", "21"], "--logprobs: must be an int from 0 to 20, got 21"),
+        (["--k-scale", "0"], "--k-scale: must be a positive number from 2**-120"),
+        (["--v-scale", "x"], "--v-scale: must be a positive number from 2**-120"),
         (["--stop", ""], "--stop: must have one character or more"),
         (["--device", "cuda"], "--device: invalid choice: 'cuda'"),
     ],

@@ -60,7 +60,8 @@ def custom_generate(model, inputs, **keywords):
 
 
 def generate_in_block(model, inputs, **keywords):
-    names = {"page_size", "num_pages", "max_tokens_per_step", "cache_dtype"}
+    names = {"page_size", "num_pages", "max_tokens_per_step"}
+    names |= {"cache_dtype", "k_scale", "v_scale"}
     given = {name: keywords.pop(name) for name in names & keywords.keys()}
     options: Any = {"page_size": 8, **given}
     with paged_generation(model, **options):

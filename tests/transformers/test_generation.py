@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import torch_rpa.transformers as rpa_transformers
+from tests.support.recorded_caches import RecordedCaches
 from tests.test_readme import README, block, run
 from tests.transformers.routes import (
     CACHE,
@@ -211,6 +212,20 @@ def test_too_few_pages_are_reported(paged, paged_generate):
         paged_generate(paged, padded(), num_pages=4)
 
 
+def test_scales_divide_what_is_stored_and_change_no_token(
+    paged, paged_generate, monkeypatch
+):
+    caches = RecordedCaches(monkeypatch)
+    expected = paged_generate(paged, padded())
+    unscaled = caches.last()
+    # Powers of two, by which everything stays exact.
+    got = paged_generate(paged, padded(), k_scale=2.0, v_scale=8)
+    assert torch.equal(got, expected)
+    keys, values = caches.last().unbind(2)
+    assert torch.equal(torch.stack([keys * 2, values * 8], 2), unscaled)
+    assert keys.any() and values.any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -219,6 +234,8 @@ def test_too_few_pages_are_reported(paged, paged_generate):
         ({"num_pages": 0}, "num_pages must be at least 1, .* got 0"),
         ({"max_tokens_per_step": 0}, "max_tokens_per_step must be at least 1, .*got 0"),
         ({"cache_dtype": "int8"}, "cache_dtype must be a torch.dtype or None, got 'i"),
+        ({"k_scale": 0}, "k_scale must be a positive Python number .* got 0"),
+        ({"v_scale": "1"}, "v_scale must be a number or None, got '1'"),
     ],
 )
 def test_options_out_of_range_are_refused(paged, options, message, paged_generate):

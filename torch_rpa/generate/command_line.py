@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_kernels.contract.cache import CACHE_DTYPES, check_page_size
+from jax_kernels.contract.options import FACTOR_RANGE, is_factor
 from torch_rpa import bridges
 from torch_rpa.generate.constants import (
     DEFAULT_PROMPTS,
@@ -238,6 +239,13 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
         "--no-prefix-caching", dest="prefix_caching", action="store_false"
     )
     group.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="without it --dtype")
+    for name, stored in (("k", "keys"), ("v", "values")):
+        group.add_argument(
+            f"--{name}-scale",
+            type=_scale,
+            help=f"what {stored} are divided by before the cache stores them, which "
+            "int8 needs; without it 1",
+        )
 
 
 class _HelpFormatter(
@@ -275,6 +283,7 @@ _repetition_penalty = _number(
     float, lambda n: 0 < n < math.inf, "more than 0 and finite"
 )
 _penalty = _number(float, lambda n: -2 <= n <= 2, "from -2 to 2")
+_scale = _number(float, is_factor, f"a positive number {FACTOR_RANGE}")
 _logprobs = _number(
     int, lambda n: 0 <= n <= MOST_LOGPROBS, f"an int from 0 to {MOST_LOGPROBS}"
 )

@@ -215,6 +215,8 @@ def _engine_options(args: argparse.Namespace, workload: Workload) -> EngineOptio
         num_pages=args.num_pages,
         token_buckets=None if args.trace else tuple(sorted(buckets)),
         cache_dtype=args.cache_dtype and torch_dtype(args.cache_dtype),
+        k_scale=args.k_scale,
+        v_scale=args.v_scale,
         prefix_caching=args.prefix_caching,
         device=args.device,
     )

@@ -117,6 +117,8 @@ class Engine:
             page_size=options.page_size,
             device=self._device,
             cache_dtype=options.cache_dtype,
+            k_scale=options.k_scale,
+            v_scale=options.v_scale,
             window=window,
         )
         self._model_version = ModelVersion(self._runner.model)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from jax_kernels.contract.options import check_factor
 from torch_rpa.checks import LARGEST_INT, check_types
 from torch_rpa.scheduling.scheduler import pages_for
 from torch_rpa.transformers.rotary import unscaled_length
@@ -23,7 +24,7 @@ _BUCKET_RATIO = 4
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """Limits and cache of an engine; none but ``cache_dtype`` changes a token.
+    """Limits and cache of an engine; only ``cache_dtype`` and its scales change tokens.
 
     Attributes:
         max_num_sequences: Most requests that run at the same time, S.
@@ -38,6 +39,9 @@ class EngineOptions:
             takes ``max_num_sequences`` and multiples by 4 up to
             ``max_tokens_per_step``, and on the CPU pads nothing.
         cache_dtype: What keys and values are stored as; None is the model's dtype.
+        k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. See
+            ``torch_rpa.measure_kv_scales``.
+        v_scale: The cache stores ``value / v_scale`` likewise.
         prefix_caching: Keep full pages, and share them between requests that begin
             with the same tokens.
         lookahead: Start each step before the tokens of the one before are on the host.
@@ -52,6 +56,8 @@ class EngineOptions:
     num_pages: int | None = None
     token_buckets: tuple[int, ...] | None = None
     cache_dtype: torch.dtype | None = None
+    k_scale: float | None = None
+    v_scale: float | None = None
     prefix_caching: bool = True
     lookahead: bool = True
     device: str | None = None
@@ -77,6 +83,8 @@ class EngineOptions:
         self._require(
             "cache_dtype", lambda value: isinstance(value, torch.dtype), "a torch.dtype"
         )
+        for name in ("k_scale", "v_scale"):
+            object.__setattr__(self, name, check_factor(name, getattr(self, name)))
 
     def _require(
         self, name: str, is_valid: Callable[[Any], bool], expected: str

@@ -64,6 +64,8 @@ def generate(
     num_pages: int | None = None,
     max_tokens_per_step: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Generates for a batch of prompts, greedily or by sampling.
@@ -83,6 +85,9 @@ def generate(
         max_tokens_per_step: Most tokens in one step; longer prefills are cut into
             several steps. None takes all prompts in one step.
         cache_dtype: What keys and values are stored as; None is the model's dtype.
+        k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. See
+            ``torch_rpa.measure_kv_scales``.
+        v_scale: The cache stores ``value / v_scale`` likewise.
         model_kwargs: ``attention_mask`` and what transformers adds; anything else that
             a model could take is refused.
 
@@ -101,6 +106,8 @@ def generate(
         num_pages=num_pages,
         max_tokens_per_step=max_tokens_per_step,
         cache_dtype=cache_dtype,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     call = _call_of_transformers()
     config = generation_config or model.generation_config
@@ -120,6 +127,8 @@ def generate(
         num_pages=options.num_pages,
         max_tokens_per_step=options.max_tokens_per_step,
         cache_dtype=options.cache_dtype,
+        k_scale=options.k_scale,
+        v_scale=options.v_scale,
         compiles=not config.disable_compile,
     )
     out = _choose_tokens(

@@ -36,6 +36,8 @@ class LockstepBatch:
         num_pages: int | None,
         max_tokens_per_step: int | None,
         cache_dtype: torch.dtype | None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
         prefix_caching: bool = False,
         compiles: bool = True,
     ):
@@ -77,6 +79,8 @@ class LockstepBatch:
             num_pages=self.scheduler.allocator.num_pages,
             page_size=page_size,
             cache_dtype=cache_dtype,
+            k_scale=k_scale,
+            v_scale=v_scale,
             fill_caches_first=step_tokens < sum(map(len, prompts)),
             compiles=compiles,
         )

@@ -31,6 +31,8 @@ class ModelRunner:
         page_size: int,
         device: torch.device | str | None = None,
         cache_dtype: torch.dtype | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
         fill_caches_first: bool = True,
         compiles: bool = True,
         window: int | None = None,
@@ -44,6 +46,7 @@ class ModelRunner:
             page_size: Tokens in a page.
             device: One of :func:`torch_rpa.devices.names`; None is where the model is.
             cache_dtype: What keys and values are stored as; None is the model's dtype.
+            k_scale, v_scale: See ``RPAContext``.
             fill_caches_first: Make the caches in a program of their own. Otherwise the
                 first step's program makes them: one program fewer, unless more steps
                 have the first one's sizes, as in chunked prefill.
@@ -54,6 +57,7 @@ class ModelRunner:
         self.device = devices.open_device(device or model.device)
         self._compiles = compiles
         self._window = window
+        self._k_scale, self._v_scale = k_scale, v_scale
         self.model = use_rpa(model)
         if model.device != self.device:
             self.model.to(self.device)  # pyright: ignore[reportArgumentType]
@@ -138,7 +142,13 @@ class ModelRunner:
             input_ids=input_ids,
             position_ids=inputs.position_ids,
             use_cache=False,
-            rpa=RPAContext(self.kv_caches, inputs.batch, window=self._window),
+            rpa=RPAContext(
+                self.kv_caches,
+                inputs.batch,
+                k_scale=self._k_scale,
+                v_scale=self._v_scale,
+                window=self._window,
+            ),
             logits_to_keep=0 if all_positions else inputs.last_tokens,
         ).logits[0]
 

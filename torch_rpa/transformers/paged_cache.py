@@ -169,6 +169,8 @@ class PagedCache(Cache):
                     num_pages=self._options.num_pages,
                     max_tokens_per_step=self._options.max_tokens_per_step,
                     cache_dtype=self._options.cache_dtype,
+                    k_scale=self._options.k_scale,
+                    v_scale=self._options.v_scale,
                     prefix_caching=True,  # later turns
                     compiles=self._compiles,
                 )

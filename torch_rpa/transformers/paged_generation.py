@@ -44,6 +44,8 @@ def paged_generation(
     max_length: int | None = None,
     max_tokens_per_step: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
 ) -> Iterator[None]:
     """Pages the cache of every ``model.generate`` in the block, which stays as it is.
 
@@ -64,6 +66,9 @@ def paged_generation(
         max_tokens_per_step: Most tokens in one step; longer prefills are cut into
             several steps. None takes all prompts in one step.
         cache_dtype: What keys and values are stored as; None is the model's dtype.
+        k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. See
+            ``torch_rpa.measure_kv_scales``.
+        v_scale: The cache stores ``value / v_scale`` likewise.
 
     Raises:
         ValueError: An option is out of range, or the model has another attention or is
@@ -76,7 +81,13 @@ def paged_generation(
     model = innermost(model)
     check_attention(model)
     options = PagingOptions(
-        page_size, num_pages, max_length, max_tokens_per_step, cache_dtype
+        page_size=page_size,
+        num_pages=num_pages,
+        max_length=max_length,
+        max_tokens_per_step=max_tokens_per_step,
+        cache_dtype=cache_dtype,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     paging = _Paging(model, options)
     if isinstance(getattr(model.forward, "paging", None), _Paging):

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from jax_kernels.contract.options import check_factor
 from torch_rpa.checks import LARGEST_INT, check_types
 
 
@@ -18,6 +19,8 @@ class PagingOptions:
     max_length: int | None = None
     max_tokens_per_step: int | None = None
     cache_dtype: torch.dtype | None = None
+    k_scale: float | None = None
+    v_scale: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -31,3 +34,5 @@ class PagingOptions:
             raise ValueError(
                 f"cache_dtype must be a torch.dtype or None, got {self.cache_dtype!r}"
             )
+        for name in ("k_scale", "v_scale"):
+            object.__setattr__(self, name, check_factor(name, getattr(self, name)))
