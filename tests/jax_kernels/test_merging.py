@@ -1,5 +1,6 @@
 """Parts of the keys, joined again, in JAX."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,6 +38,27 @@ def test_infinite_logarithms():
     out, lse = merge_attention(outs, lses)
     assert out[:, 0].tolist() == [2.0, 0.0, 0.0, 0.0]
     assert lse.tolist() == [1.0, -INFINITY, INFINITY, INFINITY]
+
+
+def test_gradients_are_those_of_a_softmax_also_of_equal_parts():
+    outs = jnp.arange(12.0).reshape(2, 2, 3)
+    lses = jnp.array([[0.5, 0.5], [0.5, 2.0]])
+
+    def plain(lses):
+        shares = jax.nn.softmax(lses, axis=0)
+        return (shares[..., None] * outs).sum(0), jax.nn.logsumexp(lses, axis=0)
+
+    def gradient(merge):
+        return jax.grad(lambda x: sum(y.sum() for y in merge(x)))(lses)
+
+    got = gradient(lambda x: merge_attention(outs, x))
+    expected = gradient(plain)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_parts_of_other_dtypes_are_refused():
+    with pytest.raises(NotImplementedError, match=r"outs of int32 .* cast them"):
+        merge_attention([jnp.ones((2, 4), jnp.int32)], [jnp.ones(2)])
 
 
 @pytest.mark.parametrize(

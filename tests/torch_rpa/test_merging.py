@@ -60,6 +60,34 @@ def test_outputs_keep_their_dtype():
     torch.testing.assert_close(lse, torch.full((2, 3), math.log(2.0)))
 
 
+def test_parts_may_be_stacked_or_generated():
+    outs, lses = torch.randn(2, 3, 4), torch.randn(2, 3)
+    expected = torch_rpa.merge_attention(list(outs), list(lses))
+    for got in (
+        torch_rpa.merge_attention(outs, lses),
+        torch_rpa.merge_attention(iter(outs), iter(lses)),
+    ):
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_gradients_are_those_of_a_softmax_also_of_equal_parts():
+    outs = torch.randn(2, 2, 3)
+    lses = torch.tensor([[0.5, 0.5], [0.5, 2.0]], requires_grad=True)
+    out, lse = torch_rpa.merge_attention(outs, lses)
+    plain = (torch.softmax(lses, 0).unsqueeze(-1) * outs).sum(dim=0)
+    got, expected = (
+        torch.autograd.grad(a.sum() + 2 * b.sum(), lses)[0]
+        for a, b in ((out, lse), (plain, lses.logsumexp(0)))
+    )
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float64], ids=str)
+def test_parts_of_other_dtypes_are_refused(dtype):
+    with pytest.raises(NotImplementedError, match=f"outs of {dtype} .* cast them"):
+        torch_rpa.merge_attention([torch.ones(2, 4, dtype=dtype)], [torch.ones(2)])
+
+
 @pytest.mark.parametrize(
     ("outs", "lses", "message"),
     [
@@ -76,6 +104,12 @@ def test_outputs_keep_their_dtype():
             r"lses\[0\] must be torch.float32 \[2\], got torch.float64",
         ),
         ([torch.ones(2, 4)], [torch.ones(2, 1)], r"lses\[0\] must be .* \[2\], got"),
+        ([torch.ones(())], [torch.ones(())], r"outs\[0\] must have shape \[..., D\]"),
+        (
+            [torch.ones(2, 4)],
+            [torch.ones(2, device="meta")],
+            r"lses\[0\] must be on the device of outs\[0\], cpu, got meta",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(outs, lses, message):
