@@ -6,8 +6,13 @@ from typing import Any
 
 import torch
 
+from jax_kernels.contract import CallSizes
+from jax_kernels.contract.options import check_bool
+from torch_rpa import validation
 from torch_rpa.api import ragged_paged_attention
 from torch_rpa.merging import merge_attention
+from torch_rpa.options import dtype_name, make_options
+from torch_rpa.validation import Inputs
 
 
 def cascade_attention(
@@ -46,7 +51,8 @@ def cascade_attention(
         distribution: See the operator.
         sinks: See the operator.
         prefix_len: int32 ``[1]``, tokens of the prefix. All sequences have it.
-        prefix_page_indices: int32 ``[P0]``, pages of the prefix.
+        prefix_page_indices: int32 ``[P0]``, pages of the prefix. Entries past the last
+            one that it needs are ignored. No new token may be written over its tokens.
         return_lse: See the operator.
         options: Other keyword arguments of the operator, but for ``attend``.
 
@@ -54,7 +60,8 @@ def cascade_attention(
         What the operator does.
 
     Raises:
-        ValueError: See the operator.
+        ValueError: See the operator. Values of the arguments for the prefix are checked
+            when the operator would check those of its own.
         NotImplementedError: ``sliding_window`` is given: by it each query would see
             another part of the prefix.
     """
@@ -69,6 +76,11 @@ def cascade_attention(
             "attend must be 'all' in cascade_attention: call ragged_paged_attention "
             "for parts of the keys"
         )
+    check_bool("return_lse", return_lse)
+    metadata = (kv_lens, page_indices, cu_q_lens, distribution)
+    if not torch.compiler.is_compiling():  # there the fakes of the operator check
+        inputs = Inputs(q, k, v, kv_cache, *metadata, sinks)
+        _check(inputs, prefix_len, prefix_page_indices, options)
     end = cu_q_lens[distribution[2:].long()]  # [1]
     start = torch.zeros_like(end)
     prefix_options = options | {
@@ -89,9 +101,65 @@ def cascade_attention(
         return_lse=True,
         **prefix_options,
     )
-    metadata = (kv_lens, page_indices, cu_q_lens, distribution)
     suffix = ragged_paged_attention(
         q, k, v, kv_cache, *metadata, sinks, return_lse=True, **options
     )
     out, lse = merge_attention(*zip(prefix, suffix, strict=True))
     return (out, lse) if return_lse else out
+
+
+def _check(
+    inputs: Inputs,
+    prefix_len: torch.Tensor,
+    prefix_page_indices: torch.Tensor,
+    options: dict[str, Any],
+) -> None:
+    """Checks all arguments by their own names, before any is made into another."""
+    how = {"impl", "validate"}
+    attention_options = make_options(
+        {name: value for name, value in options.items() if name not in how}
+    )
+    sizes = validation.validate_static(inputs, attention_options)
+    _check_tensor("prefix_len", prefix_len, inputs.q.device, "[1]")
+    _check_tensor("prefix_page_indices", prefix_page_indices, inputs.q.device, "[P0]")
+    is_on_host = inputs.q.device.type == "cpu"
+    if is_on_host or options.get("validate") or validation.values_requested():
+        validation.validate_ranges(inputs, sizes, attention_options)
+        if int(inputs.cu_q_lens[int(inputs.distribution[2])]):  # else nothing reads it
+            _check_values(int(prefix_len), prefix_page_indices.tolist(), sizes)
+
+
+def _check_tensor(name: str, tensor: Any, device: torch.device, shape: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor int32 {shape}, got {tensor!r}")
+    fits = tensor.shape == (1,) if shape == "[1]" else tensor.dim() == 1
+    if not fits or not tensor.numel() or tensor.dtype != torch.int32:
+        raise ValueError(
+            f"{name} must be int32 {shape}, got {dtype_name(tensor.dtype)} "
+            f"{list(tensor.shape)}"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} must be on the device of q, {device}, got {tensor.device}"
+        )
+
+
+def _check_values(length: int, pages: list[int], sizes: CallSizes) -> None:
+    page_size, num_pages = sizes.cache.page_size, sizes.cache.num_pages
+    most = len(pages) * page_size
+    if not 0 <= length <= most:
+        raise ValueError(
+            f"prefix_len must be in [0, {most}] (the pages of prefix_page_indices), "
+            f"got {length}"
+        )
+    first_use: dict[int, int] = {}
+    for index, page in enumerate(pages[: -(-length // page_size)]):
+        if not 0 <= page < num_pages:
+            raise ValueError(
+                f"prefix_page_indices[{index}] must be in [0, {num_pages}), got {page}"
+            )
+        if first_use.setdefault(page, index) != index:
+            raise ValueError(
+                "prefix_page_indices must name each page once, got page "
+                f"{page} at {first_use[page]} and at {index}"
+            )

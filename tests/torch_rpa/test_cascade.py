@@ -108,3 +108,44 @@ def test_what_a_cascade_cannot_do_is_named(options, message):
     _, parts, prefix = make_cascade()
     with pytest.raises(NotImplementedError, match=message):
         torch_rpa.cascade_attention(*parts, **prefix, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("prefix_len", lambda x: x.long(), r"int32 \[1\], got int64 \[1\]"),
+        ("prefix_len", lambda x: x.repeat(2), r"int32 \[1\], got int32 \[2\]"),
+        ("prefix_len", lambda x: x[0], r"int32 \[1\], got int32 \[\]"),
+        ("prefix_len", lambda x: 16, r"a tensor int32 \[1\], got 16"),
+        ("prefix_len", lambda x: x + 1, r"in \[0, 16\] .* got 17"),
+        ("prefix_len", lambda x: -x, r"in \[0, 16\] .* got -16"),
+        ("prefix_page_indices", lambda x: x.long(), r"\[P0\], got int64 \[2\]"),
+        ("prefix_page_indices", lambda x: x[:0], r"\[P0\], got int32 \[0\]"),
+        ("prefix_page_indices", lambda x: x.to("meta"), "device of q, cpu, got meta"),
+        ("prefix_page_indices", lambda x: x - 99, r"in \[0, 32\), got -"),
+        ("prefix_page_indices", lambda x: 0 * x + 3, "once, got page 3 at 0 and at 1"),
+    ],
+)
+def test_what_is_wrong_with_a_prefix_is_named(name, change, message):
+    _, parts, prefix = make_cascade()
+    before = parts.kv_cache.clone()
+    with pytest.raises(ValueError, match=f"{name}.* must .*{message}"):
+        torch_rpa.cascade_attention(*parts, **prefix | {name: change(prefix[name])})
+    assert torch.equal(parts.kv_cache, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("distribution", lambda x: x + 99, "distribution must satisfy 0 <= i"),
+        ("distribution", lambda x: x[:2], r"distribution must be int32 \[3\]"),
+        ("cu_q_lens", lambda x: x.long(), r"cu_q_lens must be int32 \[6\]"),
+        ("cu_q_lens", lambda x: None, "cu_q_lens must be given"),
+        ("kv_lens", lambda x: 0 * x + 99, r"kv_lens\[0\] must be in \[0, 16\]"),
+    ],
+)
+def test_what_is_wrong_with_the_rest_is_named(name, change, message):
+    _, parts, prefix = make_cascade()
+    parts = parts._replace(**{name: change(getattr(parts, name))})
+    with pytest.raises(ValueError, match=message):
+        torch_rpa.cascade_attention(*parts, **prefix)
