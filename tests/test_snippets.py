@@ -67,6 +67,9 @@ class Tokenizer:
         mask = [[0] * (width - len(t)) + [1] * len(t) for t in texts]
         return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
 
+    def encode(self, text):
+        return list(text.encode())
+
 
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory):

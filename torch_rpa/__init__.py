@@ -11,10 +11,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "KVScales",
     "__version__",
     "cascade_attention",
     "empty_kv_cache",
     "kv_cache_shape",
+    "measure_kv_scales",
     "merge_attention",
     "ragged_paged_attention",
     "tuned_block_sizes",
@@ -36,9 +38,11 @@ def _is_on_the_way_to_the_command_line() -> bool:
 
 
 if TYPE_CHECKING or not _is_on_the_way_to_the_command_line():
+    from torch_rpa.public import KVScales as KVScales
     from torch_rpa.public import cascade_attention as cascade_attention
     from torch_rpa.public import empty_kv_cache as empty_kv_cache
     from torch_rpa.public import kv_cache_shape as kv_cache_shape
+    from torch_rpa.public import measure_kv_scales as measure_kv_scales
     from torch_rpa.public import merge_attention as merge_attention
     from torch_rpa.public import ragged_paged_attention as ragged_paged_attention
     from torch_rpa.public import tuned_block_sizes as tuned_block_sizes

@@ -24,4 +24,6 @@ from torch_rpa.kv_cache import empty_kv_cache as empty_kv_cache
 from torch_rpa.kv_cache import kv_cache_shape as kv_cache_shape
 from torch_rpa.kv_cache import unpack_kv_cache as unpack_kv_cache
 from torch_rpa.merging import merge_attention as merge_attention
+from torch_rpa.scales import KVScales as KVScales
+from torch_rpa.scales import measure_kv_scales as measure_kv_scales
 from torch_rpa.tuned import tuned_block_sizes as tuned_block_sizes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -40,8 +42,19 @@ class LockstepBatch:
         v_scale: float | None = None,
         prefix_caching: bool = False,
         compiles: bool = True,
+        attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention,
     ):
-        """Starts every prompt; ``prefix_caching`` pays if some are extended later."""
+        """Starts every prompt.
+
+        Args:
+            model, page_size, num_pages, max_tokens_per_step, cache_dtype: As in
+                ``paged_generation``.
+            k_scale, v_scale, attention: As in ``RPAContext``.
+            prompts: Token ids of each.
+            max_new_tokens: So many tokens each may grow by.
+            prefix_caching: Keep pages, which pays if some are extended later.
+            compiles: Compile steps where the device does not do so by itself.
+        """
         is_compiled = devices.is_compiled(model.device)
         self._scaling = length_scaling(model)
         step_tokens = max_tokens_per_step or sum(map(len, prompts))
@@ -83,6 +96,7 @@ class LockstepBatch:
             v_scale=v_scale,
             fill_caches_first=step_tokens < sum(map(len, prompts)),
             compiles=compiles,
+            attention=attention,
         )
         self._compute_logits = self.runner.step(torch.Tensor.float)
         self._indices = {r: index for index, r in enumerate(self.requests)}

@@ -36,6 +36,7 @@ class ModelRunner:
         fill_caches_first: bool = True,
         compiles: bool = True,
         window: int | None = None,
+        attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention,
     ):
         """Moves the model to its device and makes its caches.
 
@@ -46,7 +47,7 @@ class ModelRunner:
             page_size: Tokens in a page.
             device: One of :func:`torch_rpa.devices.names`; None is where the model is.
             cache_dtype: What keys and values are stored as; None is the model's dtype.
-            k_scale, v_scale: See ``RPAContext``.
+            k_scale, v_scale, attention: See ``RPAContext``.
             fill_caches_first: Make the caches in a program of their own. Otherwise the
                 first step's program makes them: one program fewer, unless more steps
                 have the first one's sizes, as in chunked prefill.
@@ -58,6 +59,7 @@ class ModelRunner:
         self._compiles = compiles
         self._window = window
         self._k_scale, self._v_scale = k_scale, v_scale
+        self._attention = attention
         self.model = use_rpa(model)
         if model.device != self.device:
             self.model.to(self.device)  # pyright: ignore[reportArgumentType]
@@ -147,6 +149,7 @@ class ModelRunner:
                 inputs.batch,
                 k_scale=self._k_scale,
                 v_scale=self._v_scale,
+                attention=self._attention,
                 window=self._window,
             ),
             logits_to_keep=0 if all_positions else inputs.last_tokens,
