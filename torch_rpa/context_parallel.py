@@ -22,25 +22,30 @@ values.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from torch_rpa import ops
+from jax_kernels.contract.arguments import check_given
+from jax_kernels.contract.cache import check_page_size
+from torch_rpa import ops, validation
 from torch_rpa.kv_cache import empty_kv_cache
 from torch_rpa.merging import merge_attention, merge_stacked
+from torch_rpa.options import dtype_name, make_options
+from torch_rpa.validation import Inputs
 
 if TYPE_CHECKING:
     from torch_xla.distributed.spmd import Mesh
 
 
 class StripedStep(NamedTuple):
-    """The numbers of a step, int32. The first axis of the upper five is the device.
+    """The numbers of a step. The first axis of the upper five is the device.
 
     For all devices it is as :func:`plan_striped_step` gives it; ``of_device`` gives
-    those of one.
+    those of one. Tensors are int32.
     """
 
     old_kv_lens: torch.Tensor  # [n, S] tokens of a stripe before the step, plus q_len
@@ -53,19 +58,36 @@ class StripedStep(NamedTuple):
     distribution: torch.Tensor  # [3] without a range for chunks
     new_kv_lens: torch.Tensor  # [S] new tokens of each sequence
     new_page_indices: torch.Tensor  # [S * P'] their pages in the cache of new tokens
+    num_tokens: int  # T
+    new_page_size: int  # of the cache of new tokens
 
     def of_device(self, device: int) -> StripedStep:
-        """The numbers of one device, without the axis of devices."""
-        upper = (x[device] for x in self[:NUM_STRIPED])
-        return StripedStep._make((*upper, *self[NUM_STRIPED:]))
+        """The numbers of one device, without the axis of devices.
+
+        Raises:
+            ValueError: There is no such device, or the step is that of one already.
+        """
+        num_devices = len(self.counts_new) if self.counts_new.dim() else 0
+        if not 0 <= device < num_devices:
+            raise ValueError(
+                f"device must be one of the {num_devices} that the step has numbers "
+                f"for, got {device}"
+            )
+        return self.map(STRIPED, lambda x: x[device])
 
     def to(self, device: torch.device | str) -> StripedStep:
         """The same numbers on a device of torch."""
-        return StripedStep._make(x.to(device) for x in self)
+        return self.map(STRIPED + SHARED, lambda x: x.to(device))
+
+    def map(
+        self, names: Sequence[str], function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> StripedStep:
+        """The same step with a function of some of its tensors in their places."""
+        return self._replace(**{name: function(getattr(self, name)) for name in names})
 
 
-# Fields of ``StripedStep`` that differ from device to device.
-NUM_STRIPED = 5
+# The tensors of ``StripedStep`` that differ from device to device, and the others.
+STRIPED, SHARED = StripedStep._fields[:5], StripedStep._fields[5:10]
 
 
 def stripe_len(num_tokens: Any, device: Any, num_devices: int) -> Any:
@@ -111,11 +133,18 @@ def plan_striped_step(
         new_page_size: Tokens in a page of the cache of new tokens.
 
     Returns:
-        Tensors on the CPU. Their sizes follow from S, P, T and n alone.
+        Tensors on the CPU. Their sizes follow from S, P, T, n and the page size alone.
 
     Raises:
-        ValueError: Lengths do not fit each other.
+        ValueError: An argument has a wrong shape, dtype, device or value, or lengths do
+            not fit each other. That the pages are there, and are enough, is checked by
+            the operator where it checks values.
     """
+    _check_count("num_devices", num_devices)
+    _check_count("num_tokens", num_tokens)
+    _check_count("new_page_size", new_page_size)
+    check_page_size(new_page_size, "new_page_size")
+    _check_batch(kv_lens, page_indices, cu_q_lens, distribution)
     lengths = kv_lens.numpy().astype(np.int64)
     num_sequences = len(lengths)
     decode_end, _, live = distribution.tolist()
@@ -123,6 +152,8 @@ def plan_striped_step(
     q_lens = np.zeros(num_sequences, np.int64)
     q_lens[:live] = np.diff(starts)
     lengths[live:] = 0
+    if starts[0] != 0:
+        raise ValueError(f"cu_q_lens[0] must be 0, got {starts[0]}")
     if (q_lens < 0).any() or (q_lens > lengths).any() or q_lens.sum() > num_tokens:
         raise ValueError(
             "cu_q_lens must not decrease, nor name more tokens than kv_lens or than "
@@ -166,7 +197,55 @@ def plan_striped_step(
         distribution=int32(np.array([decode_end, decode_end, live])),
         new_kv_lens=int32(q_lens),
         new_page_indices=int32(np.minimum(new_table, most - 1).reshape(-1)),
+        num_tokens=num_tokens,
+        new_page_size=new_page_size,
     )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a Python int of at least 1, got {value!r}")
+
+
+def _check_batch(
+    kv_lens: torch.Tensor,
+    page_indices: torch.Tensor,
+    cu_q_lens: torch.Tensor,
+    distribution: torch.Tensor,
+) -> None:
+    """Checks the tensors of a batch, and the order of its ranges."""
+    tensors = {
+        "kv_lens": kv_lens,
+        "page_indices": page_indices,
+        "cu_q_lens": cu_q_lens,
+        "distribution": distribution,
+    }
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+            kind = getattr(tensor, "device", type(tensor).__name__)
+            raise ValueError(f"{name} must be a tensor on the CPU, got {kind}")
+        if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.numel():
+            raise ValueError(
+                f"{name} must be int32 of one axis, got {dtype_name(tensor.dtype)} "
+                f"{list(tensor.shape)}"
+            )
+    num_sequences = len(kv_lens)
+    for name, length in (("cu_q_lens", num_sequences + 1), ("distribution", 3)):
+        if len(tensors[name]) != length:
+            raise ValueError(
+                f"{name} must be int32 [{length}], got int32 [{len(tensors[name])}]"
+            )
+    if len(page_indices) % num_sequences:
+        raise ValueError(
+            f"page_indices must have shape [S * P] with S = {num_sequences}, got "
+            f"[{len(page_indices)}]"
+        )
+    decode_end, prefill_end, live = distribution.tolist()
+    if not 0 <= decode_end <= prefill_end <= live <= num_sequences:
+        raise ValueError(
+            f"distribution must satisfy 0 <= i <= j <= k <= {num_sequences}, got "
+            f"{[decode_end, prefill_end, live]}"
+        )
 
 
 def attend_to_stripe(
@@ -195,13 +274,14 @@ def attend_to_stripe(
             device.
         sinks: ``[Hq]``, likewise.
         options: Of the operator: ``sm_scale``, ``causal``, ``soft_cap``, scales,
-            ``decode_q_len``, ``probabilities_dtype``, ``out_dtype``.
+            ``decode_q_len``, ``probabilities_dtype``, ``out_dtype``, ``block_sizes``.
 
     Returns:
         ``[T, Hq, D]`` and float32 ``[T, Hq]``.
 
     Raises:
-        ValueError: See the operator.
+        ValueError: See the operator; or the step is for another number of tokens, or
+            the cache of new tokens does not fit it.
         NotImplementedError: ``sliding_window`` is given, or an option that has no
             meaning here.
     """
@@ -209,7 +289,14 @@ def attend_to_stripe(
     def in_place(*tensors: Any, **keywords: Any) -> tuple[Any, Any, Any]:
         return *ops.WITH_LSE.public(*tensors, **keywords), tensors[3]
 
-    _check(options)
+    _check_options(options)
+    if not torch.compiler.is_compiling():  # there the fakes of the operator check
+        if step.counts_new.dim():
+            raise ValueError(
+                "step must be that of one device, got that of "
+                f"{len(step.counts_new)}: take step.of_device(number)"
+            )
+        _check_tensors(q, k, v, kv_cache, new_cache, step, sinks, options)
     own = _own_tokens(q, k, v, step.own_rows)
     tensors = q, k, v, kv_cache, new_cache
     old, new, _, _ = _attend(in_place, own, *tensors, step, sinks, options)
@@ -293,14 +380,63 @@ def _attend(
     return _Part(*old), _Part(out, lse), kv_cache, new_cache
 
 
-def _check(options: dict[str, Any]) -> None:
+def _check_tensors(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: torch.Tensor,
+    new_cache: torch.Tensor,
+    step: StripedStep,
+    sinks: torch.Tensor | None,
+    options: dict[str, Any],
+) -> None:
+    """Checks shapes, dtypes and devices before anything is written.
+
+    Raises:
+        ValueError: Tensors do not fit each other or the step.
+        NotImplementedError: See the operator.
+    """
+    check_given((q, k, v, kv_cache))
+    if step.distribution.device != q.device:
+        raise ValueError(
+            f"step must be on the device of q, {q.device}, got "
+            f"{step.distribution.device}: take step.to(q.device)"
+        )
+    validation.validate_gradients((q, k, v, kv_cache, new_cache, sinks))
+    metadata = step.new_kv_lens, step.page_indices, step.cu_q_lens, step.distribution
+    sizes = validation.validate_static(
+        Inputs(q, k, v, kv_cache, *metadata, sinks), make_options(options)
+    )
+    if sizes.num_tokens != step.num_tokens:
+        raise ValueError(
+            f"step must be planned for the {sizes.num_tokens} rows of q, got one "
+            f"planned for {step.num_tokens}"
+        )
+    num_pages = num_new_pages(step.num_tokens, sizes.num_sequences, step.new_page_size)
+    shape = dataclasses.replace(
+        sizes.cache, num_pages=num_pages, page_size=step.new_page_size
+    ).shape
+    if (
+        new_cache.device != q.device
+        or new_cache.dtype != kv_cache.dtype
+        or new_cache.shape[1:] != shape[1:]
+        or len(new_cache) < num_pages
+    ):
+        raise ValueError(
+            f"new_cache must be {sizes.cache.dtype_name} {list(shape)}, or have more "
+            f"pages, on {q.device} for this step, got {dtype_name(new_cache.dtype)} "
+            f"{list(new_cache.shape)} on {new_cache.device}"
+        )
+
+
+def _check_options(options: dict[str, Any]) -> None:
     if options.get("sliding_window") is not None:
         raise NotImplementedError(
             "sliding_window is not supported with a striped cache, got "
             f"{options['sliding_window']}: a window is short, so keep the caches of "
             "such layers whole on every device"
         )
-    for name in ("attend", "update_kv_cache", "chunk_prefill_size"):
+    for name in ("attend", "update_kv_cache", "chunk_prefill_size", "return_lse"):
         if name in options:
             raise NotImplementedError(
                 f"{name} has no meaning with a striped cache, got {options[name]!r}: "
@@ -388,7 +524,7 @@ def context_parallel_attention(
     import torch_xla.distributed.spmd as xs
     from torch_xla.distributed.spmd.xla_sharding import unwrap_sharded_tensor
 
-    _check(options)
+    _check_options(options)
     num_devices = _num_devices(mesh, axis)
     if len(step.counts_new) != num_devices:
         raise ValueError(
@@ -417,16 +553,13 @@ def context_parallel_attention(
         return joined(local, _striped(local, axis), (num_devices, *local.shape[1:]))
 
     kv_cache, new_cache = map(unwrap_sharded_tensor, (kv_cache, new_cache))
+    _check_tensors(q, k, v, kv_cache, new_cache, step, sinks, options)
     # Only what has to be is in the manual region. With tokens chosen and parts merged
     # there too, libtpu 0.0.52 ended the process.
     xs.mark_sharding(step.own_rows, mesh, (axis, None))
     own = [striped(x).squeeze(0) for x in _own_tokens(q, k, v, step.own_rows)]
-    local_step = StripedStep._make(
-        (
-            *(striped(x).squeeze(0) for x in step[:NUM_STRIPED]),
-            *map(replicated, step[NUM_STRIPED:]),
-        )
-    )
+    local_step = step.map(STRIPED, lambda x: striped(x).squeeze(0))
+    local_step = local_step.map(SHARED, replicated)
     with torch.no_grad():
         old, new, striped_cache, all_new = _attend(
             ops.WITH_LSE.functional,

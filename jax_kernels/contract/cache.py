@@ -219,11 +219,11 @@ def check_head_dim(head_dim: int) -> None:
         )
 
 
-def check_page_size(page_size: int) -> None:
+def check_page_size(page_size: int, argument: str = "page_size") -> None:
     """Raises unless page_size is a power of two in the supported range."""
     in_range = MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE
     if not in_range or page_size & (page_size - 1):
         raise ValueError(
-            f"page_size must be a power of two from {MIN_PAGE_SIZE} to "
+            f"{argument} must be a power of two from {MIN_PAGE_SIZE} to "
             f"{MAX_PAGE_SIZE}, got {page_size}"
         )

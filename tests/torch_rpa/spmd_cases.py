@@ -378,3 +378,22 @@ def test_a_graph_for_four_tpus_exchanges_outputs_and_no_keys():
     assert list(compiled.collectives) == ["all-reduce"]
     shapes = [shape.split("{")[0] for shape in compiled.collectives["all-reduce"]]
     assert shapes == ["f32[24,32]", "f32[24,32]", "bf16[24,32,128]"]
+
+
+def test_stripes_refuse_another_step_and_gradients():
+    device = torch_xla.device()
+    mesh, call = mesh_of(context=4), make_call()
+    cache = cp.empty_striped_kv_cache(32, 8, 2, 128, mesh=mesh)
+    new_cache = torch_rpa.empty_kv_cache(8, 8, 2, 128, device=device)
+    step = striped_step(call, call.page_indices, 8)
+    q, k, v = to_device(call, device)[:3]
+    assert k is not None and v is not None
+    attend = functools.partial(cp.context_parallel_attention, mesh=mesh)
+    with pytest.raises(ValueError, match=r"planned for the 20 rows of q, got .* 24"):
+        attend(q[:20], k[:20], v[:20], cache, new_cache, step)
+    with pytest.raises(ValueError, match=r"new_cache must be bfloat16 \[8, 4, 4, 2"):
+        attend(q, k, v, cache, new_cache[:7], step)
+    with pytest.raises(ValueError, match=r"planned for the 4 devices .* one for 2"):
+        attend(q, k, v, cache, new_cache, step.map(cp.STRIPED, lambda x: x[:2]))
+    with pytest.raises(NotImplementedError, match="no backward"):
+        attend(q.clone().requires_grad_(), k, v, cache, new_cache, step)
