@@ -102,7 +102,8 @@ def test_other_heads_agree(prompts, shape):
 )
 def test_bfloat16_models_run_with_every_kind_of_cache(prompts, device, cache_dtype):
     model = build_llama("rpa").to(torch.bfloat16)
-    engine = engine_of(model, device=device, cache_dtype=cache_dtype)
+    scales = {"k_scale": 1 / 16, "v_scale": 1 / 16} if cache_dtype else {}
+    engine = engine_of(model, device=device, cache_dtype=cache_dtype, **scales)
     results = engine.generate_batch(prompts, GREEDY)
     assert list(map(len, tokens_of(results))) == [NEW_TOKENS] * len(prompts)
 

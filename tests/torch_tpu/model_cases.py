@@ -260,6 +260,8 @@ def feature(name: str) -> str:
             page_size=PAGE_SIZE,
             num_pages=CACHE_BYTES // one_page.nbytes,
             cache_dtype=cache_dtype,
+            k_scale=0.5,
+            v_scale=0.25,
             device="tpu",
         ),
     )

@@ -19,6 +19,7 @@ from torch_rpa.transformers.guards import (
     refuse_autocast,
     refuse_float16,
 )
+from torch_rpa.transformers.missing_scales import warn_of_missing_scales
 
 # Keyword arguments of a model that say nothing about what its attention computes.
 _HARMLESS_KWARGS = frozenset(
@@ -97,12 +98,14 @@ def rpa_attention(
     _refuse_a_second_time(module, rpa)
     window = _sliding_window(module, sliding_window)
     _refuse_to_look_too_far(module, window, rpa.window)
-    batch = rpa.batch
+    batch, kv_cache = rpa.batch, rpa.kv_caches[module.layer_idx]
+    if not torch.compiler.is_compiling():  # a graph cannot warn
+        warn_of_missing_scales(kv_cache.dtype, rpa.k_scale, rpa.v_scale)
     out = rpa.attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        rpa.kv_caches[module.layer_idx],
+        kv_cache,
         batch.kv_lens,
         batch.page_indices,
         batch.cu_q_lens,

@@ -80,7 +80,7 @@ def empty_kv_caches(
         model: A causal language model of transformers.
         num_pages: Pages in each cache. One page table serves all layers.
         page_size: Tokens in a page.
-        dtype: What keys and values are stored as.
+        dtype: What keys and values are stored as. With int8 give ``RPAContext`` scales.
         device: Where the caches live. On an XLA device call ``torch_xla.sync()``
             afterwards, so that making them is no part of the first step.
 

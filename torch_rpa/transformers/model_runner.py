@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from torch_rpa import devices
 from torch_rpa.transformers.attention import use_rpa
 from torch_rpa.transformers.context import RPAContext, empty_kv_caches
+from torch_rpa.transformers.missing_scales import warn_of_missing_scales
 from torch_rpa.transformers.step_inputs import StepInputs
 
 
@@ -66,6 +67,7 @@ class ModelRunner:
             self.model.tie_weights()  # moving to xla or tpu unties them
         self._cache_shape = num_pages, page_size
         self._cache_dtype = cache_dtype or model.dtype
+        warn_of_missing_scales(self._cache_dtype, k_scale, v_scale)
         self.kv_caches = self._empty_caches()
         if fill_caches_first:
             self.sync()
