@@ -274,7 +274,8 @@ def make_config(
         interpret=interpret,
     )
     decode_block_q = _power_of_two_above(spec.decode_q_len)
-    phases = [_phase(Phase.DECODE, problem, spec, blocks, decode_block_q, chip)]
+    decode = _phase(Phase.DECODE, problem, spec, blocks, decode_block_q, chip)
+    phases = [_with_cells_that_fit(config, decode)]
     if chunk_prefill_size is not None:
         block_q = min(blocks.block_q, _power_of_two_above(chunk_prefill_size))
         block_q = max(block_q, MIN_BLOCK_Q)
@@ -318,6 +319,26 @@ def _phase(
         )
     slots, lookahead = PREFILL_RING
     return PhaseConfig(phase, block_q, blocks.block_kv, slots, lookahead)
+
+
+def _with_cells_that_fit(config: KernelConfig, decode: PhaseConfig) -> PhaseConfig:
+    """Fewer cells in a step of decode, where the queries of many take all VMEM.
+
+    So it is with several new tokens of many heads, however short the blocks are.
+    """
+    limit = int(config.chip.vmem_bytes * VMEM_LIMIT_SHARE)
+    while decode.cells_per_step > 1:
+        if vmem_bytes(dataclasses.replace(config, phases=(decode,))) <= limit:
+            break
+        slots, lookahead = DECODE_RING
+        decode = dataclasses.replace(
+            decode,
+            cells_per_step=decode.cells_per_step // 2,
+            num_slots=slots,
+            lookahead=lookahead,
+            num_kv_rings=1,
+        )
+    return decode
 
 
 def vmem_bytes(config: KernelConfig) -> int:

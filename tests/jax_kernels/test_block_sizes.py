@@ -81,14 +81,19 @@ def is_beyond_an_unknown_chip(problem: Problem) -> bool:
     has_sinks=st.booleans(),
     update=st.booleans(),
     chunk=st.none() | st.integers(1, 5000),
+    decode_q_len=st.sampled_from([1, 2, 5, 16]),
 )
-def test_default_sizes_fit_every_chip(problem, chip, has_sinks, update, chunk):
+def test_default_sizes_fit_every_chip(
+    problem, chip, has_sinks, update, chunk, decode_q_len
+):
     """Rule 12: no exception at defaults, up to 128 heads of 256 on one device, and
     128 heads of 128 on a chip of which nothing is known."""
     assume(chip is not chips.UNKNOWN or not is_beyond_an_unknown_chip(problem))
-    spec = AttentionSpec(has_sinks=has_sinks, update_kv_cache=update)
+    spec = AttentionSpec(
+        has_sinks=has_sinks, update_kv_cache=update, decode_q_len=decode_q_len
+    )
     blocks = block_sizes.choose(problem, spec, chip)
-    config = block_sizes.make_config(problem, spec, blocks, chunk, interpret=False)
+    config = block_sizes.make_config(problem, spec, blocks, chunk, False, chip)
     limit = int(chip.vmem_bytes * block_sizes.VMEM_LIMIT_SHARE)
     block_sizes.check_fits(problem, config, chip, limit)
     assert block_sizes.vmem_bytes(config) <= limit
