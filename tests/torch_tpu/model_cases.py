@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+import torch_rpa
 from tests.support.tiny_llama import build_llama
 from tests.torch_tpu.sections import run_cases
 from tests.transformers import families, routes
@@ -84,6 +85,11 @@ def model_eager():
     model, kv_caches = large_model()
     for kv_len in range(1, 4):
         call(model, kv_caches, kv_len)
+
+
+def measured_scales():
+    model = build_llama("rpa").to("tpu")
+    return torch_rpa.measure_kv_scales(model, [[5, 6, 7], [8]], dtype=torch.int8)
 
 
 # ---- generate
@@ -285,6 +291,7 @@ CASES = {
     for function in (
         model_compiled,
         model_eager,
+        measured_scales,
         generate_twice,
         generate_in_chunks,
         generate_in_a_block,

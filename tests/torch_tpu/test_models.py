@@ -94,6 +94,10 @@ def test_a_model_runs_without_torch_compile(v6e):
     assert list(program.aliases().values()) == [3]
 
 
+def test_scales_are_measured_on_the_device(v6e):
+    assert v6e.results["measured_scales"] == [1.0, 1.0]  # keys are zeros here
+
+
 # ---- generate
 
 
