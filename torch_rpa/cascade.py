@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from jax_kernels.contract import CallSizes
 from jax_kernels.contract.options import check_bool
@@ -122,7 +123,7 @@ def _check(
     sizes = validation.validate_static(inputs, attention_options)
     _check_tensor("prefix_len", prefix_len, inputs.q.device, "[1]")
     _check_tensor("prefix_page_indices", prefix_page_indices, inputs.q.device, "[P0]")
-    is_on_host = inputs.q.device.type == "cpu"
+    is_on_host = inputs.q.device.type == "cpu" and not is_fake(inputs.q)
     if is_on_host or options.get("validate") or validation.values_requested():
         validation.validate_ranges(inputs, sizes, attention_options)
         if int(inputs.cu_q_lens[int(inputs.distribution[2])]):  # else nothing reads it

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_rpa
 from tests.torch_rpa.calls import make_call, raw_bytes, to_device
@@ -71,6 +72,15 @@ def test_more_queries_than_the_prefix_has_tokens():
     expected = torch_rpa.ragged_paged_attention(*call)
     got = torch_rpa.cascade_attention(*parts, **prefix, validate=True)
     assert_same([got], [expected])
+
+
+def test_fake_tensors_have_no_values_to_check():
+    _, parts, prefix = make_cascade()
+    mode = FakeTensorMode()
+    fakes: Any = [None if x is None else mode.from_tensor(x) for x in parts]
+    fake_prefix = {name: mode.from_tensor(x) for name, x in prefix.items()}
+    out = torch_rpa.cascade_attention(*fakes, **fake_prefix)
+    assert out.shape == parts.q.shape
 
 
 @pytest.mark.slow
