@@ -63,15 +63,23 @@ class Case:
 
 # Of these, other cases here have each part: they are left to a longer run.
 COMBINED = {
+    "carried_fused_scaled",
+    "carried_wide",
+    "carried_window",
+    "chunk_not_a_power_of_two",
     "chunked_in_parts",
+    "d256_gqa_24_to_4",
+    "d64_gqa_30_to_10",
     "d64_gqa_6_to_2",
     "d64_mha_16_to_16",
     "d72_mqa_3_to_1",
     "d96_mha_7_to_7",
     "e5m2",
     "e5m2_queries",
+    "full_float8",
     "fused_int8_queries",
     "fused_sinks",
+    "long_fused_window_sinks",
     "many_cells",
     "many_cells_fused",
     "many_heads_in_rounds",
@@ -195,7 +203,7 @@ LONG_DECODES = tuple((1, kv_len) for kv_len in (60, 256, 257, 512, 513, 1025, 13
 
 @cases(
     split=Case(lengths=LONG_DECODES, blocks=BlockSizes(512, 32, 32), page_size=64),
-    fused_window_sinks=Case(
+    long_fused_window_sinks=Case(
         lengths=LONG_DECODES,
         blocks=BlockSizes(512, 32, 32),
         page_size=64,
@@ -496,10 +504,10 @@ TILES_OF_A_BLOCK = ((141, 190), (70, 70), (101, 250), (1, 9))
 
 
 @cases(
-    window=Case(options={"chip": "v6e", "sliding_window": 90}),
+    carried_window=Case(options={"chip": "v6e", "sliding_window": 90}),
     full=Case(options={"chip": "v6e", "causal": False}),
-    wide=Case(options={"chip": "v6e"}, head_dim=256, heads=(4, 2)),
-    fused_scaled=Case(options={"chip": "v5e", "k_scale": 0.5}, head_dim=64),
+    carried_wide=Case(options={"chip": "v6e"}, head_dim=256, heads=(4, 2)),
+    carried_fused_scaled=Case(options={"chip": "v5e", "k_scale": 0.5}, head_dim=64),
     packed_again=Case(options={"chip": "tpu7x"}),
 )
 @pytest.mark.skipif(HAS_TPU, reason="compiles for the TPU there is, not for others")

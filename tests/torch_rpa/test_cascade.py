@@ -83,7 +83,7 @@ def test_fake_tensors_have_no_values_to_check():
     assert out.shape == parts.q.shape
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_kernel_computes_a_cascade():
     call, parts, prefix = make_cascade(cache_dtype=torch.float32)
     expected = torch_rpa.ragged_paged_attention(*call)
