@@ -35,6 +35,7 @@ from torch_rpa import ops, validation
 from torch_rpa.kv_cache import empty_kv_cache
 from torch_rpa.merging import merge_attention, merge_stacked
 from torch_rpa.options import dtype_name, make_options
+from torch_rpa.spmd import axis_size
 from torch_rpa.validation import Inputs
 
 if TYPE_CHECKING:
@@ -472,7 +473,7 @@ def empty_striped_kv_cache(
     import torch_xla.distributed.spmd as xs
 
     cache = empty_kv_cache(
-        num_pages * _num_devices(mesh, axis),
+        num_pages * axis_size(mesh, axis),
         page_size,
         num_kv_heads,
         head_dim,
@@ -525,7 +526,7 @@ def context_parallel_attention(
     from torch_xla.distributed.spmd.xla_sharding import unwrap_sharded_tensor
 
     _check_options(options)
-    num_devices = _num_devices(mesh, axis)
+    num_devices = axis_size(mesh, axis)
     if len(step.counts_new) != num_devices:
         raise ValueError(
             f"step must be planned for the {num_devices} devices along {axis!r}, got "
@@ -587,17 +588,3 @@ def context_parallel_attention(
 
 def _striped(tensor: torch.Tensor, axis: str) -> tuple:
     return (axis, *(None,) * (tensor.dim() - 1))
-
-
-def _num_devices(mesh: Mesh, axis: str) -> int:
-    import torch_xla.runtime
-
-    if not torch_xla.runtime.is_spmd():
-        raise ValueError(
-            "SPMD mode must be on before tensors are sharded, got off: call "
-            "torch_xla.runtime.use_spmd() first"
-        )
-    sizes: dict[Any, int] = dict(mesh.shape())
-    if axis not in sizes:
-        raise ValueError(f"axis must be one of {list(sizes)} of mesh, got {axis!r}")
-    return sizes[axis]

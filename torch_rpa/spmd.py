@@ -55,7 +55,7 @@ def empty_sharded_kv_cache(
     import torch_xla
     import torch_xla.distributed.spmd as xs
 
-    _axis_size(mesh, axis, num_kv_heads)
+    _check_heads(mesh, axis, num_kv_heads)
     cache = empty_kv_cache(
         num_pages,
         page_size,
@@ -120,7 +120,7 @@ def sharded_ragged_paged_attention(
 
     kv_cache = unwrap_sharded_tensor(kv_cache)
     heads = q.shape[1] if k is None else k.shape[1]
-    size = _axis_size(mesh, axis, heads)
+    size = _check_heads(mesh, axis, heads)
     if size > 1 and not torch_xla._XLAC._get_xla_sharding_spec(kv_cache):
         raise ValueError(
             "kv_cache must be sharded over the heads, got one that is not sharded: "
@@ -175,8 +175,23 @@ def _heads_of(kv_cache: torch.Tensor, axis: str) -> tuple:
     return (None, axis, *[None] * (kv_cache.dim() - 2))
 
 
-def _axis_size(mesh: Mesh, axis: str, num_kv_heads: int) -> int:
+def _check_heads(mesh: Mesh, axis: str, num_kv_heads: int) -> int:
     """Returns how many devices share the heads; raises if they cannot."""
+    size = axis_size(mesh, axis)
+    if num_kv_heads % size:
+        raise ValueError(
+            f"num_kv_heads must be a multiple of the {size} devices along "
+            f"{axis!r}, got {num_kv_heads}: use a smaller axis, or repeat the key heads"
+        )
+    return size
+
+
+def axis_size(mesh: Mesh, axis: str) -> int:
+    """Returns how many devices are along an axis of a mesh.
+
+    Raises:
+        ValueError: SPMD mode is off, or the mesh has no such axis.
+    """
     import torch_xla.runtime
 
     if not torch_xla.runtime.is_spmd():
@@ -187,9 +202,4 @@ def _axis_size(mesh: Mesh, axis: str, num_kv_heads: int) -> int:
     sizes: dict[Any, int] = dict(mesh.shape())
     if axis not in sizes:
         raise ValueError(f"axis must be one of {list(sizes)} of mesh, got {axis!r}")
-    if num_kv_heads % sizes[axis]:
-        raise ValueError(
-            f"num_kv_heads must be a multiple of the {sizes[axis]} devices along "
-            f"{axis!r}, got {num_kv_heads}: use a smaller axis, or repeat the key heads"
-        )
     return sizes[axis]

@@ -466,6 +466,8 @@ class Engine:
             key = self._model_version.key()
             if key != self.scheduler.model_key:
                 refuse_adapters_of_texts(self._runner.model)
+        # Of the model's own code, and so of any type. It is not swallowed: an empty
+        # step makes it the error of the step that was to be planned.
         except Exception:
             self._flights.append(Flight())
             raise
@@ -495,8 +497,10 @@ class Engine:
                 return flight
             try:
                 self._finish(flight)
-            # The error of the step that is recovered from, met again as its tokens are
-            # read, or one that hid behind it: the caller treats both as that step's.
+            # Of any type, since frameworks raise their own. It is that of the step that
+            # is recovered from, met again as its tokens are read, or one that hid
+            # behind it: the requests of the step that is returned fail with it, or are
+            # tried again one by one.
             except Exception:
                 return flight
         return None
