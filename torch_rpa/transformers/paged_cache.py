@@ -242,7 +242,7 @@ class PagedCache(Cache):
         compared = is_token[:, self.num_columns :]
         # Phi-3 of transformers 4.57 gives those of all tokens, where it would compute
         # the cache again.
-        positions = positions[:, -counted.shape[1] :]
+        positions = positions[..., -counted.shape[1] :]
         if self.num_columns:
             # After padding on the right transformers counts on in one way or another.
             has_gap = (is_token[:, :-1] & ~is_token[:, 1:]).any(dim=1, keepdim=True)
