@@ -18,10 +18,11 @@
 # TextIteratorStreamer waits for ever, since nobody ends it.
 #
 # Why it matters here: `model.generate(custom_generate=torch_rpa.transformers.generate)`
-# streams. It finds both arguments in the frame of the call to `generate`
+# streams. It finds the arguments in the frames of the call to `generate`
 # (`_call_of_transformers` in torch_rpa/transformers/generation.py), feeds the streamer
-# and refuses the assistant; see `test_a_streamer_gets_the_prompt_and_every_token`. For
-# stop strings the page of transformers says what to pass in their place.
+# and refuses the assistant; see `test_a_streamer_gets_the_prompt_and_every_token`. It
+# takes `stop_strings` itself, before `generate` asks for the tokenizer; see
+# `test_stop_strings_end_rows_as_in_eager`.
 set -euo pipefail
 
 work=$(mktemp -d)

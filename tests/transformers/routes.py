@@ -7,7 +7,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from torch_rpa.transformers import generate, paged_generation
@@ -35,6 +43,16 @@ def build(attention: str):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.generation_config = GenerationConfig(pad_token_id=PAD)
     return model.eval()
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for :func:`build`: a character from "0" on for each token."""
+    letters = {chr(ord("0") + i): i for i in range(64)}
+    characters = Tokenizer(BPE(vocab=letters, merges=[]))
+    characters.decoder = Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="0", padding_side="left"
+    )
 
 
 def padded(side: str = "left") -> dict[str, torch.Tensor]:

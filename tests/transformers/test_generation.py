@@ -25,6 +25,7 @@ from tests.transformers.routes import (
     EOS,
     PAD,
     build,
+    character_tokenizer,
     custom_generate,
     eager_generate,
     generate_in_block,
@@ -156,6 +157,18 @@ def test_stopping_criteria_end_rows_as_in_eager(eager, paged, eos, paged_generat
     expected = eager_generate(eager, padded(), **keywords)
     assert expected.shape[1] == 21 + 5
     assert torch.equal(paged_generate(paged, padded(), **keywords), expected)
+
+
+def test_stop_strings_end_rows_as_in_eager(eager, paged, paged_generate):
+    tokenizer = character_tokenizer()
+    text = tokenizer.decode(eager_generate(eager, padded())[0, 21:])
+    keywords = {"stop_strings": [text[2:4], "no such text"], "tokenizer": tokenizer}
+    keywords["eos_token_id"] = EOS  # rows that have ended are padded
+    expected = eager_generate(eager, padded(), **keywords)
+    assert (expected[0, 25:] == PAD).all()
+    assert torch.equal(paged_generate(paged, padded(), **keywords), expected)
+    with pytest.raises(ValueError, match="tokenizer"):
+        paged_generate(paged, padded(), stop_strings="a")
 
 
 def test_scores_and_logits_are_those_of_eager(eager, paged, paged_generate):

@@ -1,23 +1,24 @@
 """The block of ``paged_generation``: what is its own besides equal tokens."""
 
+import contextlib
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import BPE
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    pipeline,
-)
+from transformers import DynamicCache, GenerationConfig, pipeline
 from transformers.generation.configuration_utils import GenerationMode
 
-from tests.transformers.routes import CACHE, PAD, build, eager_generate, padded
+from tests.transformers.routes import (
+    CACHE,
+    PAD,
+    build,
+    character_tokenizer,
+    eager_generate,
+    padded,
+)
 from torch_rpa.scheduling import OutOfPagesError
 from torch_rpa.transformers import (
     PagedCache,
@@ -26,7 +27,6 @@ from torch_rpa.transformers import (
     empty_kv_caches,
     generate,
     paged_generation,
-    use_rpa,
 )
 
 REPLACED = {
@@ -372,18 +372,20 @@ def test_a_cache_says_what_transformers_asks(paged):
         assert not any(cache.is_sliding)
 
 
-def test_a_text_generation_pipeline_runs_unchanged(eager, paged):
+@pytest.mark.parametrize("in_block", [True, False])
+def test_a_text_generation_pipeline_runs_unchanged(eager, paged, in_block):
     """Also with strings that end a text, for which transformers passes a tokenizer."""
-    letters = {chr(ord("0") + i): i for i in range(64)}
-    characters = Tokenizer(BPE(vocab=letters, merges=[]))
-    characters.decoder = Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="0")
-    tokenizer.padding_side = "left"
     texts, stopped = [], []
     for model in (eager, paged):
+        tokenizer = character_tokenizer()
         generator = pipeline("text-generation", model, tokenizer=tokenizer)
-        keywords = {"max_new_tokens": 6, "do_sample": False, "batch_size": 2}
-        block = paged_generation(use_rpa(model)) if model is paged else torch.no_grad()
+        keywords: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+        keywords["batch_size"] = 2
+        block = contextlib.nullcontext()
+        if model is paged and in_block:
+            block = paged_generation(model)
+        elif model is paged:
+            keywords["custom_generate"] = generate
         with block:
             texts.append(generator(["34567", "89"], **keywords))
             end = texts[0][0][0]["generated_text"][6:8]

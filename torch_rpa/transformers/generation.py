@@ -19,6 +19,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -66,6 +67,7 @@ def generate(
     cache_dtype: torch.dtype | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    stop_strings: str | list[str] | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Generates for a batch of prompts, greedily or by sampling.
@@ -88,6 +90,8 @@ def generate(
         k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. See
             ``torch_rpa.measure_kv_scales``.
         v_scale: The cache stores ``value / v_scale`` likewise.
+        stop_strings: Text that ends a text, as for ``model.generate``, which takes the
+            ``tokenizer`` that they need.
         model_kwargs: ``attention_mask`` and what transformers adds; anything else that
             a model could take is refused.
 
@@ -96,7 +100,8 @@ def generate(
         ``input_ids``, or an output with ``sequences``, ``scores`` and ``logits``.
 
     Raises:
-        ValueError: An option is out of range, or the mask is not one of padding.
+        ValueError: An option is out of range, the mask is not one of padding, or there
+            is no tokenizer for ``stop_strings``.
         NotImplementedError: Beam search and other modes, foreign caches, hidden states,
             attention weights, guidance, images and other model inputs, autocast,
             and adapters that act on whole texts.
@@ -115,6 +120,9 @@ def generate(
     refuse_other_modes(model, mode, config, model_kwargs)
     _refuse_a_cache(call, model_kwargs)
     check_attention(model)
+    criteria = _on_cpu(stopping_criteria or (), StoppingCriteriaList)
+    if stop_strings is not None:
+        criteria.append(_stop_string_criteria(stop_strings, call.get("tokenizer")))
     ids = input_ids.cpu()
     prompts = _prompts(
         ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
@@ -135,7 +143,7 @@ def generate(
         batch,
         ids,
         _on_cpu(logits_processor or (), LogitsProcessorList),
-        _on_cpu(stopping_criteria or (), StoppingCriteriaList),
+        criteria,
         config,
         call.get("streamer"),
     )
@@ -279,9 +287,10 @@ def _refuse_a_cache(call: dict[str, Any], model_kwargs: dict[str, Any]) -> None:
 def _call_of_transformers() -> dict[str, Any]:
     """Returns the arguments of the ``model.generate`` call that led here.
 
-    transformers (4.57 to 5.23) passes neither ``streamer`` nor ``assistant_model`` on
-    to a ``custom_generate`` function, so that a streamer would wait forever; and an
-    empty cache of the caller looks like one of its own. Remove this when it does.
+    transformers (4.57 to 5.24) passes none of ``streamer``, ``assistant_model`` and
+    ``tokenizer`` on to a ``custom_generate`` function, so that a streamer would wait
+    forever; and an empty cache of the caller looks like one of its own. Remove this
+    when it does.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -289,9 +298,24 @@ def _call_of_transformers() -> dict[str, Any]:
         if code.co_name == "generate" and code.co_filename.endswith(
             "transformers/generation/utils.py"
         ):
-            return dict(frame.f_locals)
+            call = dict(frame.f_locals)
+            # It has dropped the tokenizer by now. Its decorator torch.no_grad has not.
+            decorator = frame.f_back.f_locals if frame.f_back is not None else {}
+            arguments = decorator.get("kwargs")
+            if isinstance(arguments, dict):
+                call["tokenizer"] = arguments.get("tokenizer")
+            return call
         frame = frame.f_back
     return {}
+
+
+def _stop_string_criteria(strings: str | list[str], tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise ValueError(
+            "tokenizer must be given to model.generate for stop_strings, got None and "
+            f"{strings!r}"
+        )
+    return StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
 
 
 def _max_new_tokens(
