@@ -70,7 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
             if device == "xla":
                 count, longest = options.xla_requests, options.xla_max_new_tokens
             requests = jobs.make_jobs(scenario, count, text, longest_text=longest)
-            results, reasons = comparison.run_scenario(requests, device, options.rounds)
+            rounds, threads = options.rounds, options.threads
+            if device == "xla":
+                results, reasons = comparison.run_scenario_in_process(
+                    requests, device, rounds, threads
+                )
+            else:
+                results, reasons = comparison.run_scenario(requests, device, rounds)
             for result in results:
                 rows.append({"device": device, "scenario": scenario, **result})
                 lines.append(_line(rows[-1]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from benchmarks.serving import systems
@@ -96,3 +98,29 @@ def run_scenario(
                 reasons[name] = str(error)
                 del loaded[name], outcomes[name]
     return compare(jobs, outcomes), reasons
+
+
+def run_scenario_in_process(
+    jobs: Sequence[Job], device: str, rounds: int, threads: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Does what :func:`run_scenario` does in a process of its own.
+
+    Each program of XLA's CPU backend takes some hundred memory maps until its process
+    ends. ``model.generate`` compiles hundreds of programs, and Linux lets a process
+    have 65,530 maps unless told otherwise.
+
+    Args:
+        jobs: As for :func:`run_scenario`, like ``device`` and ``rounds``.
+        device: Of the systems.
+        rounds: Timed ones.
+        threads: Of PyTorch.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, _use_threads, (threads,)) as process:
+        return process.submit(run_scenario, jobs, device, rounds).result()
+
+
+def _use_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)

@@ -169,6 +169,35 @@ def test_a_system_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
     assert [row.get("did_not_run") for row in rows] == [None] * 3 + ["no memory"]
 
 
+def test_scenarios_on_the_xla_device_run_in_processes_of_their_own(monkeypatch, capsys):
+    calls = []
+
+    def record(jobs, device, rounds, threads):
+        calls.append((len(jobs), device, rounds, threads))
+        return [], {}
+
+    monkeypatch.setattr(comparison, "run_scenario_in_process", record)
+    threads = torch.get_num_threads()
+    arguments = "--device xla --scenario burst arrivals --xla-requests 3 --rounds 2"
+    try:
+        assert command.main([*arguments.split(), "--threads", "2"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert calls == [(3, "xla", 2, 2)] * 2
+
+
+@pytest.mark.slow
+def test_a_process_gives_what_the_scenario_gives():
+    jobs = [Job([1, 2, 3], 2), Job([4], 3)]
+    here, _ = comparison.run_scenario(jobs, "cpu", 1)
+    rows, reasons = comparison.run_scenario_in_process(jobs, "cpu", 1, 1)
+    names = ("system", "computed_per_needed", "later_compilations")
+    assert [[row[name] for name in names] for row in rows] == [
+        [row[name] for name in names] for row in here
+    ]
+    assert {"engine", "padded"} <= {row["system"] for row in rows} | {*reasons}
+
+
 @pytest.mark.parametrize("option", ["--rounds", "--requests", "--max-new-tokens"])
 def test_impossible_sizes_are_refused(option, capsys):
     with pytest.raises(SystemExit, match="2"):
