@@ -24,7 +24,13 @@ from torch_rpa.generate.__main__ import main
 from torch_rpa.generate.tokenizer import ByteTokenizer, PromptEncoder
 from torch_rpa.generate.trace import PARAMS_FIELDS
 from torch_rpa.options import torch_dtype
-from torch_rpa.serving import Engine, EngineOptions, SamplingParams, sampling_params
+from torch_rpa.serving import (
+    Engine,
+    EngineOptions,
+    SamplingParams,
+    StructuredOutputsParams,
+    sampling_params,
+)
 from torch_rpa.transformers import ATTENTION_NAME
 
 SHORT = ["--device", "cpu", "--max-new-tokens", "6"]
@@ -169,6 +175,29 @@ def test_min_tokens_keep_a_text_from_its_end(capsys):
     assert "generated tokens        6\n" in capsys.readouterr().out != short
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expression"),
+    [
+        (["--regex", "[xy]{3}(é|z)"], "[xy]{3}(é|z)"),
+        (["--choice", "no", "--choice", "maybe"], "no|maybe"),
+        (["--json", '{"enum": [1, "a"]}'], '1|"a"'),
+    ],
+)
+def test_a_text_is_what_an_option_says_it_must_be_like(arguments, expression, capsys):
+    pytest.importorskip("llguidance")
+    options = ["--device", "cpu", "--max-new-tokens", "12", "--prompt", "one"]
+    assert main([*options, *arguments]) == 0
+    text = capsys.readouterr().out.split("--- one\n")[1].split("\n\ndevice")[0]
+    assert re.fullmatch(expression, text)
+
+
+def test_llguidance_is_asked_for_by_the_option(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert main([*SHORT, "--regex", "a"]) == 2
+    message = "error: --json, --regex or --choice needs llguidance, which is not inst"
+    assert message in capsys.readouterr().err
+
+
 def test_several_texts_are_numbered_and_have_log_probabilities(capsys):
     arguments = [*SHORT, "--prompt", "one", "--prompt", "two", "--temperature", "1"]
     assert main([*arguments, "--n", "2", "--logprobs", "2"]) == 0
@@ -265,6 +294,8 @@ def test_a_missing_matplotlib_is_reported_before_anything_runs(monkeypatch, caps
         (["--plot", "no/such/folder/steps.png"], "--plot must be a file in a folder"),
         (["--plot", "steps.xyz"], "--plot must end in one of ."),
         (["--prompt-file", "no/such/file"], "No such file"),
+        (["--regex", "(a"], "--regex must be one that llguidance can follow, got '(a'"),
+        (["--json", '{"type": "x"}'], "--json must be one that llguidance can follow"),
     ],
 )
 def test_user_mistakes_are_one_line(arguments, message, capsys):
@@ -307,6 +338,12 @@ def test_user_mistakes_are_one_line(arguments, message, capsys):
         (["--k-scale", "0"], "--k-scale: must be a positive number from 2**-120"),
         (["--v-scale", "x"], "--v-scale: must be a positive number from 2**-120"),
         (["--stop", ""], "--stop: must have one character or more"),
+        (["--json", "file.json"], "--json: must be a JSON schema, got 'file.json': "),
+        (["--json", "[]"], "--json: must be a JSON schema, which is an object, got"),
+        (["--regex", ""], "--regex: must have one character or more"),
+        (["--choice", ""], "--choice: must have one character or more"),
+        (["--json", "{}", "--choice", "a"], "--choice: not allowed with argument --j"),
+        (["--check", "--regex", "a"], "the model's own greedy texts: drop --regex"),
         (["--device", "cuda"], "--device: invalid choice: 'cuda'"),
     ],
 )
@@ -383,6 +420,9 @@ def test_what_is_known_before_torch_is_imported_is_what_it_knows(monkeypatch):
     fields = [field.name for field in dataclasses.fields(SamplingParams)]
     assert set(run.SAMPLING_OPTIONS) <= {*fields} & {*vars(seen[0])}
     assert set(PARAMS_FIELDS) <= {*run.SAMPLING_OPTIONS}
+    structure = [field.name for field in dataclasses.fields(StructuredOutputsParams)]
+    assert list(run.STRUCTURE_OPTIONS) == structure
+    assert {*structure} <= {*vars(seen[0])}
     for name in (*constants.MODEL_DTYPES, *CACHE_DTYPES):
         assert isinstance(torch_dtype(name), torch.dtype)
 

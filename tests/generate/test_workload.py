@@ -1,5 +1,6 @@
 """Traces say who comes when, and requests come then."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -55,6 +56,18 @@ def test_random_prompts_share_what_they_are_told_to_and_run_to_their_end(tmp_pat
     assert {request.params.eos_token_ids for request in workload.requests} == {()}
     again = read(tmp_path, line % (9, "p") + line % (8, "p") + line % (7, "q"))
     assert again == workload
+
+
+def test_random_prompts_ask_for_nothing_that_ends_a_text(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"prompt_tokens": 4}\n{"prompt": "a"}\n', encoding="utf-8")
+    wishes = {"stop_strings": ("a",), "structured_outputs": {"regex": "a"}}
+    params = dataclasses.replace(PARAMS, **wishes)
+    trace = read_trace(path, params)
+    workload = trace_workload(trace, ByteTokenizer(), params, vocabulary=256)
+    random, text = (request.params for request in workload.requests)
+    assert random == dataclasses.replace(PARAMS, eos_token_ids=())
+    assert text == params
 
 
 def test_the_example_in_the_help_is_a_trace(tmp_path):

@@ -97,8 +97,10 @@ def test_a_text_is_one_of_the_choices(tokenizer):
 )
 def test_what_cannot_be_followed_is_refused(tokenizer, fields):
     factory = GrammarFactory(tokenizer, 300, ())
-    with pytest.raises(ValueError, match=f"structured_outputs.{next(iter(fields))} "):
+    message = f"structured_outputs.{next(iter(fields))} must be one that llguidance"
+    with pytest.raises(ValueError, match=message) as caught:
         factory.grammar(StructuredOutputsParams(**fields))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_token_that_is_not_allowed_is_an_error(tokenizer):

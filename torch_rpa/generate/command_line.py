@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -34,12 +35,19 @@ _NEUTRAL = {
     "repetition_penalty": 1,
     "presence_penalty": 0,
     "frequency_penalty": 0,
+    "json": None,
+    "regex": None,
+    "choice": None,
 }
 # What messages call by the name of a parameter, and the command line otherwise.
 _OTHER_NAMES = {
     "max_sequence_length": "prompt tokens and --max-new-tokens together",
     "prompt_ids": "prompt",
     "stop_strings": "--stop",
+    "structured_outputs.json": "--json",
+    "structured_outputs.regex": "--regex",
+    "structured_outputs.choice": "--choice",
+    "structured_outputs": "--json, --regex or --choice",
 }
 
 
@@ -81,9 +89,11 @@ def option_names(parser: argparse.ArgumentParser) -> Callable[[str], str]:
         if action.option_strings
     }
     options |= _OTHER_NAMES
+    # Long names first, as one may begin with another.
+    names = sorted(map(re.escape, options), key=len, reverse=True)
     # Names of one word may be words of a sentence, unless they begin it.
-    several = "|".join(name for name in options if "_" in name)
-    pattern = re.compile(rf"\b({several})\b|^({'|'.join(options)})(?= must)")
+    several = "|".join(name for name in names if "_" in name)
+    pattern = re.compile(rf"\b({several})\b|^({'|'.join(names)})(?= must)")
     return lambda message: pattern.sub(lambda m: options[m[0]], message)
 
 
@@ -117,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_prompt_arguments(parser.add_argument_group("prompts"))
     _add_sampling_arguments(parser.add_argument_group("sampling"))
+    _add_structure_arguments(parser.add_argument_group("structured outputs"))
     _add_engine_arguments(parser.add_argument_group("engine"))
     return parser
 
@@ -215,6 +226,33 @@ def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_structure_arguments(group: argparse._ArgumentGroup) -> None:
+    group.description = (
+        "What a text must be like: one of the three. Needs llguidance, which the extra "
+        "structured installs."
+    )
+    group = group.add_mutually_exclusive_group()
+    group.add_argument(
+        "--json",
+        type=_json_schema,
+        metavar="SCHEMA",
+        help="JSON that follows this JSON schema",
+    )
+    group.add_argument(
+        "--regex",
+        type=_text,
+        metavar="EXPRESSION",
+        help="what this regular expression matches as a whole",
+    )
+    group.add_argument(
+        "--choice",
+        action="append",
+        type=_text,
+        metavar="TEXT",
+        help="this text; repeated, one of the texts",
+    )
+
+
 def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-num-sequences",
@@ -298,6 +336,20 @@ def _text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must have one character or more, got ''")
     return text
+
+
+def _json_schema(text: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a JSON schema, got {text!r}: {error}"
+        ) from None
+    if not isinstance(schema, dict):
+        raise argparse.ArgumentTypeError(
+            f"must be a JSON schema, which is an object, got {text!r}"
+        )
+    return schema
 
 
 def _page_size(text: str) -> int:

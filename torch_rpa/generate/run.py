@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -37,6 +38,7 @@ from torch_rpa.serving import (
     SamplingParams,
     StepRecord,
 )
+from torch_rpa.serving.structured import GrammarFactory
 from torch_rpa.transformers import ATTENTION_NAME
 
 # Padded sizes of a step are multiples of this.
@@ -47,6 +49,8 @@ SAMPLING_OPTIONS = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"),
     "logprobs",
 )
+# Those that say what a text must be like, at most one of which is given.
+STRUCTURE_OPTIONS = ("json", "regex", "choice")
 COMPILING, GENERATING = "compiling", "generating"
 INTERRUPTED = 130  # as shells number what Ctrl-C ends
 
@@ -171,9 +175,13 @@ def _workload(
     model: PreTrainedModel,
 ) -> Workload:
     params = _sampling_params(args, model)
+    vocabulary = model.config.get_text_config().vocab_size
+    structure: Any = params.structured_outputs  # no dict by now
+    if structure is not None:  # a mistake there is known at once
+        ends = models.eos_token_ids(model)
+        GrammarFactory(tokenizer, vocabulary, ends).grammar(structure)
     encoder = PromptEncoder(tokenizer, as_chat=args.chat)
     if trace:
-        vocabulary = model.config.get_text_config().vocab_size
         return trace_workload(trace, encoder, params, vocabulary)
     return prompts_workload(texts or (), encoder, params)
 
@@ -185,6 +193,9 @@ def _sampling_params(
     changes = {name: value for name, value in given.items() if value is not None}
     if args.stop:
         changes["stop_strings"] = args.stop
+    for name in STRUCTURE_OPTIONS:
+        if getattr(args, name) is not None:
+            changes["structured_outputs"] = {name: getattr(args, name)}
     if args.check:
         ends = models.eos_token_ids(model)
         number = {"max_new_tokens": USUAL_NEW_TOKENS, "eos_token_ids": ends}

@@ -142,7 +142,7 @@ def _random_tokens(seed: str, count: int, vocabulary: int) -> list[int]:
 def _params(line: TraceLine, defaults: SamplingParams) -> SamplingParams:
     changes = line.changes
     if "prompt_tokens" in line.fields:
-        changes.update(eos_token_ids=(), stop_strings=())
+        changes.update(eos_token_ids=(), stop_strings=(), structured_outputs=None)
     return dataclasses.replace(defaults, **changes)
 
 

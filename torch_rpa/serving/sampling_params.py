@@ -133,7 +133,8 @@ class SamplingParams:
             stop conditions have no effect.
         logit_bias: Token id to what is added to its logit, for at most 300 tokens.
         bad_words: Texts that must not be generated, as the tokens that the engine's
-            tokenizer makes of them, alone and after a space.
+            tokenizer makes of them, alone and after a space. Other tokens that spell
+            the same text are not banned.
         bad_words_ids: The same as token ids. The last token of one is banned where the
             prompt or the text ends with those before it.
         logprobs: Report log probabilities of the generated tokens, and at each position

@@ -78,7 +78,7 @@ class GrammarFactory:
         if error and not error.startswith("WARNING"):
             raise ValueError(
                 f"structured_outputs.{name} must be one that llguidance can follow, "
-                f"got {given!r}: {error}"
+                f"got {given!r}: {_reason(error)}"
             )
         # It says what is wrong as well, so it shall not print that too.
         return TextGrammar(
@@ -174,6 +174,15 @@ class _ByteWrapper:
     def __call__(self, text: bytes | str) -> list[int]:
         data = text.encode() if isinstance(text, str) else text
         return [self._ids[data[i : i + 1]] for i in range(len(data))]
+
+
+def _reason(error: str) -> str:
+    """Returns the line of an error of llguidance that says what is wrong.
+
+    Others quote what was given, and mark the place in a line of their own.
+    """
+    lines = error.splitlines()
+    return next((line for line in lines if line.startswith("error: ")), lines[0])
 
 
 def _choices(texts: Sequence[str]) -> str:
