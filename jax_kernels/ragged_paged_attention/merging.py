@@ -48,11 +48,11 @@ def merge_attention(
                 )
     parts = jnp.stack(lses)
     # The result is the same whatever is taken off.
-    peak = jax.lax.stop_gradient(parts.max(axis=0))
+    peak = jax.lax.stop_gradient(parts.max(axis=0, keepdims=True))
     peak = jnp.where(jnp.isneginf(peak), 0.0, peak)  # (-inf) - (-inf) is NaN
     # So is inf - inf.
     weights = jnp.exp(jnp.where(jnp.isposinf(parts), 0.0, parts - peak))
-    total = weights.sum(axis=0)
+    total = weights.sum(axis=0, keepdims=True)
     shares = weights / jnp.where(total == 0.0, 1.0, total)
     merged = (shares[..., None] * jnp.stack(outs).astype(jnp.float32)).sum(axis=0)
-    return merged.astype(first.dtype), peak + jnp.log(total)
+    return merged.astype(first.dtype), (peak + jnp.log(total))[0]

@@ -274,9 +274,8 @@ def _write_rows(
     """
     cache = problem.cache
     token = jnp.arange(problem.num_tokens, dtype=jnp.int32)[:, None]  # [T, 1]
-    is_owner = (token >= sequences.q_starts) & (
-        token < sequences.q_starts + sequences.q_lens
-    )  # [T, S]
+    first = sequences.q_starts[None, :]
+    is_owner = (token >= first) & (token < first + sequences.q_lens[None, :])  # [T, S]
     owner = jnp.argmax(is_owner, axis=1)
     first_position = sequences.kv_lens - sequences.q_lens
     position = (first_position - sequences.q_starts)[owner] + token[:, 0]
@@ -431,20 +430,22 @@ def _attend_to_pages(
     position = index * plan.block_kv + jnp.arange(plan.block_kv, dtype=jnp.int32)
     is_used = (position >= block.first_key) & (position < block.end_key)
     # Dead slots may hold NaN, and 0 * NaN is NaN.
-    keys = jnp.where(is_used[:, None], keys, 0.0)
-    values = jnp.where(is_used[:, None], values, 0.0)
+    keys = jnp.where(is_used[None, :, None], keys, 0.0)
+    values = jnp.where(is_used[None, :, None], values, 0.0)
     scores = jnp.einsum(
         "qhgd,hkd->hgqk", block.tile, keys, precision=lax.Precision.HIGHEST
     )
     if plan.options.soft_cap is not None:
         scores = plan.options.soft_cap * jnp.tanh(scores / plan.options.soft_cap)
     query_position = block.positions[:, None]
-    is_visible = jnp.broadcast_to(is_used, (plan.block_q, plan.block_kv))
+    position = position[None, :]
+    is_visible = jnp.broadcast_to(is_used[None, :], (plan.block_q, plan.block_kv))
     if plan.options.causal:
         is_visible &= position <= query_position
     if plan.options.sliding_window is not None:
         is_visible &= position > query_position - plan.options.sliding_window
-    return _accumulate(state, jnp.where(is_visible, scores, -jnp.inf), values)
+    scores = jnp.where(is_visible[None, None], scores, -jnp.inf)
+    return _accumulate(state, scores, values)
 
 
 def _gather(
