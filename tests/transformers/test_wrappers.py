@@ -4,6 +4,7 @@
 model inside are those of PEFT 0.21. Its own models are tested where it is installed.
 """
 
+import contextlib
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 import torch
 
 from tests.transformers.routes import (
+    NEW_TOKENS,
     build,
     custom_generate,
     eager_generate,
     generate_in_block,
     padded,
 )
-from torch_rpa.serving import Engine
+from torch_rpa.serving import Engine, EngineOptions, SamplingParams
 from torch_rpa.transformers import empty_kv_caches, paged_generation, use_rpa
 from torch_rpa.transformers.wrappers import innermost
 
@@ -151,23 +153,64 @@ def test_a_compiled_model_runs_in_a_block(whole_model, expected):
     assert torch.equal(got, expected[:, :24])
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_models_of_peft_give_the_tokens_of_eager(route):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    tokens = []
-    for attention in ("eager", "rpa"):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(5)
-            model = peft.get_peft_model(build(attention), config).eval()
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    torch.nn.init.normal_(parameter, std=0.3)
-        tokens.append(
-            (route if attention == "rpa" else eager_generate)(model, padded())
+@pytest.fixture(scope="module")
+def peft():
+    return pytest.importorskip("peft")
+
+
+# Of transformers 5.24, at what PEFT 0.21 asks of a model.
+OF_PEFT = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
+
+
+def model_of_peft(peft, attention, **config):
+    """A model with low-rank adapters that change its tokens."""
+    wishes = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = peft.get_peft_model(
+            build(attention), peft.LoraConfig(**{**wishes, **config})
         )
-    assert torch.equal(*tokens)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@OF_PEFT
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+@pytest.mark.parametrize("route", ROUTES)
+def test_models_of_peft_give_the_tokens_of_eager(route, config, peft, expected):
+    model = model_of_peft(peft, "eager", **config)
+    adapted = eager_generate(model, padded())
+    assert not torch.equal(adapted, expected)
+    model = model_of_peft(peft, "rpa", **config)
+    assert torch.equal(route(model, padded()), adapted)
+
+
+@OF_PEFT
+@pytest.mark.parametrize("route", ROUTES)
+def test_prompt_tuning_of_peft_is_refused(route, peft):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = peft.get_peft_model(build("rpa"), config).eval()
     with pytest.raises(NotImplementedError, match="PROMPT_TUNING"):
         route(model, padded())
+
+
+@OF_PEFT
+def test_an_engine_notices_that_adapters_of_peft_are_switched(peft):
+    eager, model = (model_of_peft(peft, name) for name in ("eager", "rpa"))
+    engine = Engine(model, EngineOptions(page_size=8))
+    prompt = torch.arange(2, 22)[None]
+    shared = []
+    for is_off in (False, True, False):
+        with eager.disable_adapter() if is_off else contextlib.nullcontext():
+            expected = eager_generate(eager, {"input_ids": prompt})
+        with model.disable_adapter() if is_off else contextlib.nullcontext():
+            (output,) = engine.generate_batch(
+                prompt, SamplingParams(max_new_tokens=NEW_TOKENS)
+            ).values()
+        assert output.generated_tokens == expected[0, 20:].tolist()
+        shared.append(output.num_shared_tokens)
+    assert shared == [0, 0, 16]
