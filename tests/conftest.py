@@ -26,6 +26,9 @@ HAS_TPU = os.environ.get("RPA_TEST_TPU") == "1"
 
 # PyTorch stays off the TPU here in either case: two libraries cannot share one.
 os.environ["PJRT_DEVICE"] = "CPU"
+# Threads of torch wait for each other far longer than small models compute, most of all
+# where several processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Otherwise importing torch opens torch_tpu, which would look for a TPU.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 if not HAS_TPU:

@@ -1,18 +1,8 @@
-"""Small models, and one thread for their small operations."""
+"""Small models, built once."""
 
 import pytest
-import torch
 
 from tests.support.tiny_llama import build_llama
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Threads of torch wait for each other far longer than these models compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="package")

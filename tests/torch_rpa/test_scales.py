@@ -16,15 +16,6 @@ LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}
 XLA = pytest.param("xla", marks=[pytest.mark.torch_xla, pytest.mark.slow])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads of torch wait for each other far longer than these models compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def largest_cached(model, prompts) -> list[float]:
     """Returns the largest key and value in transformers' own cache."""
     largest = [0.0, 0.0]
