@@ -28,6 +28,7 @@ def ragged_paged_attention(
     *,
     sm_scale: float = 1.0,
     causal: bool = True,
+    causal_block: int | None = None,
     sliding_window: int | None = None,
     attend: Attend = "all",
     soft_cap: float | None = None,
@@ -81,6 +82,10 @@ def ragged_paged_attention(
         sm_scale: Factor on the scores, usually ``D ** -0.5``: 0, or from 2**-120 to
             2**120 in size, negative ones included.
         causal: Hide keys after the query's own position.
+        causal_block: With ``causal``, hide only the keys after the query's own block of
+            so many positions, a power of two, as models of block diffusion do. Blocks
+            count from the start of the sequence. Keys that come in a later step are not
+            seen: pass the tokens of a block in one step.
         sliding_window: See only the last ``sliding_window`` positions. A window as long
             as the context sees all.
         attend: Of these keys, see "all"; those whose tokens were in the "cache" before
@@ -143,6 +148,7 @@ def ragged_paged_attention(
     options = {
         "sm_scale": sm_scale,
         "causal": causal,
+        "causal_block": causal_block,
         "sliding_window": sliding_window,
         "attend": attend,
         "soft_cap": soft_cap,

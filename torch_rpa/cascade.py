@@ -64,13 +64,20 @@ def cascade_attention(
         ValueError: See the operator. Values of the arguments for the prefix are checked
             when the operator would check those of its own.
         NotImplementedError: ``sliding_window`` is given: by it each query would see
-            another part of the prefix.
+            another part of the prefix. Or ``causal_block`` is, which counts positions
+            from the start of the prefix.
     """
     if options.get("sliding_window") is not None:
         raise NotImplementedError(
             "sliding_window is not supported by cascade_attention, got "
             f"{options['sliding_window']}: give each sequence its whole page table and "
             "call ragged_paged_attention, which reads the window alone"
+        )
+    if options.get("causal_block") is not None:
+        raise NotImplementedError(
+            "causal_block is not supported by cascade_attention, got "
+            f"{options['causal_block']}: give each sequence its whole page table and "
+            "call ragged_paged_attention"
         )
     if options.pop("attend", "all") != "all":
         raise NotImplementedError(

@@ -23,6 +23,7 @@ from torch_rpa.reference import (
     by_slot,
     encode,
     keys_and_values,
+    seen_ends,
     token_rows,
     visible,
 )
@@ -52,6 +53,7 @@ class Part:
         dead_slots: ``(sequence, begin, end)`` of the slots within ``width`` that its
             queries do not see; they may hold anything.
         mask: bool ``[B, 1, 1, width]``, the slots that are not dead; None if none is.
+        first_position: Position of the first slot, of the first sequence.
     """
 
     tokens: torch.Tensor
@@ -60,6 +62,7 @@ class Part:
     width: int
     dead_slots: tuple[tuple[int, int, int], ...]
     mask: torch.Tensor | None
+    first_position: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +233,7 @@ def _part(
         width=width,
         dead_slots=tuple(slots for slots in dead if slots[1] < slots[2]),
         mask=None if alive.all() else torch.from_numpy(alive)[:, None, None, :],
+        first_position=int(first_page[0]) * page_size + begin,
     )
 
 
@@ -308,15 +312,15 @@ def _attend_one(
     if sinks is not None:
         sinks = sinks.view(grouped.shape[1], len(grouped), 1, 1).transpose(0, 1)
     block = min(MAX_QUERIES, max(1, MAX_SCORES // (q.shape[1] * part.width)))
-    # Counted from the first slot that is seen; the last one is before the queries or
-    # that of the last query.
-    first_query = part.width - (0 if options.attend == "cache" else len(q))
+    # The last slot is before the queries or that of the last query.
+    end = part.first_position + part.width
+    first_query = end - (0 if options.attend == "cache" else len(q))
     blocks = []
     for begin, queries in enumerate(grouped.split(block, dim=2)):
         positions = torch.arange(queries.shape[2]) + first_query + begin * block
-        first, last = _seen_slots(positions, part.width, options)
+        first, last = _seen_positions(positions, part, options)
         mask = visible(positions[:, None], torch.arange(first, last)[None, :], options)
-        seen = slice(first, last)
+        seen = slice(first - part.first_position, last - part.first_position)
         blocks.append(
             _attention(
                 queries, keys[:, :, seen], values[:, :, seen], mask, sinks, options
@@ -329,13 +333,13 @@ def _attend_one(
     return out, torch.cat(sums, dim=2).permute(2, 1, 0).reshape(q.shape[:2])
 
 
-def _seen_slots(
-    positions: torch.Tensor, width: int, options: AttentionOptions
+def _seen_positions(
+    positions: torch.Tensor, part: Part, options: AttentionOptions
 ) -> tuple[int, int]:
-    """Returns the smallest range of a part's slots with all that some queries see."""
-    first, last = 0, width
+    """Returns the smallest range of a part's tokens with all that some queries see."""
+    first, last = part.first_position, part.first_position + part.width
     if options.causal:
-        last = min(last, int(positions[-1]) + 1)
+        last = min(last, int(seen_ends(positions[-1:], options)))
     if options.sliding_window is not None:
         first = max(first, int(positions[0]) - options.sliding_window + 1)
     return min(first, last), last

@@ -235,12 +235,18 @@ def visible_range(
     if options.sliding_window is not None:
         first = max(0, int(positions[0]) - options.sliding_window + 1)
     if options.causal:
-        last = int(positions[-1]) + 1
+        last = min(last, int(seen_ends(positions[-1:], options)))
     if options.attend == "cache":
         last = min(last, kv_len - q_len)
     elif options.attend == "new":
         first = max(first, kv_len - q_len)
     return min(first, last), last
+
+
+def seen_ends(q_positions: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    """The positions after the last that a causal mask shows to queries."""
+    block = options.causal_block or 1
+    return (q_positions // block + 1) * block
 
 
 def visible(
@@ -251,7 +257,7 @@ def visible(
         torch.broadcast_shapes(q_positions.shape, k_positions.shape), dtype=torch.bool
     )
     if options.causal:
-        mask &= k_positions <= q_positions
+        mask &= k_positions < seen_ends(q_positions, options)
     if options.sliding_window is not None:
         mask &= k_positions > q_positions - options.sliding_window
     return mask

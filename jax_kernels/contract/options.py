@@ -42,6 +42,11 @@ class AttentionOptions:
       sm_scale: Factor of the scores ``q . k``, usually ``head_dim ** -0.5``: 0,
         or from 2**-120 to 2**120 in size, negative ones included.
       causal: Hide the keys after a query's own position.
+      causal_block: Hide only the keys after a query's own block of so many positions,
+        counted from the start of the sequence: a query at ``p`` sees those before
+        ``(p // causal_block + 1) * causal_block``. Needs ``causal``. A power of two.
+        None, like 1, hides all after the query. Keys that come in a later step are
+        not seen, whatever their block.
       sliding_window: Keep only the last ``sliding_window`` positions, the query's own
         included. None keeps all, and so does a window as long as the context.
       attend: Of the keys that masks leave, see "all", those that were in the "cache"
@@ -78,6 +83,7 @@ class AttentionOptions:
 
     sm_scale: float = 1.0
     causal: bool = True
+    causal_block: int | None = None
     sliding_window: int | None = None
     attend: Attend = "all"
     soft_cap: float | None = None
@@ -97,6 +103,7 @@ class AttentionOptions:
             check_bool(name, getattr(self, name))
         for name in ("sliding_window", "chunk_prefill_size"):
             _check_count(name, getattr(self, name))
+        self._check_causal_block()
         _check_decode_q_len(self.decode_q_len)
         if self.attend not in get_args(Attend):
             raise ValueError(
@@ -123,14 +130,20 @@ class AttentionOptions:
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
 
     def for_context(self: _Options, max_kv_len: int) -> _Options:
-        """The same options without a window that sees all of ``max_kv_len`` tokens.
+        """The same options without masks that hide none of ``max_kv_len`` tokens.
 
-        It means the same, costs less, and such a number may not fit the integers of the
+        They mean the same, cost less, and such numbers may not fit the integers of the
         device.
         """
-        if self.sliding_window is None or self.sliding_window < max_kv_len:
-            return self
-        return dataclasses.replace(self, sliding_window=None)
+        changes: dict[str, Any] = {}
+        if self.sliding_window is not None and self.sliding_window >= max_kv_len:
+            changes["sliding_window"] = None
+        if self.causal_block is not None:
+            if self.causal_block >= max_kv_len:
+                changes |= {"causal": False, "causal_block": None}
+            elif self.causal_block == 1:
+                changes["causal_block"] = None
+        return dataclasses.replace(self, **changes) if changes else self
 
     @property
     def needs_no_new_tokens(self) -> bool:
@@ -141,6 +154,21 @@ class AttentionOptions:
     def score_factor(self) -> float:
         """Factor of the products of stored queries and stored keys."""
         return self.sm_scale * (self.q_scale or 1.0) * (self.k_scale or 1.0)
+
+    def _check_causal_block(self) -> None:
+        block = self.causal_block
+        _check_count("causal_block", block)
+        if block is None:
+            return
+        if not self.causal:
+            raise ValueError(
+                f"causal_block must be None with causal=False, got {block}: without a "
+                "causal mask queries see all blocks"
+            )
+        if not _is_power_of_two(block):
+            raise NotImplementedError(
+                f"causal_block {block} is not supported: use a power of two"
+            )
 
     def _check_factor_of_scores(self) -> None:
         for factor in (self.score_factor, self.score_factor / (self.soft_cap or 1.0)):

@@ -36,6 +36,7 @@ def ragged_paged_attention(
     *,
     sm_scale: float = 1.0,
     causal: bool = True,
+    causal_block: int | None = None,
     sliding_window: int | None = None,
     attend: Attend = "all",
     soft_cap: float | None = None,
@@ -69,7 +70,8 @@ def ragged_paged_attention(
         out_i    = sum_j exp(score[j] - lse_i) v_j[g]
 
     over the visible positions j: ``j < kv_len``, ``j <= i`` if causal, and
-    ``j > i - sliding_window`` if there is a window.
+    ``j > i - sliding_window`` if there is a window. With causal blocks it is
+    ``j // causal_block <= i // causal_block`` in the place of ``j <= i``.
 
     Args:
       q: bf16 or f32 [T, Hq, D], Hq a multiple of Hkv, 32 <= D <= 256.
@@ -92,6 +94,9 @@ def ragged_paged_attention(
       sm_scale: Factor of the scores, usually D ** -0.5: 0, or from 2**-120 to 2**120
         in size, negative ones included.
       causal: Whether queries see only keys up to their own position.
+      causal_block: With ``causal``, queries see all keys of their own block of so many
+        positions, a power of two, and of those before, as in block diffusion. Keys that
+        come in a later step are not seen: pass the tokens of a block in one step.
       sliding_window: Number of positions seen, the query's own included. A window as
         long as the context sees all.
       attend: Of these positions, see ``"all"``, those whose tokens were in the

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import functools
 import math
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from jax_kernels.ragged_paged_attention.layout import (
 )
 from jax_kernels.ragged_paged_attention.numerics import Numerics
 from jax_kernels.ragged_paged_attention.token_layout import HeadRows, TokenRows
+
+# As kernel/ints.py has it.
+Int: TypeAlias = Any
 
 SUBLANES = 8
 # Query rows whose scores are computed while those before go through the softmax.
@@ -56,6 +60,24 @@ class AttentionSpec(AttentionOptions):
     def hides_first_keys(self) -> bool:
         """Whether a query may see a key and none of those before it."""
         return self.sliding_window is not None or self.attend == "new"
+
+    def seen_end(self, query_end: Int) -> Int:
+        """The position after the last that a causal mask shows.
+
+        There may be no token there yet. It works for scalars and vectors.
+
+        Args:
+          query_end: The position after the last query.
+        """
+        if self.causal_block is None:
+            return query_end
+        return (query_end + (self.causal_block - 1)) & -self.causal_block
+
+    def first_that_sees(self, position: Int) -> Int:
+        """The first query to which a causal mask shows the key at a position."""
+        if self.causal_block is None:
+            return position
+        return position & -self.causal_block
 
 
 @dataclasses.dataclass(frozen=True)

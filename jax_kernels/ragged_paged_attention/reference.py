@@ -96,6 +96,7 @@ def ragged_paged_attention_reference(
     *,
     sm_scale: float = 1.0,
     causal: bool = True,
+    causal_block: int | None = None,
     sliding_window: int | None = None,
     attend: Attend = "all",
     soft_cap: float | None = None,
@@ -131,6 +132,8 @@ def ragged_paged_attention_reference(
         the weight, so that the head gives zeros.
       sm_scale: Factor of ``q . k``: 0, or from 2**-120 to 2**120 in size.
       causal: Whether a query sees only keys at or before its own position.
+      causal_block: With ``causal``, queries see all keys of their own block of so many
+        positions, a power of two, and of those before.
       sliding_window: Number of latest positions seen, the query's own included.
       attend: Whether "all" of these are seen, or only those that were in the "cache"
         before, or those that are "new". All new tokens are written.
@@ -386,7 +389,8 @@ def _query_block(
     first_position = kv_len - q_len + offset
     first_key, end_key = jnp.int32(0), kv_len
     if plan.options.causal:
-        end_key = jnp.minimum(kv_len, first_position + num_rows)
+        end_key = _seen_end(first_position + num_rows, plan.options)
+        end_key = jnp.minimum(kv_len, end_key)
     if plan.options.sliding_window is not None:
         first_key = jnp.maximum(first_position - plan.options.sliding_window + 1, 0)
     if plan.options.attend == "cache":
@@ -441,7 +445,7 @@ def _attend_to_pages(
     position = position[None, :]
     is_visible = jnp.broadcast_to(is_used[None, :], (plan.block_q, plan.block_kv))
     if plan.options.causal:
-        is_visible &= position <= query_position
+        is_visible &= position < _seen_end(query_position + 1, plan.options)
     if plan.options.sliding_window is not None:
         is_visible &= position > query_position - plan.options.sliding_window
     scores = jnp.where(is_visible[None, None], scores, -jnp.inf)
@@ -493,6 +497,13 @@ def _normalize(state: _AttentionState) -> jax.Array:
 def _log_sum(state: _AttentionState) -> jax.Array:
     """The logarithm of the denominator f32[q, Hkv, G]."""
     return jnp.moveaxis(state.row_max + jnp.log(state.row_sum), 2, 0)
+
+
+def _seen_end(query_end: jax.Array, options: AttentionOptions) -> jax.Array:
+    """The position after the last that causal queries before ``query_end`` see."""
+    if options.causal_block is None:
+        return query_end
+    return _cdiv(query_end, options.causal_block) * options.causal_block
 
 
 def _cdiv(value: jax.Array, divisor: int) -> jax.Array:

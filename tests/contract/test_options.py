@@ -46,6 +46,12 @@ def test_scores_may_have_any_finite_factor(sm_scale):
         ({"sliding_window": 0}, "sliding_window must be a Python int from 1"),
         ({"sliding_window": 8.0}, "sliding_window must be a Python int"),
         ({"sliding_window": 2**63}, "sliding_window must be a Python int"),
+        ({"causal_block": 0}, "causal_block must be a Python int from 1"),
+        ({"causal_block": 4.0}, "causal_block must be a Python int from 1"),
+        (
+            {"causal_block": 4, "causal": False},
+            "causal_block must be None with causal=False, got 4",
+        ),
         ({"chunk_prefill_size": -1}, "chunk_prefill_size must be a Python int"),
         ({"chunk_prefill_size": True}, "chunk_prefill_size must be a Python int"),
         ({"decode_q_len": 0}, "decode_q_len must be a Python int from 1 to 16, got 0"),
@@ -83,6 +89,19 @@ def test_a_window_as_long_as_the_context_is_none(window):
     assert options.for_context(64) == AttentionOptions(causal=False)
     narrow = AttentionOptions(sliding_window=63)
     assert narrow.for_context(64) is narrow
+
+
+def test_blocks_of_positions_are_powers_of_two():
+    message = "causal_block 24 is not supported: use a power of two"
+    with pytest.raises(NotImplementedError, match=message):
+        AttentionOptions(causal_block=24)
+
+
+def test_causal_blocks_of_one_or_of_all_positions_are_simpler_masks():
+    one, all_positions = (AttentionOptions(causal_block=n) for n in (1, 64))
+    assert one.for_context(64) == AttentionOptions()
+    assert all_positions.for_context(64) == AttentionOptions(causal=False)
+    assert all_positions.for_context(65) is all_positions
 
 
 def test_options_are_found_among_other_variables():

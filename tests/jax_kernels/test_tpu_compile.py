@@ -233,6 +233,17 @@ VARIANTS = {
         {"num_q_heads": 8, "num_kv_heads": 1},
         {"decode_q_len": 16},
     ),
+    "causal_blocks": ("tpu7x", {}, {"causal_block": 32}),
+    "causal_blocks_drafts": (
+        "v6e",
+        {"cache_dtype": "float8_e4m3fn"},
+        {"causal_block": 1024, "decode_q_len": 4, "sliding_window": 1000},
+    ),
+    "causal_blocks_f32": (
+        "v5e",
+        {"q_dtype": "float32", "cache_dtype": "float32", "num_tokens": 32},
+        {"causal_block": 4, "attend": "new", "return_lse": True},
+    ),
     "soft_cap_full": ("v6e", {}, {"soft_cap": 30.0, "causal": False}),
     "out_f32": ("v6e", {}, {"out_dtype": "float32"}),
     "d32": ("v6e", {"head_dim": 32}, {}),
@@ -266,6 +277,9 @@ VARIANTS = {
 
 # Of these, another one here has each part: they are left to a longer run.
 COMBINED = (
+    "causal_blocks",
+    "causal_blocks_drafts",
+    "causal_blocks_f32",
     "chunk_prefill_512",
     "f32_cache",
     "heads_24",

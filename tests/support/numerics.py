@@ -43,6 +43,7 @@ def emulate_low_precision(
     *,
     sm_scale: float = 1.0,
     causal: bool = True,
+    causal_block: int | None = None,
     sliding_window: int | None = None,
     attend: str = "all",
     soft_cap: float | None = None,
@@ -100,6 +101,7 @@ def emulate_low_precision(
                 sliding_window,
                 attend,
                 sequence.q_len,
+                causal_block,
             )
             scores[:, i, : seen.start] = -np.inf
             scores[:, i, seen.stop :] = -np.inf
@@ -233,7 +235,8 @@ def assert_matches_oracle(
       update_kv_cache: As given to the operator.
       probabilities_dtype: As given to the operator.
       **options: Options that change the result, as given to the operator: sm_scale,
-        causal, sliding_window, attend, soft_cap, q_scale, k_scale, v_scale.
+        causal, causal_block, sliding_window, attend, soft_cap, q_scale, k_scale,
+        v_scale.
 
     Returns:
       What was expected.

@@ -152,9 +152,14 @@ def visible_positions(
     sliding_window: int | None,
     attend: str = "all",
     q_len: int = 0,
+    causal_block: int | None = None,
 ) -> slice:
     """The key positions that one query sees."""
-    end = min(kv_len, query_position + 1) if causal else kv_len
+    end = kv_len
+    if causal and causal_block is None:
+        end = min(kv_len, query_position + 1)
+    elif causal_block is not None:
+        end = min(kv_len, (query_position // causal_block + 1) * causal_block)
     start = 0
     if sliding_window is not None:
         start = max(0, query_position - sliding_window + 1)
@@ -244,6 +249,7 @@ def ragged_paged_attention(
     *,
     sm_scale: float = 1.0,
     causal: bool = True,
+    causal_block: int | None = None,
     sliding_window: int | None = None,
     attend: str = "all",
     soft_cap: float | None = None,
@@ -296,6 +302,7 @@ def ragged_paged_attention(
                 sliding_window,
                 attend,
                 sequence.q_len,
+                causal_block,
             )
             query = queries[row].astype(np.float64) * (q_scale or 1.0)
             out[row], magnitude[row], lse[row] = _attend(

@@ -25,6 +25,21 @@ SCENARIOS = {
     "shared prefix": ([(1, 37), (5, 40)], {"shared_prefix_pages": 2}, {}),
     "window": (MIXED, {"head_dim": 96}, {"sliding_window": 6}),
     "full attention": (MIXED, {}, {"causal": False}),
+    "causal blocks": (
+        [(1, 17), (1, 16), (4, 20), (3, 33), (7, 7), (5, 40), (40, 72), (33, 60)],
+        {"distribution": (4, 4, 8)},
+        {"causal_block": 8, "decode_q_len": 4},
+    ),
+    "causal blocks of a window": (
+        MIXED,
+        {"head_dim": 96, "with_sinks": True},
+        {"causal_block": 4, "sliding_window": 6, "return_lse": True},
+    ),
+    "new keys of causal blocks": (
+        MIXED,
+        {},
+        {"attend": "new", "causal_block": 4, "return_lse": True},
+    ),
     "soft cap": (MIXED, {}, {"soft_cap": 3.0, "sm_scale": 1.0}),
     "sinks": (MIXED, {"with_sinks": True, "num_q_heads": 6}, {}),
     "odd group": (MIXED, {"num_q_heads": 15, "num_kv_heads": 3}, {}),

@@ -111,6 +111,7 @@ def test_a_cascade_in_one_graph():
     ("options", "message"),
     [
         ({"sliding_window": 9}, "sliding_window is not supported .*page table"),
+        ({"causal_block": 8}, "causal_block is not supported .*page table"),
         ({"attend": "new"}, "attend must be 'all'"),
     ],
 )

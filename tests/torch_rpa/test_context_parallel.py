@@ -132,6 +132,7 @@ def test_the_example_of_the_module():
     ("options", "message"),
     [
         ({"sliding_window": 4}, "caches of such layers whole"),
+        ({"causal_block": 4}, "caches of such models whole"),
         ({"attend": "new"}, "attend has no meaning"),
         ({"chunk_prefill_size": 4}, "chunk_prefill_size has no meaning"),
         ({"return_lse": False}, "return_lse has no meaning"),

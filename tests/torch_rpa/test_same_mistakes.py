@@ -21,6 +21,7 @@ MISTAKES = [
     ("sliding_window", True),
     ("sliding_window", 2.0),
     ("sliding_window", 2**63),
+    ("causal_block", 8.0),
     ("chunk_prefill_size", np.int64(2)),
     ("decode_q_len", 17),
     ("decode_q_len", None),

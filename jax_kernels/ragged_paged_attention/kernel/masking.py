@@ -15,14 +15,20 @@ def attention_mask(
     visible_end: Int,
     new_start: Int,
     spec: AttentionSpec,
+    query_ends: jax.Array | None = None,  # i32[rows, 1]
 ) -> jax.Array:  # bool[rows, block_kv]
     """True where a query sees a key.
 
     A key is visible when it is before the end, not after the query (causal), among the
     last ``sliding_window`` positions up to the query, and, if only new tokens are,
     from ``new_start`` on. If only those before are, the end is there.
+
+    ``query_ends`` are as ``AttentionSpec.seen_end`` gives them. They are needed where
+    a query sees keys after it.
     """
-    if spec.causal and spec.attend != "cache":
+    if query_ends is not None and spec.attend != "cache":
+        mask = key_positions < jnp.minimum(query_ends, visible_end)
+    elif spec.causal and spec.attend != "cache":
         # Queries of live rows are below the end, so this bounds the keys too.
         mask = key_positions <= query_positions
     else:
@@ -58,7 +64,7 @@ def needs_mask(cell: Cell, block_kv: int, spec: AttentionSpec) -> Bool:
     False for the interior blocks, which then run without any mask arithmetic.
     """
     seen_by_first = (
-        ints.minimum(cell.visible_end, cell.query_position + 1)
+        ints.minimum(cell.visible_end, spec.seen_end(cell.query_position + 1))
         if spec.causal
         else cell.visible_end
     )

@@ -297,7 +297,7 @@ class Schedule:
     def _visible(self, tile: Tile, new: Range) -> Range:
         """What the queries of a tile see, from the first key of any to the last."""
         spec, begin = self.config.spec, 0
-        end = new.begin if spec.attend == "cache" else self._tile_end(tile, new)
+        end = new.begin if spec.attend == "cache" else self._seen_end(tile, new)
         end = ints.where(tile.num_queries > 0, ints.maximum(end, 0), 0)
         if spec.attend == "new":
             begin = ints.maximum(new.begin, 0)
@@ -306,8 +306,18 @@ class Schedule:
             begin = ints.maximum(first, begin)
         return Range(begin, end)
 
-    def _tile_end(self, tile: Tile, new: Range) -> Int:
-        """The position after the last that a tile may see, or has to write."""
+    def _seen_end(self, tile: Tile, new: Range) -> Int:
+        """The position after the last that a tile may see of all keys."""
+        spec = self.config.spec
+        if not spec.causal:
+            return new.end
+        end = ints.minimum(tile.end, new.end)
+        if spec.causal_block is not None:
+            end = ints.minimum(spec.seen_end(end), new.end)
+        return end
+
+    def _owned_end(self, tile: Tile, new: Range) -> Int:
+        """The position after the last that a tile, if it owns any, has to write."""
         return ints.minimum(tile.end, new.end) if self.config.spec.causal else new.end
 
     def _covered(self, tile: Tile, new: Range, visible: Range) -> Range:
@@ -315,7 +325,7 @@ class Schedule:
         spec = self.config.spec
         if spec.attend != "cache" or not spec.update_kv_cache:
             return visible
-        end = ints.maximum(self._tile_end(tile, new), 0)
+        end = ints.maximum(self._owned_end(tile, new), 0)
         return Range(visible.begin, ints.where(tile.num_queries > 0, end, 0))
 
     def _block(self, index: Int, covered: Range) -> Block:
@@ -368,11 +378,16 @@ class Schedule:
     def _owned(self, tile: Tile, new: Range, covered: Range) -> Range:
         """The new tokens that it is up to a tile to write.
 
-        A causal tile owns its own positions. Otherwise the first tile meets every key,
-        so it owns them all.
+        A causal tile owns its own positions, also where it sees some of later tiles,
+        which write those. Otherwise the first tile meets every key, so it owns them
+        all.
         """
-        if self.config.spec.causal:
-            return Range(ints.maximum(tile.query_position, 0), covered.end)
+        spec = self.config.spec
+        if spec.causal:
+            end = covered.end
+            if spec.causal_block is not None:
+                end = ints.minimum(end, tile.end)
+            return Range(ints.maximum(tile.query_position, 0), end)
         return Range(
             ints.maximum(new.begin, 0), ints.where(tile.index == 0, covered.end, 0)
         )

@@ -16,12 +16,15 @@ def mask_of(
     query_positions, key_positions, visible_end, new_start=0, **spec
 ) -> np.ndarray:
     """bool[queries, keys]; a mask that is the same for every query is one row."""
+    queries = jnp.asarray(query_positions, jnp.int32)[:, None]
+    attention_spec = AttentionSpec(**spec)
     mask = masking.attention_mask(
-        jnp.asarray(query_positions, jnp.int32)[:, None],
+        queries,
         jnp.asarray(key_positions, jnp.int32)[None],
         jnp.int32(visible_end),
         jnp.int32(new_start),
-        AttentionSpec(**spec),
+        attention_spec,
+        attention_spec.seen_end(queries + 1) if "causal_block" in spec else None,
     )
     return np.broadcast_to(mask, (len(query_positions), len(key_positions)))
 
@@ -38,6 +41,14 @@ def table(*rows: str) -> np.ndarray:
         ({"causal": False}, 4, table("xxxx", "xxxx", "xxxx", "xxxx")),
         ({"causal": False}, 3, table("xxx.", "xxx.", "xxx.", "xxx.")),
         ({"causal": False}, 0, table("....", "....", "....", "....")),
+        ({"causal_block": 2}, 4, table("xx..", "xx..", "xxxx", "xxxx")),
+        ({"causal_block": 2}, 3, table("xx..", "xx..", "xxx.", "xxx.")),
+        ({"causal_block": 4}, 3, table("xxx.", "xxx.", "xxx.", "xxx.")),
+        (
+            {"causal_block": 2, "sliding_window": 1},
+            4,
+            table("xx..", ".x..", "..xx", "...x"),
+        ),
         ({"sliding_window": 1}, 4, table("x...", ".x..", "..x.", "...x")),
         ({"sliding_window": 2}, 4, table("x...", "xx..", ".xx.", "..xx")),
         ({"sliding_window": 9}, 4, table("x...", "xx..", "xxx.", "xxxx")),
@@ -91,9 +102,11 @@ def test_positions_are_not_int16():
 
 
 specs = st.builds(
-    AttentionSpec,
+    lambda masks, **others: AttentionSpec(**masks, **others),
+    masks=st.sampled_from(
+        [{}, {"causal": False}, {"causal_block": 4}, {"causal_block": 16}]
+    ),
     attend=st.sampled_from(["all", "cache", "new"]),
-    causal=st.booleans(),
     sliding_window=st.none() | st.integers(1, 40),
 )
 
@@ -126,7 +139,11 @@ def test_only_blocks_that_everybody_sees_go_without_a_mask(
 ):
     block_kv = 8
     kv_len = query_position + num_queries + num_later
-    visible_end = query_position + num_queries if spec.causal else kv_len
+    size = spec.causal_block or 1
+    visible_end = kv_len
+    if spec.causal:
+        last_block = (query_position + num_queries - 1) // size
+        visible_end = min((last_block + 1) * size, kv_len)
     new_start = max(query_position - num_earlier, 0)
     if spec.attend == "cache":
         visible_end = new_start
@@ -135,7 +152,7 @@ def test_only_blocks_that_everybody_sees_go_without_a_mask(
     )
     sees_all = all(
         key < visible_end
-        and (not spec.causal or key <= query)
+        and (not spec.causal or key // size <= query // size)
         and (spec.attend != "new" or key >= new_start)
         and (spec.sliding_window is None or key > query - spec.sliding_window)
         for query in range(query_position, query_position + num_queries)

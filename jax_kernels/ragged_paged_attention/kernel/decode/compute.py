@@ -616,12 +616,20 @@ def _mask(context: DecodeContext, cell: DecodeCell, size: int) -> jax.Array:
     num_rows = context.config.query_rows(context.phase)
     row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
     first_query = _new_start(context, cell)
+    token = row & (num_tokens - 1)
+    query_ends = None
+    if cell.place_in_causal_block is not None:
+        first_place = cell.place_in_causal_block
+        query_ends = spec.seen_end(first_place + token + 1) + (
+            first_query - first_place
+        )
     return masking.attention_mask(
-        first_query + (row & (num_tokens - 1)),
+        first_query + token,
         lax.broadcasted_iota(jnp.int32, (1, size), 1),
         _seen_end(context, cell),
         first_query,
         spec,
+        query_ends,
     )
 
 

@@ -61,6 +61,8 @@ class DecodeCell(NamedTuple):
     query: Int  # number of its first query among those of the step; past them if none
     num_before: Int | None  # 0: the first block of its sequence; None: the only one
     num_queries: Int | None  # None: one, if it has any
+    place_in_causal_block: Int | None  # of its first query; None: there are no such
+    # blocks, or one query, which sees all keys
 
 
 class Step(NamedTuple):
@@ -90,6 +92,7 @@ def cell_structure(schedule: Schedule) -> Any:
         query=0,
         num_before=None if is_one_cell else 0,
         num_queries=None if phase.block_q == 1 else 0,
+        place_in_causal_block=0 if _has_causal_blocks(schedule) else None,
     )
     return jax.tree.structure(cell)
 
@@ -174,6 +177,10 @@ def _describe_cell(
     if phase.block_q > 1:
         num_queries = ints.minimum(lengths.q_len, spec.decode_q_len)
         num_queries = ints.where(has_query, num_queries, 0)
+    place_in_causal_block = None
+    if _has_causal_blocks(schedule):
+        assert spec.causal_block is not None
+        place_in_causal_block = (kv_len - num_queries) & (spec.causal_block - 1)
     start, row_begin, visible_begin = num_before, None, None
     if spec.hides_first_keys:
         num_seen = num_queries
@@ -213,6 +220,7 @@ def _describe_cell(
         ),
         num_before=None if schedule.cell_is_window else num_before,
         num_queries=None if phase.block_q == 1 else num_queries,
+        place_in_causal_block=place_in_causal_block,
     )
 
 
@@ -225,6 +233,12 @@ def _block_place(schedule: Schedule, sequence: Int, start: Int) -> BlockPlace:
     if _starts_within_page(schedule):
         row = (start & (layout.page_size - 1)) >> log2(layout.packing)
     return BlockPlace(index, row)
+
+
+def _has_causal_blocks(schedule: Schedule) -> bool:
+    """Whether queries of a sequence see keys after them."""
+    has_several = schedule.phase.block_q > 1
+    return has_several and schedule.config.spec.causal_block is not None
 
 
 def _starts_within_page(schedule: Schedule) -> bool:

@@ -90,7 +90,8 @@ def first_that_sees(context: TileContext, cell: Cell, key: Int) -> Int:
       key: The position of the key.
     """
     last = with_queries(context, cell.num_queries) - 1
-    part = (key - cell.query_position) >> log2(num_tokens(context))
+    query = context.config.spec.first_that_sees(key)
+    part = (query - cell.query_position) >> log2(num_tokens(context))
     return ints.where(key == 0, 0, ints.minimum(ints.maximum(part, 0), last))
 
 
@@ -105,7 +106,7 @@ def first_chunk_of_some(context: TileContext, cell: Cell, size: int) -> Int:
       size: Tokens of a chunk, a power of two.
     """
     # The first part sees nothing from here on.
-    end = cell.query_position + num_tokens(context)
+    end = context.config.spec.seen_end(cell.query_position + num_tokens(context))
     chunk = ints.ceil_div(ints.maximum(end - cell.block_start, 0), size)
     # All rows get a state from the first chunk, also where positions are below zero.
     chunk = ints.maximum(chunk, ints.where(cell.block == 0, 1, 0))

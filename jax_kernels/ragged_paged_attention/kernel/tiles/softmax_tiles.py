@@ -290,13 +290,16 @@ def is_visible(
     context: TileContext, cell: Cell, tokens: Tokens, token: jax.Array
 ) -> jax.Array:
     """bool[n, tokens] for i32[n, 1], numbers of queries in the tile."""
+    spec = context.config.spec
     key = lax.broadcasted_iota(jnp.int32, (1, tokens.number), 1)
+    query = cell.query_position + jnp.minimum(token, cell.num_queries - 1)
     return masking.attention_mask(
-        cell.query_position + jnp.minimum(token, cell.num_queries - 1),
+        query,
         cell.block_start + tokens.first + key,
         cell.visible_end,
         cell.new_start,
-        context.config.spec,
+        spec,
+        None if spec.causal_block is None else spec.seen_end(query + 1),
     )
 
 

@@ -42,12 +42,14 @@ def make_schedule(
     page_size: int = PAGE_SIZE,
     decode_q_len: int = 1,
     attend: Attend = "all",
+    causal_block: int | None = None,
 ) -> Schedule:
     bfloat16 = jnp.dtype(jnp.bfloat16)
     config = KernelConfig(
         spec=AttentionSpec(
             sliding_window=window,
             attend=attend,
+            causal_block=causal_block,
             update_kv_cache=update,
             decode_q_len=decode_q_len,
         ),
@@ -242,6 +244,21 @@ def test_new_tokens_that_straddle_a_block_are_in_two_cells():
     assert (step.num_tokens, step.num_ended) == (6, 6)
     # Rows of two tokens: 6 and 7, then 0 and 1, then 0 to 3.
     assert step.num_written == 1 + 1 + 2
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_first_queries_have_places_in_blocks_of_positions(window):
+    """Whatever the start of a cell, which a window moves."""
+    schedule = make_schedule(decode_q_len=4, causal_block=16, window=window)
+    cells = cells_of(schedule, [(4, 45), (3, 3), (2, 34)])
+    places = {
+        cell.place.table_index // PAGES_PER_SEQUENCE: cell.place_in_causal_block
+        for cell in cells
+        if cell.num_queries
+    }
+    assert places == {0: 41 % 16, 1: 0, 2: 32 % 16}
+    (first, *_) = cells_of(make_schedule(causal_block=16), [(1, 5)])
+    assert first.place_in_causal_block is None  # its query sees all
 
 
 @pytest.mark.parametrize("packing", [1, 2, 4])
