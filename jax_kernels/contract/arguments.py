@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from jax_kernels.contract import cache
 from jax_kernels.contract.cache import CacheGeometry
-from jax_kernels.contract.options import INPUT_DTYPES, AttentionOptions
+from jax_kernels.contract.options import (
+    FACTOR_RANGE,
+    INPUT_DTYPES,
+    AttentionOptions,
+    is_factor,
+)
 
 Array = TypeVar("Array")
 
-MAY_BE_NONE = ("k", "v", "sinks")
+# An operator of PyTorch has its options and its tensors apart. So an option that may
+# also be a tensor is one more tensor there; functions have one parameter for both.
+OPTIONS_AS_ARRAYS = {
+    "q_scales": "q_scale",
+    "k_scales": "k_scale",
+    "v_scales": "v_scale",
+}
+MAY_BE_NONE = ("k", "v", "sinks", *OPTIONS_AS_ARRAYS)
 
 
 class ArraySpec(NamedTuple):
@@ -40,6 +52,18 @@ class Arguments(NamedTuple, Generic[Array]):
     cu_q_lens: Array  # i32[S + 1]
     distribution: Array  # i32[3]
     sinks: Array | None = None  # f32[Hq]
+    q_scales: Array | None = None  # f32[] or f32[Hkv], see AttentionOptions.q_scale
+    k_scales: Array | None = None  # the same
+    v_scales: Array | None = None  # the same
+
+    @property
+    def array_options(self) -> tuple[str, ...]:
+        """Names of the options that are arrays in this call."""
+        return tuple(
+            option
+            for name, option in OPTIONS_AS_ARRAYS.items()
+            if getattr(self, name) is not None
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +133,9 @@ def check_arguments(
             f"probabilities_dtype {narrow} is not supported with a "
             f"{geometry.dtype_name} cache: pass None, or use a cache of {narrow}"
         )
-    if options.q_scale is not None and not geometry.is_quantized:
+    _check_scales(arguments, options, geometry.num_kv_heads)
+    has_q_scale = options.q_scale is not None or arguments.q_scales is not None
+    if has_q_scale and not geometry.is_quantized:
         raise NotImplementedError(
             f"q_scale is not supported with a {geometry.dtype_name} cache: pass "
             f"q_scale=None, or use a cache of {', '.join(cache.QUANTIZED_DTYPES)}"
@@ -183,6 +209,43 @@ def _check_metadata(arguments: Arguments[ArraySpec]) -> tuple[int, int]:
         )
     _check("page_indices", page_indices, "int32", num_pages)
     return num_sequences, num_pages // num_sequences
+
+
+def _check_scales(
+    arguments: Arguments[ArraySpec], options: AttentionOptions, num_kv_heads: int
+) -> None:
+    for name in ("q_scales", "k_scales", "v_scales"):
+        scales: ArraySpec | None = getattr(arguments, name)
+        if scales is None:
+            continue
+        option = OPTIONS_AS_ARRAYS[name]
+        number = getattr(options, option)
+        if number is not None:
+            raise ValueError(
+                f"{option} must be a number or a tensor, got both: {number!r} and "
+                f"{name} of {scales}"
+            )
+        # A size of a graph of torch.compile may be a symbol, which has no hash.
+        is_fitting = tuple(scales.shape) in [(), (num_kv_heads,)]
+        if not is_fitting or scales.dtype != "float32":
+            raise ValueError(
+                f"{option} that is a tensor must be float32 [] or [Hkv] = "
+                f"[{num_kv_heads}], got {scales}"
+            )
+
+
+def check_scale_values(option: str, values: Iterable[float]) -> None:
+    """Checks the numbers of a scale that is an array.
+
+    Raises:
+      ValueError: One of them breaks the rule of the option that is a number.
+    """
+    for place, value in enumerate(values):
+        if not is_factor(value):
+            raise ValueError(
+                f"{option} must hold positive numbers {FACTOR_RANGE}, got {value!r} at "
+                f"{place}"
+            )
 
 
 def _check(name: str, array: ArraySpec, dtype: str, *shape: int) -> None:

@@ -8,12 +8,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from jax_kernels import chips
-from jax_kernels.contract import Arguments
 from jax_kernels.contract.options import Attend
 from jax_kernels.ragged_paged_attention import (
     block_sizes as block_sizes_lib,
 )
-from jax_kernels.ragged_paged_attention import validation
+from jax_kernels.ragged_paged_attention import scales, validation
 from jax_kernels.ragged_paged_attention.config import (
     AttentionSpec,
     BlockSizes,
@@ -40,9 +39,9 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     attend: Attend = "all",
     soft_cap: float | None = None,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    q_scale: float | jax.Array | None = None,
+    k_scale: float | jax.Array | None = None,
+    v_scale: float | jax.Array | None = None,
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
     decode_q_len: int = 1,
@@ -104,7 +103,11 @@ def ragged_paged_attention(
         ``"new"`` in it. All new tokens are written whatever it is.
       soft_cap: Bound of the scores.
       q_scale: Quantises queries to the dtype of an 8-bit cache, as
-        ``q * float32(1 / q_scale)``, and multiplies there.
+        ``q * float32(1 / q_scale)``, and multiplies there. This and the next two are
+        numbers, or arrays f32[] or f32[Hkv], by key head: then one program serves all
+        values. The inverse of an array's number is rounded to nearest, so that it is
+        that of the equal Python number. Numbers of an array must be positive, and from
+        2**-120 to 2**120, which only ``validate`` checks.
       k_scale: New keys are stored as ``k * float32(1 / k_scale)``, and scores are
         multiplied by ``k_scale``. The inverse is computed in float64, the product in
         float32; it is clipped to the finite range of an 8-bit cache, then rounded to
@@ -128,8 +131,8 @@ def ragged_paged_attention(
       return_lse: Return the ``lse`` above as well, with which
         ``merge_attention`` joins attention over parts of the keys.
       validate: Also check the numbers in lengths, page table and distribution, such as
-        a slot that one sequence writes and another reads. It waits for the arrays, so
-        it is for debugging, outside ``jax.jit``.
+        a slot that one sequence writes and another reads, and those of scales. It waits
+        for the arrays, so it is for debugging, outside ``jax.jit``.
       block_sizes: Tile sizes; by default chosen to fit ``chip``.
       vmem_limit_bytes: VMEM for the kernel; by default most of what ``chip`` has.
       chip: ``"v5e"``, ``"v6e"``, ``"tpu7x"`` or a device kind. By default limits
@@ -147,15 +150,16 @@ def ragged_paged_attention(
       NotImplementedError: An argument that has a meaning but is not supported; the
         message names another way.
     """
-    options = validation.named_options(locals())
-    arguments = Arguments(
-        q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks
-    )
+    arguments, options = validation.arguments_and_options(locals())
     problem = validation.validate_static(arguments, options)
     if validate:
         validation.validate_values(arguments, options)
     options = options.for_context(problem.max_kv_len)
-    spec = AttentionSpec(**vars(options), has_sinks=sinks is not None)
+    spec = AttentionSpec(
+        **vars(options),
+        has_sinks=sinks is not None,
+        array_options=arguments.array_options,
+    )
     chip_spec = chips.find_chip(chip)
     if vmem_limit_bytes is not None:
         chip_spec = dataclasses.replace(
@@ -186,6 +190,10 @@ def ragged_paged_attention(
             values=_new_tokens(v, config) if spec.update_kv_cache else None,
             kv_cache=kv_cache,
             sinks=sinks,
+            head_factors=scales.head_factors(
+                config.numerics.head_factors,
+                scales.of_heads(arguments, problem.num_kv_heads),
+            ),
         ),
         config,
         vmem_limit_bytes=vmem_limit_bytes,

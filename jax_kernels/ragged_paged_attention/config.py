@@ -48,13 +48,16 @@ class Phase(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec(AttentionOptions):
-    """What is computed: the options, and whether there are sinks.
+    """What is computed: the options, and which arrays say more.
 
     Attributes:
       has_sinks: Whether ``sinks`` are given.
+      array_options: Names of the options that are arrays; among the options they are
+        None.
     """
 
     has_sinks: bool = False
+    array_options: tuple[str, ...] = ()
 
     @property
     def hides_first_keys(self) -> bool:
@@ -267,6 +270,7 @@ class KernelConfig:
             q_dtype=self.q_dtype,
             cache_dtype=self.cache.dtype,
             lanes=self.lanes,
+            array_options=self.spec.array_options,
         )
 
     @property

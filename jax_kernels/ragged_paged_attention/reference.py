@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jax_kernels.contract import Arguments, AttentionOptions
+from jax_kernels.contract import AttentionOptions
 from jax_kernels.contract.options import Attend
-from jax_kernels.ragged_paged_attention import layout, validation
+from jax_kernels.ragged_paged_attention import layout, scales, validation
 
 # Keys per inner step, and the most queries per block. Neither changes the result
 # beyond the order of float32 sums.
@@ -100,9 +100,9 @@ def ragged_paged_attention_reference(
     sliding_window: int | None = None,
     attend: Attend = "all",
     soft_cap: float | None = None,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    q_scale: float | jax.Array | None = None,
+    k_scale: float | jax.Array | None = None,
+    v_scale: float | jax.Array | None = None,
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
     decode_q_len: int = 1,
@@ -138,7 +138,8 @@ def ragged_paged_attention_reference(
       attend: Whether "all" of these are seen, or only those that were in the "cache"
         before, or those that are "new". All new tokens are written.
       soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``.
-      q_scale: Queries are quantised as ``q * float32(1 / q_scale)``.
+      q_scale: Queries are quantised as ``q * float32(1 / q_scale)``. This and the next
+        two may be arrays, f32[] or f32[Hkv].
       k_scale: Keys are stored as ``k * float32(1 / k_scale)``, the inverse computed in
         float64, the product in float32, clipped, rounded to nearest even.
       v_scale: Values are stored as ``v * float32(1 / v_scale)`` likewise.
@@ -148,7 +149,8 @@ def ragged_paged_attention_reference(
       probabilities_dtype: Ignored: nothing is rounded.
       out_dtype: Dtype of the output, that of ``q`` by default.
       return_lse: Whether to return the logarithms of the denominators.
-      validate: Also check the numbers in the metadata; not under ``jax.jit``.
+      validate: Also check the numbers in the metadata, and in scales that are arrays;
+        not under ``jax.jit``.
 
     Returns:
       The output [T, Hq, D], with ``return_lse`` the logarithms f32[T, Hq], and the
@@ -160,28 +162,43 @@ def ragged_paged_attention_reference(
       ValueError: An argument is wrong.
       NotImplementedError: An argument that has a meaning but is not supported.
     """
-    options = validation.named_options(locals())
-    arguments = Arguments(
-        q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks
-    )
+    arguments, options = validation.arguments_and_options(locals())
     problem = validation.validate_static(arguments, options)
     if validate:
         validation.validate_values(arguments, options)
     options = options.for_context(problem.max_kv_len)
     sequences = _live_sequences(problem, kv_lens, page_indices, cu_q_lens, distribution)
     bits = _cache_to_bits(kv_cache, problem.cache)
+    of_heads = scales.of_heads(arguments, problem.num_kv_heads)
+
+    def inverse(option: str) -> jax.Array | float | None:
+        if option in of_heads:
+            return scales.reciprocal(of_heads[option])[:, None]
+        number = getattr(options, option)
+        return None if number is None else 1.0 / number
+
+    def of_query_heads(of_heads: jax.Array) -> jax.Array:
+        return jnp.repeat(of_heads, problem.num_q_heads_per_kv_head, axis=0)
+
     if options.update_kv_cache:
         assert k is not None and v is not None  # validated
-        stored_keys = _store(k, problem.cache, options.k_scale)
-        stored_values = _store(v, problem.cache, options.v_scale)
+        stored_keys = _store(k, problem.cache, inverse("k_scale"))
+        stored_values = _store(v, problem.cache, inverse("v_scale"))
         rows = _cache_rows(stored_keys, stored_values, problem.cache)
         bits = _write_rows(bits, rows, sequences, problem)
         kv_cache = _cache_from_bits(bits, problem.cache)
 
-    if options.q_scale is not None:
-        q = _store(q, problem.cache, options.q_scale)
+    q_inverse = inverse("q_scale")
+    if q_inverse is not None:
+        if isinstance(q_inverse, jax.Array):
+            q_inverse = of_query_heads(q_inverse)
+        q = _store(q, problem.cache, q_inverse)
+    q = q.astype(jnp.float32) * options.score_factor
+    for option in ("q_scale", "k_scale"):
+        if option in of_heads:
+            q = q * of_query_heads(of_heads[option])[:, None]
     out, lse = _attend(
-        q.astype(jnp.float32) * options.score_factor,
+        q,
         bits,
         sequences,
         sinks,
@@ -189,6 +206,8 @@ def ragged_paged_attention_reference(
     )
     if options.v_scale is not None:
         out = out * options.v_scale
+    if "v_scale" in of_heads:
+        out = out * of_query_heads(of_heads["v_scale"])[:, None]
     out = out.astype(problem.out_dtype)
     return (out, kv_cache) if lse is None else (out, lse, kv_cache)
 
@@ -229,17 +248,18 @@ def _cache_from_bits(bits: jax.Array, cache: layout.CacheLayout) -> jax.Array:
 
 
 def _store(
-    values: jax.Array, cache: layout.CacheLayout, scale: float | None
+    values: jax.Array, cache: layout.CacheLayout, inverse: jax.Array | float | None
 ) -> jax.Array:
-    """Values as the cache holds them: times ``1 / scale``, clipped, cast.
+    """Values [T, heads, D] as the cache holds them: multiplied, clipped, cast.
 
-    Compilers differ in how they divide; they agree on a product.
+    By the inverse of a scale, a number or f32[heads, 1]. Compilers differ in how they
+    divide; they agree on a product.
     """
-    if not cache.is_quantized and scale is None:
+    if not cache.is_quantized and inverse is None:
         return values.astype(cache.dtype)
     scaled = values.astype(jnp.float32)
-    if scale is not None:
-        scaled = scaled * (1.0 / scale)
+    if inverse is not None:
+        scaled = scaled * inverse
     if cache.dtype == jnp.int8:
         limits = jnp.iinfo(cache.dtype)
         scaled = jnp.clip(jnp.round(scaled), limits.min, limits.max)

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from jax_kernels import contract
 from jax_kernels.contract import Arguments, ArraySpec, AttentionOptions, Metadata
+from jax_kernels.contract.arguments import OPTIONS_AS_ARRAYS, check_scale_values
 from jax_kernels.ragged_paged_attention import layout
 
 
@@ -93,6 +94,28 @@ def named_options(values: Mapping[str, Any]) -> AttentionOptions:
     return AttentionOptions.named_in({**values, **names})
 
 
+def arguments_and_options(
+    values: Mapping[str, Any],
+) -> tuple[Arguments[Any], AttentionOptions]:
+    """The arrays and the options among named values: ``locals()`` of a call.
+
+    An option that is an array is one of the arrays, and None among the options.
+
+    Raises:
+      ValueError: A value breaks its rule.
+      NotImplementedError: A dtype that is not supported.
+    """
+    arrays = {
+        name: values[option]
+        for name, option in OPTIONS_AS_ARRAYS.items()
+        if isinstance(values[option], jax.Array | np.ndarray)
+    }
+    given = [values[name] for name in Arguments._fields if name in values]
+    arguments = Arguments(*given, **arrays)
+    numbers = dict.fromkeys(arguments.array_options)
+    return arguments, named_options({**values, **numbers})
+
+
 def validate_static(arguments: Arguments[Any], options: AttentionOptions) -> Problem:
     """Checks everything that is known while tracing, and derives the static sizes.
 
@@ -116,11 +139,18 @@ def validate_values(arguments: Arguments[Any], options: AttentionOptions) -> Non
       ValueError: A number is wrong, or there are none because of a trace.
     """
     arrays = [getattr(arguments, name) for name in Metadata._fields]
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+    scales = {
+        option: getattr(arguments, name)
+        for name, option in OPTIONS_AS_ARRAYS.items()
+        if option in arguments.array_options
+    }
+    if any(isinstance(array, jax.core.Tracer) for array in (*arrays, *scales.values())):
         raise ValueError(
             "validate must be False where the function is traced, as under jax.jit, "
-            "because the metadata has no values there, got True"
+            "because arrays have no values there, got True"
         )
+    for option, array in scales.items():
+        check_scale_values(option, np.asarray(array).reshape(-1).tolist())
     metadata = Metadata(*(np.asarray(array) for array in arrays))
     contract.check_metadata(metadata, _sizes(arguments, options), options)
 

@@ -62,7 +62,8 @@ def run_kernel(
       arguments: ``RaggedBatch.jax_arguments``, or the same with changes.
       block_sizes: Tile sizes.
       copies: When copies are carried out in interpret mode.
-      **options: Keyword arguments of ``ragged_paged_attention``.
+      **options: Keyword arguments of ``ragged_paged_attention``. Those that are arrays
+        of NumPy are arguments of the program.
 
     Returns:
       The output, the logarithms if they are asked for, and the cache.
@@ -70,9 +71,11 @@ def run_kernel(
     Raises:
       AssertionError: See ``checked_interpret_mode``.
     """
-    function = _jitted(copies, block_sizes=block_sizes, **options)
+    arrays = {name: x for name, x in options.items() if isinstance(x, np.ndarray)}
+    static = {name: x for name, x in options.items() if name not in arrays}
+    function = _jitted(copies, block_sizes=block_sizes, **static)
     with contextlib.nullcontext() if HAS_TPU else checked_interpret_mode():
-        return tuple(map(np.asarray, function(*arguments)))
+        return tuple(map(np.asarray, function(*arguments, **arrays)))
 
 
 def assert_kernel_matches_oracle(

@@ -47,9 +47,9 @@ def emulate_low_precision(
     sliding_window: int | None = None,
     attend: str = "all",
     soft_cap: float | None = None,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    q_scale: oracle.Scale = None,
+    k_scale: oracle.Scale = None,
+    v_scale: oracle.Scale = None,
     probabilities_dtype: str | None = None,
     needs_no_new_tokens: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -67,13 +67,16 @@ def emulate_low_precision(
     page_size = oracle.cache_page_size(kv_cache)
     num_kv_heads = oracle.cache_kv_heads(kv_cache, head_dim)
     address = oracle.slot_address(kv_cache, num_kv_heads, head_dim, page_size)
-    scale = sm_scale * (k_scale or 1.0) * (1.0 if soft_cap else _LOG2_E)
+    scale = sm_scale * (1.0 if soft_cap else _LOG2_E)
     if q_scale is None:
-        scaled = (queries.astype(np.float32) * np.float32(scale)).astype(q_dtype)
-        score_scale = np.float32(1.0)
+        factor = np.float32(scale * oracle.of_heads(k_scale, num_q_heads))
+        scaled = (queries.astype(np.float32) * factor).astype(q_dtype)
+        score_scale = np.ones((num_kv_heads, 1, 1), np.float32)
     else:
         scaled = oracle.store(queries, kv_cache.dtype, q_scale)
-        score_scale = np.float32(scale * q_scale)
+        factor = scale * oracle.of_heads(q_scale, num_kv_heads)
+        factor = factor * oracle.of_heads(k_scale, num_kv_heads)
+        score_scale = np.float32(factor)[..., None]
     out = np.zeros((num_tokens, num_q_heads, head_dim), np.float32)
     lse = np.full(out.shape[:2], -np.inf, np.float32)
     for sequence in oracle.live_sequences(
@@ -124,7 +127,8 @@ def emulate_low_precision(
             total = total + weights.sum(axis=-1, keepdims=True)
         tile = weights.reshape(num_kv_heads, rows_of_head, end) @ values
         tile = tile.reshape(num_q_heads, sequence.q_len, head_dim)
-        tile = tile * np.float32(v_scale or 1.0) / np.where(total == 0, 1, total)
+        output_scale = np.float32(oracle.of_heads(v_scale, num_q_heads))[..., None]
+        tile = tile * output_scale / np.where(total == 0, 1, total)
         out[rows] = tile.swapaxes(0, 1)
         with np.errstate(divide="ignore"):
             logarithm = (row_max + np.log2(total)) / np.float32(_LOG2_E)

@@ -90,8 +90,20 @@ def read_slots(
     return keys, values
 
 
-def store(numbers: np.ndarray, dtype, scale: float | None) -> np.ndarray:
+# A number, or one for each key head.
+Scale = float | np.ndarray | None
+
+
+def of_heads(scale: Scale, num_heads: int) -> np.ndarray:
+    """A scale as float64[heads, 1], each of its numbers for as many heads; None is 1."""
+    scale = np.asarray(1.0 if scale is None else scale, np.float64).reshape(-1)
+    return np.repeat(scale, num_heads // len(scale))[:, None]
+
+
+def store(numbers: np.ndarray, dtype, scale: Scale) -> np.ndarray:
     """Numbers as a cache of ``dtype`` holds them: scaled, clipped, rounded to even.
+
+    The numbers are [..., heads, D] if there is a scale for each key head.
 
     Dividing by the scale means one float32 product with 1.0 / scale. Left to itself
     XLA turns a division by a constant into a product with a reciprocal that is
@@ -101,7 +113,9 @@ def store(numbers: np.ndarray, dtype, scale: float | None) -> np.ndarray:
     dtype = np.dtype(dtype)
     numbers = np.asarray(numbers).astype(np.float32)
     if scale is not None:
-        numbers = numbers * np.float32(1.0 / scale)
+        if np.ndim(scale) > 0:
+            scale = of_heads(scale, numbers.shape[-2])
+        numbers = numbers * np.float32(1.0 / np.float64(scale))
     if dtype == np.int8:
         numbers = np.nan_to_num(numbers)  # padding; any integer will do
         return np.clip(np.rint(numbers), -128, 127).astype(np.int8)
@@ -208,8 +222,8 @@ def expected_cache(
     distribution,
     *,
     head_dim: int,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     update_kv_cache: bool = True,
 ) -> np.ndarray:
     """A copy of the cache with the new tokens of every sequence in their slots."""
@@ -253,9 +267,9 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     attend: str = "all",
     soft_cap: float | None = None,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    q_scale: Scale = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     update_kv_cache: bool = True,
 ) -> Expected:
     """Takes the numpy arguments of the operator; see ``Expected``."""
@@ -291,8 +305,8 @@ def ragged_paged_attention(
         )
         # [Hkv, end, D]
         all_keys, all_values = (x.astype(np.float64).swapaxes(0, 1) for x in stored)
-        all_keys = all_keys * (k_scale or 1.0)
-        all_values = all_values * (v_scale or 1.0)
+        all_keys = all_keys * of_heads(k_scale, num_kv_heads)[..., None]
+        all_values = all_values * of_heads(v_scale, num_kv_heads)[..., None]
         for i in range(sequence.q_len):
             row = sequence.first_row + i
             seen = visible_positions(
@@ -304,7 +318,7 @@ def ragged_paged_attention(
                 sequence.q_len,
                 causal_block,
             )
-            query = queries[row].astype(np.float64) * (q_scale or 1.0)
+            query = queries[row].astype(np.float64) * of_heads(q_scale, num_q_heads)
             out[row], magnitude[row], lse[row] = _attend(
                 query, all_keys[:, seen], all_values[:, seen], sinks, sm_scale, soft_cap
             )

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig
 from jax_kernels.ragged_paged_attention.kernel import tile_io
+from jax_kernels.ragged_paged_attention.kernel.head_factors import HeadFactors
 from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int
 from jax_kernels.ragged_paged_attention.token_layout import HeadRows, TokenRows
@@ -103,6 +104,7 @@ def merge_group(
     keys: Sequence[jax.Array] | None,
     values: Sequence[jax.Array] | None,
     is_new: jax.Array | None,
+    factors: HeadFactors,
     config: KernelConfig,
 ) -> None:
     """Merges chunks of the heads that share a word row of the new tokens.
@@ -117,14 +119,17 @@ def merge_group(
         chunks. None: keys stay as they are, as ``tile_io.pack_tokens`` says.
       values: The same.
       is_new: u32[rows, 1], the bits to take; None for all.
+      factors: Of new keys and values, where these differ by head.
       config: Gives dtypes and geometry.
     """
     first_row = chunk * config.rows_per_chunk
     first_head = group * config.new_heads_per_word
     for offset in range(config.new_heads_per_word):
         head = first_head + offset
-        key = None if keys is None else keys[offset]
-        value = None if values is None else values[offset]
+        key, value = (
+            None if x is None else factors.multiply(name, x[offset], head)
+            for name, x in (("key", keys), ("value", values))
+        )
         for part, new in enumerate(tile_io.pack_tokens(key, value, config)):
             if new is None:
                 continue

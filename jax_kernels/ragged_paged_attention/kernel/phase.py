@@ -4,6 +4,7 @@ import dataclasses
 from typing import Generic, Protocol, TypeVar
 
 from jax_kernels.ragged_paged_attention.config import KernelConfig, PhaseConfig
+from jax_kernels.ragged_paged_attention.kernel.head_factors import HeadFactors
 from jax_kernels.ragged_paged_attention.kernel.refs import (
     Bookkeeping,
     Inputs,
@@ -58,6 +59,14 @@ class PhaseContext(Generic[BuffersT]):
     @property
     def rings(self) -> Rings:
         return self.buffers.rings
+
+    @property
+    def head_factors(self) -> HeadFactors:
+        """What differs by key head because scales are arrays."""
+        config = self.config
+        return HeadFactors(
+            self.inputs.head_factors, config.numerics.head_factors, config.num_kv_heads
+        )
 
     @property
     def updates(self) -> bool:

@@ -37,6 +37,7 @@ class Inputs(NamedTuple):
     values: InHbm  # the same
     kv_cache: InHbm  # CacheLayout.shape
     sinks: InSmem  # f32[Hq], or None
+    head_factors: InSmem = None  # f32[Numerics.head_factors * Hkv], or None
 
 
 class Outputs(NamedTuple):

@@ -211,7 +211,8 @@ def widen(x: jax.Array, lanes: int) -> jax.Array:
 def prepare_queries(x: jax.Array, config: KernelConfig) -> jax.Array:
     """f32 queries, multiplied and cast to what meets the keys."""
     numerics = config.numerics
-    x = x * numerics.query_multiplier
+    if numerics.query_multiplier != 1.0:
+        x = x * numerics.query_multiplier
     if numerics.quantised_dtype is None:
         return x.astype(numerics.multiply_dtype)
     x = quantise(x, numerics.quantised_dtype)
@@ -245,26 +246,29 @@ def pack_tokens(
       u32[tokens // packing, lanes]: keys and values apart, or one array that holds
       both when they share a row.
     """
-    cache, spec = config.cache, config.spec
-    in_words = config.numerics.packs_16_bits and jnp.bfloat16 in [
+    cache, numerics = config.cache, config.numerics
+    in_words = numerics.packs_16_bits and jnp.bfloat16 in [
         x.dtype for x in (keys, values) if x is not None
     ]
 
-    def widened(x: jax.Array, scale: float | None) -> jax.Array:
+    def widened(x: jax.Array, multiplier: float | None) -> jax.Array:
         x = pltpu.bitcast(x, jnp.uint32) if in_words else x.astype(jnp.float32)
         x = widen(x, cache.lanes)
-        return x if scale is None else x * (1.0 / scale)
+        return x if multiplier is None else x * multiplier
 
     def rounded(x: jax.Array) -> jax.Array:
         if in_words:
             x = pltpu.bitcast(x, jnp.bfloat16)
-        if config.numerics.rounds_in_16_bits:
+        if numerics.rounds_in_16_bits:
             return bfloat16_to_e4m3fn(x.astype(jnp.bfloat16))
         return pltpu.bitcast(quantise(x, cache.dtype), jnp.uint32)
 
     rows = [
-        None if x is None else widened(x, scale)
-        for x, scale in ((keys, spec.k_scale), (values, spec.v_scale))
+        None if x is None else widened(x, multiplier)
+        for x, multiplier in (
+            (keys, numerics.key_multiplier),
+            (values, numerics.value_multiplier),
+        )
     ]
     if cache.is_fused_kv:
         keys, values = rows

@@ -25,11 +25,17 @@ from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Schedule
 from jax_kernels.ragged_paged_attention.layout import LANES
 
 
+# What query rows, or their scores and outputs, are multiplied by.
+ROW_FACTORS = ("query", "score", "output")
+
+
 class Buffers(NamedTuple):
     """VMEM; a slot of the rings holds the cells of one step side by side."""
 
     rings: refs.Rings
     sinks: Any  # f32[softmax tiles, query rows, 128]: where rows start, or None
+    row_factors: Any  # f32[factors, softmax tiles, query rows, 128], or None: those of
+    # Numerics.head_factors that are among ROW_FACTORS, in this order
     state: Any  # SoftmaxState of all softmax tiles; None: no cell needs another's
 
 
@@ -70,6 +76,12 @@ def hold_copies_back(context: DecodeContext, result: jax.Array) -> None:
     rows.store(words[:, : config.cache.lanes], 0)
 
 
+def row_factors(config: KernelConfig) -> list[str]:
+    """Names of the factors of ``Buffers.row_factors``."""
+    names = {factor.name for factor in config.numerics.head_factors}
+    return [name for name in ROW_FACTORS if name in names]
+
+
 def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     """``Shaped`` in the place of each buffer, or None."""
     queries, out, lse = config.query_layout, config.out_layout, config.lse_layout
@@ -88,6 +100,7 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
     schedule = Schedule(config, phase)
     num_softmax_tiles = config.num_kv_heads // config.heads_per_softmax_tile(phase)
     state = num_softmax_tiles, query_rows
+    num_factors = len(row_factors(config))
     kv_rows = cells * schedule.cell_rows + (SUBLANES if phase.num_kv_rings > 1 else 0)
     kv = Shaped(
         (
@@ -128,6 +141,9 @@ def shapes(config: KernelConfig, phase: PhaseConfig) -> Buffers:
             ),
         ),
         sinks=Shaped((*state, LANES), jnp.float32) if config.spec.has_sinks else None,
+        row_factors=(
+            Shaped((num_factors, *state, LANES), jnp.float32) if num_factors else None
+        ),
         state=None if schedule.cell_is_window else _state_shapes(config, state),
     )
 

@@ -44,6 +44,7 @@ from jax_kernels.ragged_paged_attention.kernel.decode.blocks import CellBlock
 from jax_kernels.ragged_paged_attention.kernel.decode.buffers import (
     DecodeContext,
     kv_of_slot,
+    row_factors,
 )
 from jax_kernels.ragged_paged_attention.kernel.decode.fetch import Progress, Shadow
 from jax_kernels.ragged_paged_attention.kernel.decode.steps import DecodeCell, Step
@@ -76,6 +77,23 @@ def lay_out_sinks(context: DecodeContext) -> None:
         logit = online_softmax.sink_logit(context.inputs.sinks[query_head])
         rows = pl.ds(member * num_rows, num_rows)
         sinks[softmax_tile, rows, :] = jnp.full((num_rows, sinks.shape[-1]), logit)
+
+
+def lay_out_factors(context: DecodeContext) -> None:
+    """Lays out the factors of key heads once per launch, as those of query rows."""
+    config, factors = context.config, context.buffers.row_factors
+    if factors is None:
+        return
+    heads_per_tile = config.heads_per_softmax_tile(context.phase)
+    num_rows = config.group * context.phase.block_q
+    for index, name in enumerate(row_factors(config)):
+        # Rows of nobody are multiplied, too.
+        factors[index] = jnp.ones(factors.shape[1:], jnp.float32)
+        for head in range(config.num_kv_heads):
+            softmax_tile, member = divmod(head, heads_per_tile)
+            factor = context.head_factors.load(name, head)
+            rows = pl.ds(member * num_rows, num_rows)
+            factors[index, softmax_tile, rows, :] = jnp.full((num_rows, LANES), factor)
 
 
 def attend(
@@ -304,7 +322,8 @@ class _CellWork:
         for group in self._groups(len(softmax_tiles)):
             for offset in range(len(queries), group.tiles.stop):
                 parity = offset * self.query_heads % packing
-                queries.append(self._load_query(softmax_tiles[offset], parity))
+                query = self._load_query(softmax_tiles[offset], parity)
+                queries.append(self._multiplied("query", query, softmax_tiles[offset]))
             for head_offset in group.heads:
                 if self._merges and head_offset % per_word == 0:
                     # Just before its head, so that the matrix units start at once.
@@ -322,6 +341,7 @@ class _CellWork:
                 continue
             for offset in group.tiles:
                 own = self._own_rows([by_head[h] for h in self._head_offsets(offset)])
+                own = self._multiplied("score", own, softmax_tiles[offset])
                 s = online_softmax.finish_scores(own, config.numerics)
                 scores.append(jnp.where(self.mask, s, online_softmax.MASKED_SCORE))
         return scores
@@ -381,8 +401,9 @@ class _CellWork:
         packing = layout.packing
         ring = rings.out.at[self.slot]
         outs = []
-        for state in states:
+        for softmax_tile, state in zip(softmax_tiles, states, strict=True):
             out = online_softmax.normalise(state, config.numerics.output_scale)
+            out = self._multiplied("output", out, softmax_tile)
             if not self.block.is_alone:
                 out = self.block.added_halves(out)
             outs.append(out[:, : config.io_lanes])
@@ -428,6 +449,17 @@ class _CellWork:
                 for head in range(num_heads)
             }
             rows.store_heads(by_head, first_head, self.cell.query)
+
+    def _multiplied(self, name: str, x: jax.Array, softmax_tile: Int) -> jax.Array:
+        """[query rows, any] by a factor of the key heads of the rows, if there is one.
+
+        One of ``buffers.ROW_FACTORS``.
+        """
+        names = row_factors(self.config)
+        if name not in names:
+            return x
+        factors = self.context.buffers.row_factors[names.index(name), softmax_tile]
+        return x * online_softmax.across(factors, x.shape[1])
 
     def _member(self, query_head: int) -> int:
         """Which rows of a softmax tile a head of the output gets.

@@ -46,6 +46,7 @@ def run(
     )
     after_first_fetches()
     compute.lay_out_sinks(context)
+    compute.lay_out_factors(context)
     progress = fetcher.plan(progress)
 
     def is_unfinished(carry):

@@ -64,12 +64,19 @@ def merge(
         for ring in (rings.keys, rings.values)
     )
     first_head = group * config.new_heads_per_word
-    new = [
-        (first_head + offset, part, words)
-        for offset, (key, value) in enumerate(zip(keys, values, strict=True))
-        for part, words in enumerate(tile_io.pack_tokens(key, value, config))
-        if words is not None
-    ]
+    factors, new = context.head_factors, []
+    for head_offset, (key, value) in enumerate(zip(keys, values, strict=True)):
+        head = first_head + head_offset
+        packed = tile_io.pack_tokens(
+            factors.multiply("key", key, head),
+            factors.multiply("value", value, head),
+            config,
+        )
+        new += [
+            (head, part, words)
+            for part, words in enumerate(packed)
+            if words is not None
+        ]
     if block.is_alone:
         block.merge(new, chunk, is_new)
         return
@@ -120,7 +127,16 @@ def merge_several(context: DecodeContext, step: Step, slot: Int, index: int) -> 
                 )
                 for ring in (rings.keys, rings.values)
             )
-            merge_group(kv, chunk_of_step, group, keys, values, is_new, config)
+            merge_group(
+                kv,
+                chunk_of_step,
+                group,
+                keys,
+                values,
+                is_new,
+                context.head_factors,
+                config,
+            )
 
     shift = log2(tokens_per_chunk)
     end_chunk = (end + (tokens_per_chunk - 1)) >> shift

@@ -75,6 +75,7 @@ def prepare_queries(
                 head, member = divmod(word * layout.packing + offset, config.io_group)
                 if member >= config.group:
                     continue
+                x = context.head_factors.multiply("query", x, head)
                 x = tile_io.prepare_queries(tile_io.widen(x, config.lanes), config)
                 for index, rows in enumerate(jnp.split(x, num_parts)):
                     row = parts.first_row(context, first_part + index, member)
@@ -122,6 +123,7 @@ def _store_output_of_part(context: TileContext, part: Int) -> None:
                     state, config.numerics
                 )
             out = online_softmax.normalise(state, config.numerics.output_scale)
+            out = context.head_factors.multiply("output", out, head)
             heads.append(tile_io.value_lanes_first(out, config.cache))
         words = tile_io.pack_heads(heads, config.interpret)[:, : config.io_lanes]
         outputs.store(words, word, part * size)

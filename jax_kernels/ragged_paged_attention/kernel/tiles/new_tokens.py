@@ -97,7 +97,16 @@ def _merge_piece(
                 for name in names
             }
             keys, values = loaded.get("keys"), loaded.get("values")
-            merge_group(rings.kv.at[slot], index, group, keys, values, is_new, config)
+            merge_group(
+                rings.kv.at[slot],
+                index,
+                group,
+                keys,
+                values,
+                is_new,
+                context.head_factors,
+                config,
+            )
 
     is_rounding = config.numerics.rounds_in_software
     at_once = _chunks_at_once(

@@ -145,9 +145,9 @@ def scores(
     context: TileContext, slot: Int, tokens: Tokens, softmax_tile: SoftmaxTile
 ) -> jax.Array:
     """f32[rows, tokens], not masked."""
-    return online_softmax.finish_scores(
-        products(context, slot, tokens, softmax_tile), context.config.numerics
-    )
+    x = products(context, slot, tokens, softmax_tile)
+    x = context.head_factors.multiply("score", x, softmax_tile.head)
+    return online_softmax.finish_scores(x, context.config.numerics)
 
 
 def products(
