@@ -206,7 +206,7 @@ def _jax_op_alone(steps: Steps, compiler: str) -> Callable:
     from torch_rpa.bridges import torch_tpu
     from torch_rpa.validation import Inputs
 
-    names = Inputs._fields[:-1]  # without sinks
+    names = [name for name in Inputs._fields if name not in Inputs._field_defaults]
 
     def attention(q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
         batch = kv_lens, page_indices, cu_q_lens, distribution

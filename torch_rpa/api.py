@@ -9,7 +9,7 @@ import torch
 
 from jax_kernels.contract.options import Attend, check_block_sizes
 from torch_rpa import bridges, ops, reference, validation
-from torch_rpa.options import make_options
+from torch_rpa.options import make_options, split_tensors
 from torch_rpa.validation import Inputs
 
 IMPLEMENTATIONS = (None, "reference", "pallas_interpret")
@@ -32,9 +32,9 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     attend: Attend = "all",
     soft_cap: float | None = None,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    q_scale: float | torch.Tensor | None = None,
+    k_scale: float | torch.Tensor | None = None,
+    v_scale: float | torch.Tensor | None = None,
     update_kv_cache: bool = True,
     chunk_prefill_size: int | None = None,
     decode_q_len: int = 1,
@@ -94,7 +94,13 @@ def ragged_paged_attention(
             attention over parts of the keys.
         soft_cap: Replace scores by ``soft_cap * tanh(score / soft_cap)``.
         q_scale: With a quantised cache, quantise ``q`` as well, as
-            ``q * float32(1 / q_scale)`` in its dtype.
+            ``q * float32(1 / q_scale)`` in its dtype. This and the next two are
+            numbers, or tensors on the device of ``q``: float32 ``[]``, or ``[Hkv]``
+            with one for each key head. A new number is a new program on an XLA device;
+            one program serves all values of a tensor. The inverse of a tensor's number
+            is rounded to nearest, so that it is that of the equal Python number. The
+            numbers must be positive, from 2**-120 to 2**120. In a tensor only
+            ``validate`` checks them.
         k_scale: The cache stores ``k * float32(1 / k_scale)``, and scores are
             multiplied by ``k_scale``. The inverse is computed in float64, the product
             in float32; it is clipped to the finite range of a quantised cache, then
@@ -130,10 +136,10 @@ def ragged_paged_attention(
             and on CPU tensors the one that goes sequence by sequence.
             "pallas_interpret" runs the Pallas kernel on CPU tensors, simulated: slow,
             for debugging. Nothing falls back silently.
-        validate: True checks the values of the metadata first, waiting for them.
-            Otherwise they are checked if the environment variable
-            ``TORCH_RPA_VALIDATE`` is 1, true, yes or on. On CPU tensors, lengths and
-            page ids that lead out of a tensor are always refused.
+        validate: True checks the values of the metadata, and of scales that are
+            tensors, first, waiting for them. Otherwise they are checked if the
+            environment variable ``TORCH_RPA_VALIDATE`` is 1, true, yes or on. On CPU
+            tensors, lengths and page ids that lead out of a tensor are always refused.
 
     Returns:
         ``[T, Hq, D]``. Rows of no live sequence, and rows that see no key, are zeros.
@@ -163,9 +169,9 @@ def ragged_paged_attention(
         "return_lse": return_lse,
         "block_sizes": check_block_sizes(block_sizes),
     }
-    inputs = Inputs(
-        q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks
-    )
+    metadata = (kv_lens, page_indices, cu_q_lens, distribution)
+    tensors, options = split_tensors(options)
+    inputs = Inputs(q, k, v, kv_cache, *metadata, sinks, **tensors)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     if not torch.compiler.is_compiling():  # there the operator's fake checks them

@@ -12,7 +12,7 @@ from jax_kernels.contract.options import check_bool
 from torch_rpa import validation
 from torch_rpa.api import ragged_paged_attention
 from torch_rpa.merging import merge_attention
-from torch_rpa.options import dtype_name, make_options
+from torch_rpa.options import dtype_name, make_options, split_tensors
 from torch_rpa.validation import Inputs
 
 
@@ -87,8 +87,9 @@ def cascade_attention(
     check_bool("return_lse", return_lse)
     metadata = (kv_lens, page_indices, cu_q_lens, distribution)
     if not torch.compiler.is_compiling():  # there the fakes of the operator check
-        inputs = Inputs(q, k, v, kv_cache, *metadata, sinks)
-        _check(inputs, prefix_len, prefix_page_indices, options)
+        tensors, numbers = split_tensors(options)
+        inputs = Inputs(q, k, v, kv_cache, *metadata, sinks, **tensors)
+        _check(inputs, prefix_len, prefix_page_indices, numbers)
     end = cu_q_lens[distribution[2:].long()]  # [1]
     start = torch.zeros_like(end)
     prefix_options = options | {

@@ -34,7 +34,7 @@ from jax_kernels.contract.cache import check_page_size
 from torch_rpa import ops, validation
 from torch_rpa.kv_cache import empty_kv_cache
 from torch_rpa.merging import merge_attention, merge_stacked
-from torch_rpa.options import dtype_name, make_options
+from torch_rpa.options import dtype_name, make_options, split_tensors
 from torch_rpa.spmd import axis_size
 from torch_rpa.validation import Inputs
 
@@ -298,9 +298,10 @@ def attend_to_stripe(
                 f"{len(step.counts_new)}: take step.of_device(number)"
             )
         _check_tensors(q, k, v, kv_cache, new_cache, step, sinks, options)
+    scales, options = split_tensors(options)
     own = _own_tokens(q, k, v, step.own_rows)
     tensors = q, k, v, kv_cache, new_cache
-    old, new, _, _ = _attend(in_place, own, *tensors, step, sinks, options)
+    old, new, _, _ = _attend(in_place, own, *tensors, step, sinks, options | scales)
     new_lse = torch.where(step.counts_new > 0, new.lse, -torch.inf)
     return merge_attention([old.out, new.out], [old.lse, new_lse])
 
@@ -340,6 +341,7 @@ def _attend(
     Args:
         call: Takes what ``ops.WITH_LSE.functional`` takes, and returns as much.
         own: See ``_own_tokens``.
+        options: Of the operators, scales that are tensors included.
 
     Returns:
         Both parts, the stripes with their new tokens, and the cache of new tokens.
@@ -403,10 +405,13 @@ def _check_tensors(
             f"step must be on the device of q, {q.device}, got "
             f"{step.distribution.device}: take step.to(q.device)"
         )
-    validation.validate_gradients((q, k, v, kv_cache, new_cache, sinks))
+    scales, options = split_tensors(options)
+    validation.validate_gradients(
+        (q, k, v, kv_cache, new_cache, sinks, *scales.values())
+    )
     metadata = step.new_kv_lens, step.page_indices, step.cu_q_lens, step.distribution
     sizes = validation.validate_static(
-        Inputs(q, k, v, kv_cache, *metadata, sinks), make_options(options)
+        Inputs(q, k, v, kv_cache, *metadata, sinks, **scales), make_options(options)
     )
     if sizes.num_tokens != step.num_tokens:
         raise ValueError(
@@ -567,6 +572,10 @@ def context_parallel_attention(
     own = [striped(x).squeeze(0) for x in _own_tokens(q, k, v, step.own_rows)]
     local_step = step.map(STRIPED, lambda x: striped(x).squeeze(0))
     local_step = local_step.map(SHARED, replicated)
+    scales, options = split_tensors(options)
+    options |= {
+        name: replicated(scale.expand(k.shape[1])) for name, scale in scales.items()
+    }
     with torch.no_grad():
         old, new, striped_cache, all_new = _attend(
             ops.WITH_LSE.functional,

@@ -20,8 +20,10 @@ from jax_kernels.contract import CallSizes, Metadata
 from torch_rpa.options import AttentionOptions, torch_dtype
 from torch_rpa.reference import (
     MAX_SCORES,
+    Scales,
     by_slot,
     encode,
+    encode_queries,
     keys_and_values,
     seen_ends,
     token_rows,
@@ -96,7 +98,7 @@ def ragged_paged_attention_(
     )
     plan = _plan_of_bytes(tuple(arrays), sizes, masks)
     if options.update_kv_cache:
-        _write(inputs, plan, sizes, options)
+        _write(inputs, plan, sizes, Scales.of(inputs, options))
     out = torch.zeros(inputs.q.shape, dtype=torch_dtype(sizes.out_dtype))
     lse = torch.full(out.shape[:2], -torch.inf) if options.return_lse else None
     if lse is not None and inputs.sinks is not None:
@@ -240,14 +242,12 @@ def _part(
 # ---- the cache
 
 
-def _write(
-    inputs: Inputs, plan: Plan, sizes: CallSizes, options: AttentionOptions
-) -> None:
+def _write(inputs: Inputs, plan: Plan, sizes: CallSizes, scales: Scales) -> None:
     assert inputs.k is not None and inputs.v is not None
     dtype = inputs.kv_cache.dtype
     rows = token_rows(
-        encode(inputs.k[: plan.num_tokens], dtype, options.k_scale),
-        encode(inputs.v[: plan.num_tokens], dtype, options.v_scale),
+        encode(inputs.k[: plan.num_tokens], dtype, scales.k),
+        encode(inputs.v[: plan.num_tokens], dtype, scales.v),
         sizes.cache,
     )
     slots = by_slot(inputs.kv_cache, sizes.cache).view(-1, sizes.cache.lanes)
@@ -275,25 +275,24 @@ def _gather(
 # ---- attention
 
 
-def _queries(inputs: Inputs, part: Part, options: AttentionOptions) -> torch.Tensor:
+def _queries(inputs: Inputs, part: Part, scales: Scales) -> torch.Tensor:
     """Returns the queries of a part, float32 ``[len(tokens), Hq, D]``."""
     q = inputs.q.index_select(0, part.tokens)
-    if options.q_scale is not None:
-        q = encode(q, inputs.kv_cache.dtype, options.q_scale)
-    return q.float()
+    return encode_queries(q, inputs.kv_cache.dtype, scales.q).float()
 
 
 def _attend_decodes(
     inputs: Inputs, part: Part, sizes: CallSizes, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attends with the one new token of each sequence: ``[B, Hq, D]``, ``[B, Hq]``."""
-    q = _queries(inputs, part, options)
+    scales = Scales.of(inputs, options)
+    q = _queries(inputs, part, scales)
     grouped = q.view(len(q), sizes.cache.num_kv_heads, -1, q.shape[2])  # [B, Hkv, G, D]
     keys, values = _gather(inputs.kv_cache, part, len(q), sizes)
     sinks = inputs.sinks
     if sinks is not None:
         sinks = sinks.view(1, *grouped.shape[1:3], 1)
-    out, lse = _attention(grouped, keys, values, part.mask, sinks, options)
+    out, lse = _attention(grouped, keys, values, part.mask, sinks, options, scales)
     return out.reshape(q.shape), None if lse is None else lse.reshape(q.shape[:2])
 
 
@@ -301,7 +300,8 @@ def _attend_one(
     inputs: Inputs, part: Part, sizes: CallSizes, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attends with all new tokens of one sequence: ``[n, Hq, D]`` and ``[n, Hq]``."""
-    q = _queries(inputs, part, options)
+    scales = Scales.of(inputs, options)
+    q = _queries(inputs, part, scales)
     grouped = q.view(len(q), sizes.cache.num_kv_heads, -1, q.shape[2])
     grouped = grouped.permute(2, 1, 0, 3)  # [G, Hkv, n, D]
     keys, values = _gather(inputs.kv_cache, part, 1, sizes)
@@ -323,7 +323,13 @@ def _attend_one(
         seen = slice(first - part.first_position, last - part.first_position)
         blocks.append(
             _attention(
-                queries, keys[:, :, seen], values[:, :, seen], mask, sinks, options
+                queries,
+                keys[:, :, seen],
+                values[:, :, seen],
+                mask,
+                sinks,
+                options,
+                scales,
             )
         )
     outs, sums = zip(*blocks, strict=True)
@@ -352,19 +358,28 @@ def _attention(
     mask: torch.Tensor | None,  # broadcasts to [B, H, R, K]
     sinks: torch.Tensor | None,  # broadcasts to [B, H, R, 1]
     options: AttentionOptions,
+    scales: Scales,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention ``[B, H, R, D]``; with ``return_lse`` its logarithms ``[B, H, R]``."""
-    if options.v_scale is not None:
-        values = values * options.v_scale
+    """Attention ``[B, H, R, D]``; with ``return_lse`` its logarithms ``[B, H, R]``.
+
+    H are the key heads.
+    """
+    if isinstance(scales.v, torch.Tensor):
+        values = values * scales.v[..., None]
+    elif scales.v is not None:
+        values = values * scales.v
+    factor = scales.score_factor(options)
+    if isinstance(factor, torch.Tensor):
+        q, factor = q * factor, 1.0
     # A part of the keys leaves some queries of a window without any.
     is_plain = options.attend != "cache" or options.sliding_window is None
     is_plain &= options.soft_cap is None and sinks is None and not options.return_lse
     if is_plain:
         out = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, scale=options.score_factor
+            q, keys, values, attn_mask=mask, scale=factor
         )
         return out, None
-    scores = q @ keys.mT * options.score_factor
+    scores = q @ keys.mT * factor
     if options.soft_cap is not None:
         scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
     if mask is not None:

@@ -39,7 +39,8 @@ from torch_rpa.validation import Inputs
 
 TENSORS_SCHEMA = (
     "Tensor q, Tensor? k, Tensor? v, {cache} kv_cache, Tensor kv_lens, "
-    "Tensor page_indices, Tensor cu_q_lens, Tensor distribution, Tensor? sinks=None"
+    "Tensor page_indices, Tensor cu_q_lens, Tensor distribution, "
+    + ", ".join(f"Tensor? {name}=None" for name in Inputs._field_defaults)
 )
 
 _library = torch.library.Library("rpa", "DEF")

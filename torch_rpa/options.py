@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from jax_kernels.contract import AttentionOptions as AttentionOptions
+from jax_kernels.contract.arguments import OPTIONS_AS_ARRAYS
 from jax_kernels.contract.options import check_block_sizes
 
 # Nullable, whatever the default is: the dispatcher makes None of a plain ``bool`` False
@@ -41,6 +42,24 @@ def _schema() -> str:
 
 # How the kernel computes comes after what it means.
 OPTIONS_SCHEMA = f"{_schema()}, int[]? block_sizes=None"
+
+
+def split_tensors(
+    keywords: dict[str, Any],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Returns the options that are tensors, and the keywords without them.
+
+    The tensors are by the names that they have in the operators' schemas.
+    """
+    tensors = {
+        name: keywords[option]
+        for name, option in OPTIONS_AS_ARRAYS.items()
+        if isinstance(keywords.get(option), torch.Tensor)
+    }
+    if not tensors:
+        return tensors, keywords
+    numbers = {OPTIONS_AS_ARRAYS[name] for name in tensors}
+    return tensors, {name: x for name, x in keywords.items() if name not in numbers}
 
 
 def make_options(keywords: dict[str, Any]) -> AttentionOptions:

@@ -7,6 +7,8 @@ its keys and values as the cache stores them, quantisation included. CPU tensors
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -40,7 +42,7 @@ def ragged_paged_attention_(
     """
     sizes = validate_static(inputs, options)
     validate_ranges(inputs, sizes, options)
-    geometry = sizes.cache
+    geometry, scales = sizes.cache, Scales.of(inputs, options)
     live = inputs.distribution.tolist()[2]
     kv_lens = inputs.kv_lens.tolist()
     cu_q_lens = inputs.cu_q_lens.tolist()
@@ -63,30 +65,80 @@ def ragged_paged_attention_(
             new = slice(start, stop)
             write_tokens(
                 inputs.kv_cache,
-                encode(inputs.k[new], inputs.kv_cache.dtype, options.k_scale),
-                encode(inputs.v[new], inputs.kv_cache.dtype, options.v_scale),
+                encode(inputs.k[new], inputs.kv_cache.dtype, scales.k),
+                encode(inputs.v[new], inputs.kv_cache.dtype, scales.v),
                 pages,
                 kv_len,
                 geometry,
             )
         keys, values = read_tokens(inputs.kv_cache, pages, stored, geometry)
         rows, lse[start:stop] = attend(
-            inputs.q[start:stop], keys, values, inputs.sinks, options, kv_len
+            inputs.q[start:stop], keys, values, inputs.sinks, options, kv_len, scales
         )
         out[start:stop] = rows.to(out.dtype)
     return (out, lse) if options.return_lse else out
 
 
-def encode(x: torch.Tensor, dtype: torch.dtype, scale: float | None) -> torch.Tensor:
+class Scales(NamedTuple):
+    """Scales of a call: numbers, or float32 ``[1 or Hkv, 1]``; None is 1."""
+
+    q: float | torch.Tensor | None = None
+    k: float | torch.Tensor | None = None
+    v: float | torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: AttentionOptions) -> Scales:
+        """The scales among the tensors, or among the options."""
+        return cls(
+            *(
+                getattr(options, option)
+                if getattr(inputs, name) is None
+                else getattr(inputs, name).reshape(-1, 1)
+                for name, option in (
+                    ("q_scales", "q_scale"),
+                    ("k_scales", "k_scale"),
+                    ("v_scales", "v_scale"),
+                )
+            )
+        )
+
+    def score_factor(self, options: AttentionOptions) -> float | torch.Tensor:
+        """The factor of scores: a number, or float32 ``[1 or Hkv, 1, 1]``."""
+        factor: float | torch.Tensor = options.score_factor
+        for scale in (self.q, self.k):
+            if isinstance(scale, torch.Tensor):
+                factor = scale[..., None] * factor
+        return factor
+
+
+NO_SCALES = Scales()
+
+
+def encode_queries(
+    q: torch.Tensor, dtype: torch.dtype, scale: float | torch.Tensor | None
+) -> torch.Tensor:
+    """Returns ``[n, Hq, D]`` as it meets the keys: quantised if there is a scale."""
+    if scale is None:
+        return q
+    if isinstance(scale, torch.Tensor):
+        scale = scale.repeat_interleave(q.shape[1] // len(scale), dim=0)
+    return encode(q, dtype, scale)
+
+
+def encode(
+    x: torch.Tensor, dtype: torch.dtype, scale: float | torch.Tensor | None
+) -> torch.Tensor:
     """Returns ``x * float32(1 / scale)`` as a cache of this dtype stores it.
 
-    The inverse is rounded to float32 and the product computed in it, because compilers
-    differ in how they divide. The product is rounded to nearest, ties to even.
+    The scale may be a tensor that broadcasts. The inverse is rounded to float32 and
+    the product computed in it, because compilers differ in how they divide. The product
+    is rounded to nearest, ties to even.
     Quantised dtypes are clipped to their finite range first: float8_e4m3fn would turn
     449 into NaN and int8 would wrap.
     """
     if scale is not None:
-        x = x.float() * torch.tensor(1.0 / scale, dtype=torch.float32)
+        inverse = 1.0 / torch.as_tensor(scale, dtype=torch.float64)
+        x = x.float() * inverse.float()
     if dtype_name(dtype) not in QUANTIZED_DTYPES:
         return x.to(dtype)
     limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
@@ -180,6 +232,7 @@ def attend(
     sinks: torch.Tensor | None,
     options: AttentionOptions,
     kv_len: int,
+    scales: Scales = NO_SCALES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the last ``n`` tokens of one sequence over all of it.
 
@@ -189,8 +242,9 @@ def attend(
             at the end.
         values: Like ``keys``.
         sinks: ``[Hq]`` logits of the extra keys with zero values, or None.
-        options: Scales and masks.
+        options: Masks, and factors of scores.
         kv_len: Tokens of the sequence.
+        scales: Of queries, keys and values.
 
     Returns:
         ``[n, Hq, D]`` float32, and the logarithms of the denominators, ``[n, Hq]``.
@@ -198,11 +252,13 @@ def attend(
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[0]
     group = num_heads // num_kv_heads
-    if options.q_scale is not None:
-        q = encode(q, keys.dtype, options.q_scale)
+    q = encode_queries(q, keys.dtype, scales.q)
     keys, values = keys.float(), values.float()
     grouped = q.float().view(num_queries, num_kv_heads, group, head_dim)
     grouped = grouped.permute(1, 2, 0, 3)  # [Hkv, G, n, D]
+    score_factor = scales.score_factor(options)
+    if isinstance(score_factor, torch.Tensor):
+        score_factor = score_factor[..., None]
 
     block = max(1, MAX_SCORES // (num_heads * kv_len))
     blocks, sums = [], []
@@ -211,7 +267,7 @@ def attend(
         positions = torch.arange(start, stop) + kv_len - num_queries
         first, last = visible_range(positions, kv_len, num_queries, options)
         scores = grouped[:, :, start:stop] @ keys[:, None, first:last].mT
-        scores = scores * options.score_factor
+        scores = scores * score_factor
         if options.soft_cap is not None:
             scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
         mask = visible(positions[:, None], torch.arange(first, last)[None, :], options)
@@ -219,7 +275,11 @@ def attend(
         weights, lse = softmax(scores, sinks)
         blocks.append(weights @ values[:, None, first:last])
         sums.append(lse)
-    out = torch.cat(blocks, dim=2) * (options.v_scale or 1.0)
+    out = torch.cat(blocks, dim=2)
+    if isinstance(scales.v, torch.Tensor):
+        out = out * scales.v[..., None, None]
+    elif scales.v is not None:
+        out = out * scales.v
     out = out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
     return out, torch.cat(sums, dim=2).permute(2, 0, 1).reshape(num_queries, num_heads)
 

@@ -23,6 +23,7 @@ import torch
 
 from torch_rpa import ops, validation
 from torch_rpa.kv_cache import empty_kv_cache
+from torch_rpa.options import split_tensors
 
 if TYPE_CHECKING:
     from torch_xla.distributed.spmd import Mesh
@@ -103,7 +104,9 @@ def sharded_ragged_paged_attention(
         mesh: The mesh of the cache.
         axis: Its axis of heads.
         return_lse: As for one device.
-        options: Keyword arguments of the operator.
+        options: Other keyword arguments of
+            :func:`torch_rpa.ragged_paged_attention`, but for ``impl`` and ``validate``.
+            Scales that are tensors are those of all key heads.
 
     Returns:
         ``[T, Hq, D]``, sharded by heads, and so are the logarithms ``[T, Hq]``.
@@ -127,7 +130,10 @@ def sharded_ragged_paged_attention(
             "make it with torch_rpa.spmd.empty_sharded_kv_cache"
         )
     metadata = (kv_lens, page_indices, cu_q_lens, distribution)
-    validation.validate_gradients((q, k, v, kv_cache, *metadata, sinks))
+    scales, options = split_tensors(options)
+    validation.validate_gradients(
+        (q, k, v, kv_cache, *metadata, sinks, *scales.values())
+    )
 
     def on_each_device(tensor: torch.Tensor | None, spec: tuple) -> Any:
         if tensor is None:
@@ -145,6 +151,10 @@ def sharded_ragged_paged_attention(
         *[on_each_device(t, (None,)) for t in metadata],
         on_each_device(sinks, (axis,)),
     )
+    options |= {
+        name: on_each_device(scale.expand(heads), (axis,))
+        for name, scale in scales.items()
+    }
     operators = ops.WITH_LSE if return_lse else ops.WITHOUT_LSE
     with torch.no_grad():
         if options.get("update_kv_cache", True):

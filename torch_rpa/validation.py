@@ -17,7 +17,11 @@ from torch.autograd import forward_ad
 
 from jax_kernels import contract
 from jax_kernels.contract import Arguments, ArraySpec, CallSizes, Metadata
-from jax_kernels.contract.arguments import check_given
+from jax_kernels.contract.arguments import (
+    OPTIONS_AS_ARRAYS,
+    check_given,
+    check_scale_values,
+)
 from torch_rpa.options import AttentionOptions, dtype_name
 
 VALIDATE_ENV = "TORCH_RPA_VALIDATE"
@@ -107,12 +111,16 @@ def validate_gradients(tensors: Sequence[torch.Tensor | None]) -> None:
 
 
 def validate_values(inputs: Inputs, options: AttentionOptions) -> None:
-    """Checks the numbers of the metadata, waiting for them.
+    """Checks the numbers of the metadata and of scales, waiting for them.
 
     See :func:`jax_kernels.contract.check_metadata`.
     """
     sizes = validate_static(inputs, options)
     contract.check_metadata(host_metadata(inputs), sizes, options)
+    for name, option in OPTIONS_AS_ARRAYS.items():
+        scales = getattr(inputs, name)
+        if scales is not None:
+            check_scale_values(option, scales.reshape(-1).tolist())
 
 
 def validate_ranges(

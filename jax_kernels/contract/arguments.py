@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from jax_kernels.contract import cache
 from jax_kernels.contract.cache import CacheGeometry
@@ -55,6 +55,11 @@ class Arguments(NamedTuple, Generic[Array]):
     q_scales: Array | None = None  # f32[] or f32[Hkv], see AttentionOptions.q_scale
     k_scales: Array | None = None  # the same
     v_scales: Array | None = None  # the same
+
+    @property
+    def positional(self) -> tuple[Any, ...]:
+        """The arrays that functions take by position."""
+        return self[: len(self) - len(OPTIONS_AS_ARRAYS)]
 
     @property
     def array_options(self) -> tuple[str, ...]:
@@ -222,14 +227,13 @@ def _check_scales(
         number = getattr(options, option)
         if number is not None:
             raise ValueError(
-                f"{option} must be a number or a tensor, got both: {number!r} and "
-                f"{name} of {scales}"
+                f"{option} must be given once, got {number!r} and {name} of {scales}"
             )
         # A size of a graph of torch.compile may be a symbol, which has no hash.
         is_fitting = tuple(scales.shape) in [(), (num_kv_heads,)]
         if not is_fitting or scales.dtype != "float32":
             raise ValueError(
-                f"{option} that is a tensor must be float32 [] or [Hkv] = "
+                f"{option} must be a number, or float32 [] or [Hkv] = "
                 f"[{num_kv_heads}], got {scales}"
             )
 

@@ -169,16 +169,18 @@ def ragged_paged_attention_reference(
     options = options.for_context(problem.max_kv_len)
     sequences = _live_sequences(problem, kv_lens, page_indices, cu_q_lens, distribution)
     bits = _cache_to_bits(kv_cache, problem.cache)
-    of_heads = scales.of_heads(arguments, problem.num_kv_heads)
+    arrays = scales.of_heads(arguments, problem.num_kv_heads)
 
     def inverse(option: str) -> jax.Array | float | None:
-        if option in of_heads:
-            return scales.reciprocal(of_heads[option])[:, None]
+        """Of a scale: a number, f32[1, Hkv, 1], or None if there is none."""
+        if option in arrays:
+            return scales.reciprocal(arrays[option])[None, :, None]
         number = getattr(options, option)
         return None if number is None else 1.0 / number
 
-    def of_query_heads(of_heads: jax.Array) -> jax.Array:
-        return jnp.repeat(of_heads, problem.num_q_heads_per_kv_head, axis=0)
+    def of_query_heads(x: jax.Array) -> jax.Array:
+        """[1, Hkv, 1] to [1, Hq, 1]."""
+        return jnp.repeat(x, problem.num_q_heads_per_kv_head, axis=1)
 
     if options.update_kv_cache:
         assert k is not None and v is not None  # validated
@@ -195,8 +197,8 @@ def ragged_paged_attention_reference(
         q = _store(q, problem.cache, q_inverse)
     q = q.astype(jnp.float32) * options.score_factor
     for option in ("q_scale", "k_scale"):
-        if option in of_heads:
-            q = q * of_query_heads(of_heads[option])[:, None]
+        if option in arrays:
+            q = q * of_query_heads(arrays[option][None, :, None])
     out, lse = _attend(
         q,
         bits,
@@ -206,8 +208,8 @@ def ragged_paged_attention_reference(
     )
     if options.v_scale is not None:
         out = out * options.v_scale
-    if "v_scale" in of_heads:
-        out = out * of_query_heads(of_heads["v_scale"])[:, None]
+    if "v_scale" in arrays:
+        out = out * of_query_heads(arrays["v_scale"][None, :, None])
     out = out.astype(problem.out_dtype)
     return (out, kv_cache) if lse is None else (out, lse, kv_cache)
 
@@ -252,8 +254,8 @@ def _store(
 ) -> jax.Array:
     """Values [T, heads, D] as the cache holds them: multiplied, clipped, cast.
 
-    By the inverse of a scale, a number or f32[heads, 1]. Compilers differ in how they
-    divide; they agree on a product.
+    By the inverse of a scale, a number or f32[1, heads, 1]. Compilers differ in how
+    they divide; they agree on a product.
     """
     if not cache.is_quantized and inverse is None:
         return values.astype(cache.dtype)

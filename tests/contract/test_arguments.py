@@ -1,5 +1,7 @@
 """Rules of shapes and dtypes, on plain tuples and names."""
 
+import math
+
 import pytest
 
 from jax_kernels.contract import (
@@ -9,6 +11,7 @@ from jax_kernels.contract import (
     CacheGeometry,
     check_arguments,
 )
+from jax_kernels.contract.arguments import check_scale_values
 
 pytestmark = pytest.mark.versions
 
@@ -116,11 +119,30 @@ def test_heads_come_from_the_cache_when_there_are_no_keys(head_dim):
         ({"page_indices": spec(12, dtype="uint32")}, "page_indices must be int32"),
         ({"sinks": spec(5, dtype="float32")}, r"sinks must be float32 \[6\], got"),
         ({"sinks": spec(6)}, "sinks must be float32"),
+        ({"k_scales": spec(2)}, r"k_scale must be a number, or float32 \[\] or \[Hkv"),
+        ({"v_scales": spec(6, dtype="float32")}, r"v_scale .* \[2\], got .* \[6\]"),
+        ({"q_scales": spec(1, 2, dtype="float32")}, r"q_scale must .* \[1, 2\]"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         check(make_arguments(**change))
+
+
+@pytest.mark.parametrize("name", ["q_scale", "k_scale", "v_scale"])
+def test_a_scale_is_a_number_or_an_array(name):
+    arguments = make_arguments("int8", **{f"{name}s": spec(2, dtype="float32")})
+    assert arguments.array_options == (name,)
+    assert check(arguments) == check(make_arguments("int8"))
+    with pytest.raises(ValueError, match=f"{name} must be given once, got 0.5 and"):
+        check(arguments, **{name: 0.5})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-40, math.inf, math.nan])
+def test_numbers_in_a_scale_are_positive_and_finite(value):
+    check_scale_values("k_scale", [2.0**-120, 2.0**120])
+    with pytest.raises(ValueError, match=r"k_scale must hold positive .* at 1$"):
+        check_scale_values("k_scale", [1.0, value])
 
 
 @pytest.mark.parametrize("missing", ["k", "v"])
@@ -137,6 +159,7 @@ def test_one_of_keys_and_values_is_refused_without_an_update_too(missing):
         ({"q": spec(24, 6, 24)}, {}, "head_dim 24 .*: pad"),
         ({"q": spec(24, 6, 128, dtype="float16")}, {}, "q of float16 .*: cast"),
         ({}, {"q_scale": 0.5}, "q_scale .* bfloat16 cache: pass q_scale=None, or use"),
+        ({"q_scales": spec(dtype="float32")}, {}, "q_scale is not supported with a bf"),
         (
             {"kv_cache": spec(4, 4, 8, 2, 128, dtype="float16")},
             {},

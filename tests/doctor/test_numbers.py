@@ -14,7 +14,7 @@ CASES = [(kind, dtype) for kind in batches.KINDS for dtype in batches.SCALES]
 def test_a_batch_is_valid(kind, dtype):
     inputs = batches.make(batches.KINDS[kind], dtype)
     torch_rpa.ragged_paged_attention(
-        *batches.moved(inputs, torch.device("cpu")),
+        *batches.moved(inputs, torch.device("cpu")).positional,
         **batches.options_of(dtype),
         validate=True,
     )
@@ -47,7 +47,7 @@ def faulty(call, change):
     inputs, options, wanted = call
     kv_cache = inputs.kv_cache.clone()
     tensors = inputs._replace(kv_cache=kv_cache)
-    out = torch_rpa.ragged_paged_attention(*tensors, **options)
+    out = torch_rpa.ragged_paged_attention(*tensors.positional, **options)
     change(out, kv_cache)
     return numbers.verdict("name", numbers.compare(out, kv_cache, wanted))
 

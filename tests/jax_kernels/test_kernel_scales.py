@@ -4,26 +4,20 @@ As in test_kernel_numerics.py each case is held to the error budget of its data 
 every byte of the cache. Scales differ by key head, by far more than any rounding.
 """
 
-import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_kernels.ragged_paged_attention import BlockSizes
 from tests.conftest import HAS_TPU
 from tests.jax_kernels.test_kernel_numerics import (
-    BF16,
     E4M3,
     E5M2,
     F32,
     INT8,
-    LENGTHS,
     Case,
 )
-from tests.support.interpret import SMALL_BLOCKS, run_kernel
-from tests.support.ragged_batches import make_ragged_batch
 
 # Each case compiles a simulation of its own.
 pytestmark = pytest.mark.slow
@@ -37,7 +31,9 @@ def by_head(num_heads: int, *scales: float) -> np.ndarray:
 def scales(num_heads: int, *names: str, size: float = 1.0) -> dict[str, Any]:
     """Scales of each key head, by the names of options."""
     numbers = {"q_scale": (0.02, 0.01), "k_scale": (0.7, 0.3), "v_scale": (0.2, 3.0)}
-    return {name: by_head(num_heads, *numbers[name]) * np.float32(size) for name in names}
+    return {
+        name: by_head(num_heads, *numbers[name]) * np.float32(size) for name in names
+    }
 
 
 KV = ("k_scale", "v_scale")
@@ -60,7 +56,14 @@ CASES = {
 EXTENDED = {
     "f32": case((2, 2), *KV, q_dtype=F32, cache_dtype=F32),
     "wide": case((3, 1), *KV, head_dim=256, cache_dtype=E4M3),
-    "odd_heads": case((5, 5), *KV, head_dim=40, cache_dtype=E4M3, page_size=64),
+    "odd_heads": case(
+        (5, 5),
+        *KV,
+        head_dim=40,
+        cache_dtype=E4M3,
+        page_size=64,
+        lengths=((1, 17), (5, 5)),
+    ),
     "int8_queries": case(
         (8, 4), *QKV, size=0.1, cache_dtype=INT8, options={"soft_cap": 5.0}
     ),
@@ -73,7 +76,10 @@ EXTENDED = {
     ),
     "scalars": Case(
         cache_dtype=E4M3,
-        options={n: np.array(x, np.float32) for n, x in zip(QKV, (0.02, 0.3, 3.0))},
+        options={
+            name: np.array(scale, np.float32)
+            for name, scale in {"q_scale": 0.02, "k_scale": 0.3, "v_scale": 3.0}.items()
+        },
     ),
     "without_update": case(
         (4, 2), *QKV, cache_dtype=E4M3, options={"update_kv_cache": False}

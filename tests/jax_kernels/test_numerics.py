@@ -1,6 +1,8 @@
 """In which dtypes numbers meet, and by which factors."""
 
+import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -20,12 +22,14 @@ def numerics_of(
     lanes=128,
     **spec,
 ) -> numerics.Numerics:
+    attention = AttentionSpec(**spec)
     return numerics.choose(
-        AttentionSpec(**spec),
+        attention,
         chip,
         q_dtype=jnp.dtype(q_dtype),
         cache_dtype=jnp.dtype(cache_dtype),
         lanes=lanes,
+        array_options=attention.array_options,
     )
 
 
@@ -252,3 +256,66 @@ def test_exponents_take_what_is_left_of_the_factors(sm_scale, options):
     expected = values.score_multiplier if is_left else 1.0
     assert values.exponent_multiplier == expected
     assert numerics_of(sm_scale=sm_scale, **options).exponent_multiplier == 1.0
+
+
+ARRAYS = [
+    ("k_scale", "v_scale"),
+    ("q_scale", "k_scale", "v_scale"),
+    ("k_scale",),
+    ("q_scale",),
+]
+
+
+@pytest.mark.parametrize("arrays", ARRAYS, ids=",".join)
+@pytest.mark.parametrize("chip", ["tpu7x", "v6e"])
+def test_factors_of_heads_are_the_constants_of_equal_scales(arrays, chip):
+    """Each constant becomes a factor, or keeps its value."""
+    numbers: dict[str, Any] = {"q_scale": 0.3, "k_scale": 0.7, "v_scale": 3.0}
+    options: dict[str, Any] = {"sm_scale": 0.125, "soft_cap": 5.0}
+    common: dict[str, Any] = {
+        "chip": chips.find_chip(chip),
+        "cache_dtype": "float8_e4m3fn",
+    }
+    given = {name: x for name, x in numbers.items() if name not in arrays}
+    got = numerics_of(**common, **options, **given, array_options=arrays)
+    expected = numerics_of(**common, **options, **numbers)
+    values = {
+        factor.name: 1 / numbers[factor.scales[0]]
+        if factor.is_inverse
+        else factor.constant * math.prod(numbers[name] for name in factor.scales)
+        for factor in got.head_factors
+    }
+    if "q_scale" not in arrays:
+        assert "score" in values
+    for name, constant in (
+        ("query", "query_multiplier"),
+        ("score", "score_multiplier"),
+        ("key", "key_multiplier"),
+        ("value", "value_multiplier"),
+        ("output", "output_scale"),
+    ):
+        kept = getattr(got, constant)
+        if name in values:
+            assert kept in (None, 1.0)
+        value = values.get(name, kept)
+        assert value == pytest.approx(getattr(expected, constant), rel=1e-12)
+    rest = dataclasses.replace(
+        got,
+        query_multiplier=expected.query_multiplier,
+        score_multiplier=expected.score_multiplier,
+        key_multiplier=expected.key_multiplier,
+        value_multiplier=expected.value_multiplier,
+        output_scale=expected.output_scale,
+        head_factors=(),
+    )
+    assert rest == expected
+
+
+def test_scales_of_keys_are_folded_into_queries_that_are_not_quantised():
+    values = numerics_of(sm_scale=0.125, array_options=("k_scale",))
+    (query, key) = values.head_factors
+    assert (query.name, query.scales) == ("query", ("k_scale",))
+    assert query.constant == 0.125 * math.log2(math.e)
+    assert (key.name, key.is_inverse) == ("key", True)
+    read_only = numerics_of(update_kv_cache=False, array_options=("k_scale", "v_scale"))
+    assert [factor.name for factor in read_only.head_factors] == ["query", "output"]

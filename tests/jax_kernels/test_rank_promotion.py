@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jax_kernels import ragged_paged_attention as rpa
@@ -22,6 +23,15 @@ FUNCTIONS = [
         (64, "float8_e4m3fn", {"sliding_window": 9, "k_scale": 0.5, "v_scale": 2.0}),
         (128, "bfloat16", {"attend": "new", "return_lse": True, "soft_cap": 20.0}),
         (96, "int8", {"causal": False, "q_scale": 0.1, "decode_q_len": 4}),
+        (
+            128,
+            "int8",
+            {
+                "q_scale": np.array(0.1, np.float32),
+                "k_scale": np.array([0.1, 0.2], np.float32),
+                "v_scale": np.array([0.3, 0.4], np.float32),
+            },
+        ),
     ],
 )
 def test_attention_is_traced_where_rank_promotion_is_an_error(

@@ -12,6 +12,8 @@ Some shapes cannot have the second, and each test that allows something says wha
 
 import dataclasses
 import itertools
+import math
+import re
 
 import pytest
 
@@ -300,6 +302,36 @@ COMBINED = (
 def test_other_features_compile_with_nothing_around_the_kernel(name):
     chip, sizes, options = VARIANTS[name]
     check(dataclasses.replace(FEW_TOKENS, **sizes), chip, **options)
+
+
+QUANTISED = {"cache_dtype": "float8_e4m3fn", "array_scales": ("k_scale", "v_scale")}
+SCALED = {
+    "tpu7x": (
+        "tpu7x",
+        {"array_scales": ("q_scale", *QUANTISED["array_scales"])},
+        {"probabilities_dtype": "float8_e4m3fn"},
+    ),
+    "v6e": ("v6e", {"head_dim": 64, "with_sinks": True}, {"sliding_window": 128}),
+    "v5e": ("v5e", {"num_q_heads": 24, "num_kv_heads": 3}, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCALED)
+def test_scales_of_heads_add_only_arrays_of_heads_to_the_kernel(name):
+    chip, sizes, options = SCALED[name]
+    shapes = dataclasses.replace(FEW_TOKENS, **(QUANTISED | sizes))
+    compiled = compile_kernel(shapes, chip, **options)
+    assert_cache_is_one_buffer(compiled, shapes)
+    most = 5 * shapes.num_kv_heads  # factors of queries, scores, keys, values, outputs
+    allowed = {KERNEL, *VIEWS, *PREFETCH, *allowed_around(shapes)}
+    for operation in compiled.operations:
+        sizes = [
+            math.prod(map(int, axes.split(",")))
+            for axes in re.findall(r"\[(\d[\d,]*)\]", operation.result_type)
+        ]
+        is_small = max(sizes, default=1) <= most
+        assert operation.name in allowed or is_small, operation.text
 
 
 def test_a_copy_of_the_cache_would_be_found():

@@ -76,7 +76,7 @@ def emulate_low_precision(
         scaled = oracle.store(queries, kv_cache.dtype, q_scale)
         factor = scale * oracle.of_heads(q_scale, num_kv_heads)
         factor = factor * oracle.of_heads(k_scale, num_kv_heads)
-        score_scale = np.float32(factor)[..., None]
+        score_scale = factor.astype(np.float32)[..., None]
     out = np.zeros((num_tokens, num_q_heads, head_dim), np.float32)
     lse = np.full(out.shape[:2], -np.inf, np.float32)
     for sequence in oracle.live_sequences(
@@ -127,8 +127,8 @@ def emulate_low_precision(
             total = total + weights.sum(axis=-1, keepdims=True)
         tile = weights.reshape(num_kv_heads, rows_of_head, end) @ values
         tile = tile.reshape(num_q_heads, sequence.q_len, head_dim)
-        output_scale = np.float32(oracle.of_heads(v_scale, num_q_heads))[..., None]
-        tile = tile * output_scale / np.where(total == 0, 1, total)
+        output_scale = oracle.of_heads(v_scale, num_q_heads).astype(np.float32)
+        tile = tile * output_scale[..., None] / np.where(total == 0, 1, total)
         out[rows] = tile.swapaxes(0, 1)
         with np.errstate(divide="ignore"):
             logarithm = (row_max + np.log2(total)) / np.float32(_LOG2_E)

@@ -95,7 +95,7 @@ Scale = float | np.ndarray | None
 
 
 def of_heads(scale: Scale, num_heads: int) -> np.ndarray:
-    """A scale as float64[heads, 1], each of its numbers for as many heads; None is 1."""
+    """A scale as float64[heads, 1], its numbers for as many heads each; None is 1."""
     scale = np.asarray(1.0 if scale is None else scale, np.float64).reshape(-1)
     return np.repeat(scale, num_heads // len(scale))[:, None]
 

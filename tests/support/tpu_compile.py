@@ -50,6 +50,7 @@ class Shapes:
     num_sequences: int = 64
     num_tokens: int = 2048
     with_sinks: bool = False
+    array_scales: tuple[str, ...] = ()  # options that are f32[num_kv_heads]
 
     @property
     def kv_cache(self) -> tuple[int, ...]:
@@ -107,8 +108,9 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
     updates = options.get("update_kv_cache", True)
 
     def call(*arguments):
+        *arguments, scales = arguments
         *attention, kv_cache = ragged_paged_attention(
-            *arguments, sm_scale=shapes.head_dim**-0.5, chip=chip, **options
+            *arguments, sm_scale=shapes.head_dim**-0.5, chip=chip, **options, **scales
         )
         return (*attention, kv_cache) if updates else tuple(attention)
 
@@ -129,6 +131,9 @@ def compile_kernel(shapes: Shapes, chip: str, **options) -> CompiledKernel:
         row_major((shapes.num_sequences + 1,), "int32"),
         row_major((3,), "int32"),
         row_major((shapes.num_q_heads,), "float32") if shapes.with_sinks else None,
+        dict.fromkeys(
+            shapes.array_scales, row_major((shapes.num_kv_heads,), "float32")
+        ),
     ]
     num_axes = [3, 2] if options.get("return_lse") else [3]
     results = [_format(device, number) for number in (num_axes + [5] * updates)]

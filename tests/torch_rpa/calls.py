@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple, TypeVar
 
 import ml_dtypes  # noqa: F401  (names bfloat16 and float8 for NumPy)
 import numpy as np
@@ -14,6 +15,23 @@ from tests.support.ragged_batches import RaggedBatch
 from torch_rpa.validation import Inputs
 
 GARBAGE = -(2**31)  # as a page id or a length it would be noticed
+
+
+class Call(NamedTuple):
+    """The tensors that functions and operators take by position."""
+
+    q: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    kv_cache: torch.Tensor
+    kv_lens: torch.Tensor
+    page_indices: torch.Tensor
+    cu_q_lens: torch.Tensor
+    distribution: torch.Tensor
+    sinks: torch.Tensor | None = None
+
+
+AnyCall = TypeVar("AnyCall", Call, Inputs)
 
 
 def make_call(
@@ -32,7 +50,7 @@ def make_call(
     sinks: bool = False,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> Inputs:
+) -> Call:
     """Makes one call whose older tokens are in the cache already.
 
     Pages are shuffled. Metadata at or past the live sequences, and page ids past the
@@ -71,7 +89,7 @@ def make_call(
     decodes = 0
     while decodes < live and lengths[decodes][0] == 1:
         decodes += 1
-    call = Inputs(
+    call = Call(
         q=randn(num_tokens, num_q_heads, head_dim),
         k=randn(num_tokens, num_kv_heads, head_dim),
         v=randn(num_tokens, num_kv_heads, head_dim),
@@ -85,9 +103,9 @@ def make_call(
     return to_device(call, device)
 
 
-def to_device(call: Inputs, device: torch.device | str) -> Inputs:
+def to_device(call: AnyCall, device: torch.device | str) -> AnyCall:
     """Returns copies of the tensors on a device, the cache included."""
-    return Inputs._make(None if t is None else t.to(device, copy=True) for t in call)
+    return call._make(None if t is None else t.to(device, copy=True) for t in call)
 
 
 def assert_same_up_to_rounding(out: torch.Tensor, expected: torch.Tensor) -> None:
@@ -109,16 +127,16 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().view(torch.uint8)
 
 
-def from_batch(batch: RaggedBatch, device: torch.device | str = "cpu") -> Inputs:
+def from_batch(batch: RaggedBatch, device: torch.device | str = "cpu") -> Call:
     """The tensors of a hostile batch: NaN in dead slots and padding, garbage ids."""
-    return Inputs._make(
+    return Call._make(
         None if x is None else from_numpy(x).to(device) for x in batch.arguments
     )
 
 
 def assert_matches_oracle(
     out: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    call: Inputs,
+    call: Call,
     batch: RaggedBatch,
     **options,
 ) -> None:

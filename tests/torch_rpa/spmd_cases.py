@@ -80,9 +80,19 @@ def test_values_and_caches_are_those_of_one_device(mesh, head_dim, cache_dtype, 
     moved = to_device(call, torch_xla.device())._replace(kv_cache=cache)
     torch_xla.sync(wait=True)
     metrics.clear_all()
+    scales: dict[str, Any] = {}
+    if sinks:
+        scales = {
+            "k_scale": 1 / torch.arange(1.0, 1 + HKV),
+            "v_scale": torch.tensor(3.0),
+        }
+    there = {name: scale.to(torch_xla.device()) for name, scale in scales.items()}
+    torch_xla.sync(wait=True)
     for _ in range(3):
-        expected = ops.ragged_paged_attention(*call, sm_scale=0.1)
-        out = spmd.sharded_ragged_paged_attention(*moved, mesh=mesh, sm_scale=0.1)
+        expected = torch_rpa.ragged_paged_attention(*call, sm_scale=0.1, **scales)
+        out = spmd.sharded_ragged_paged_attention(
+            *moved, mesh=mesh, sm_scale=0.1, **there
+        )
         torch_xla.sync(wait=True)
         assert_same_up_to_rounding(out, expected)
         assert torch_xla._XLAC._get_xla_sharding_spec(cache) == spec

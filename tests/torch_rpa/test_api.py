@@ -17,6 +17,7 @@ from tests.torch_rpa.calls import (
 )
 from tests.torch_rpa.scenarios import make_scenario
 from torch_rpa import reference
+from torch_rpa.validation import Inputs
 
 
 def test_the_result_and_the_cache_are_those_of_the_operator():
@@ -45,7 +46,7 @@ def test_reference_on_cpu_tensors_goes_sequence_by_sequence():
     call, expected_call = make_call(), make_call()
     out = torch_rpa.ragged_paged_attention(*call, impl="reference")
     options = AttentionOptions()
-    expected: Any = reference.ragged_paged_attention_(expected_call, options)
+    expected: Any = reference.ragged_paged_attention_(Inputs(*expected_call), options)
     assert torch.equal(out, expected)
 
 

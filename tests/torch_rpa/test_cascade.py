@@ -7,14 +7,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_rpa
-from tests.torch_rpa.calls import make_call, raw_bytes, to_device
-from torch_rpa.validation import Inputs
+from tests.torch_rpa.calls import Call, make_call, raw_bytes, to_device
 
 PREFIX_LEN = 16  # two pages
 LENGTHS = [(1, 29), (1, 17), (3, 25), (5, 21)]
 
 
-def make_cascade(lengths=LENGTHS, **arguments) -> tuple[Inputs, Inputs, dict[str, Any]]:
+def make_cascade(lengths=LENGTHS, **arguments) -> tuple[Call, Call, dict[str, Any]]:
     """A call whose sequences share two pages, and the arguments of its cascade."""
     call = make_call(lengths, **arguments)
     table = call.page_indices.view(5, -1)
@@ -46,6 +45,10 @@ def assert_same(got, expected):
         ({"sinks": True, "head_dim": 64}, {"soft_cap": 3.0}),
         ({"cache_dtype": torch.float8_e4m3fn}, {"k_scale": 0.5, "v_scale": 0.3}),
         ({"num_q_heads": 6}, {"decode_q_len": 3, "chunk_prefill_size": 5}),
+        (
+            {"cache_dtype": torch.int8},
+            {"k_scale": torch.tensor([0.02, 0.03]), "v_scale": torch.tensor(0.03)},
+        ),
     ],
     ids=str,
 )

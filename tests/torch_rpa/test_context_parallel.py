@@ -103,6 +103,7 @@ def test_stripes_together_are_the_whole(lengths, num_devices):
         (False, {"soft_cap": 2.0}),
         (True, {"causal": False}),
         (False, {"decode_q_len": 2}),
+        (True, {"k_scale": torch.tensor([0.5, 3.0]), "v_scale": torch.tensor(0.1)}),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import torch_rpa
 from jax_kernels.contract import AttentionOptions, CallSizes
 from tests.torch_rpa.calls import make_call, raw_bytes
 from torch_rpa import cpu, reference
-from torch_rpa.validation import host_metadata, validate_static
+from torch_rpa.validation import Inputs, host_metadata, validate_static
 
 MANY = [*((1, n) for n in (9, 30, 1, 8, 31, 17)), (2, 20), (3, 3), (1, 25), (9, 32)]
 
@@ -22,7 +22,7 @@ def both(lengths, *, options=None, **arguments):
         reference.ragged_paged_attention_,
     ):
         call = make_call(lengths, num_pages=64, max_seqs=12, **arguments)
-        attention = run(call, options)
+        attention = run(Inputs(*call), options)
         results.append((attention, raw_bytes(call.kv_cache)))
     return results
 
@@ -78,9 +78,9 @@ def test_slots_that_no_query_sees_may_hold_nan(window):
 
 def plan_of(lengths, sliding_window=None) -> tuple[cpu.Plan, CallSizes]:
     call = make_call(lengths, num_pages=64, max_seqs=12)
-    sizes = validate_static(call, AttentionOptions())
+    sizes = validate_static(Inputs(*call), AttentionOptions())
     options = AttentionOptions(sliding_window=sliding_window)
-    return cpu.plan_step(host_metadata(call), sizes, options), sizes
+    return cpu.plan_step(host_metadata(Inputs(*call)), sizes, options), sizes
 
 
 def test_sequences_of_similar_length_attend_together(monkeypatch):

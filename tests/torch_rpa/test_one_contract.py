@@ -16,7 +16,7 @@ from tests.support import oracle  # noqa: E402
 from tests.torch_rpa.calls import make_call, raw_bytes, to_device  # noqa: E402
 from torch_rpa import ops, reference  # noqa: E402
 from torch_rpa.bridges import interpret, lowering  # noqa: E402
-from torch_rpa.options import make_options  # noqa: E402
+from torch_rpa.options import make_options, split_tensors  # noqa: E402
 from torch_rpa.validation import Inputs  # noqa: E402
 
 DTYPES = {
@@ -60,7 +60,7 @@ def make_wide_call(cache_dtype: str) -> Inputs:
         cache_dtype=DTYPES[cache_dtype],
     )
     k, v = numbers(2, *call.k.shape) if call.k is not None else (None, None)
-    return call._replace(k=k, v=v)
+    return Inputs(*call._replace(k=k, v=v))
 
 
 def run_torch(call: Inputs, options: dict[str, Any]) -> torch.Tensor:
@@ -78,7 +78,10 @@ def run_xla(call: Inputs, options: dict[str, Any]) -> torch.Tensor:
 def run_jax(call: Inputs, options: dict[str, Any]) -> torch.Tensor:
     jnp = lowering.import_jax().numpy
     arrays: list[Any] = [None if t is None else jnp.asarray(array_of(t)) for t in call]
-    out, kv_cache = rpa.ragged_paged_attention_reference(*arrays, **options)
+    function = lowering.with_array_options(
+        rpa.ragged_paged_attention_reference, options
+    )
+    out, kv_cache = function(*arrays)
     stored = torch.from_numpy(np.array(kv_cache).view(np.uint8))
     call.kv_cache.copy_(stored.view(call.kv_cache.dtype))
     return torch.from_numpy(np.array(out))
@@ -88,10 +91,11 @@ PATHS = {"torch": run_torch, "xla": run_xla, "jax": run_jax}
 
 
 def array_of(tensor: torch.Tensor) -> np.ndarray:
-    return raw_bytes(tensor).numpy().view(lowering.jax_dtype(tensor.dtype))
+    data = raw_bytes(tensor.reshape(-1)).numpy()
+    return data.view(lowering.jax_dtype(tensor.dtype)).reshape(tensor.shape)
 
 
-def expected_bytes(call: Inputs, **scales: float) -> np.ndarray:
+def expected_bytes(call: Inputs, **scales: Any) -> np.ndarray:
     """The whole cache as numpy computes it, in bytes."""
     _, k, v, *rest = (None if t is None else array_of(t) for t in call[:8])
     cache = oracle.expected_cache(k, v, *rest, head_dim=call.q.shape[2], **scales)
@@ -125,6 +129,39 @@ def test_every_path_stores_the_same_bytes(name, path, scales):
     np.testing.assert_array_equal(raw_bytes(call.kv_cache).numpy(), expected)
 
 
+# Two heads, numbers of which the inverse is rounded up, down or not at all.
+SCALES_OF_HEADS = {
+    "k_scale": torch.tensor([0.3, 7.0]),
+    "v_scale": torch.tensor([123.4, 0.25]),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_path_stores_the_same_bytes_by_scales_of_heads(name, path):
+    call = make_wide_call(name)
+    tensors, _ = split_tensors(SCALES_OF_HEADS)
+    scales = {name: scale.numpy() for name, scale in SCALES_OF_HEADS.items()}
+    expected = expected_bytes(call, **scales)
+    PATHS[path](call._replace(**tensors), {})
+    np.testing.assert_array_equal(raw_bytes(call.kv_cache).numpy(), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_tensor_of_one_number_is_that_number(path, scale):
+    """A number that float32 has."""
+    call, expected_call = make_wide_call("int8"), make_wide_call("int8")
+    tensor = torch.tensor(scale)
+    number = {name: float(tensor) for name in ("q_scale", "k_scale", "v_scale")}
+    tensors, _ = split_tensors(dict.fromkeys(number, tensor))
+    options = {"sm_scale": 1e-3}
+    expected = PATHS["torch"](expected_call, options | number)
+    out = PATHS[path](call._replace(**tensors), options)
+    torch.testing.assert_close(out, expected, atol=1e-4 * scale, rtol=1e-4)
+    assert torch.equal(raw_bytes(call.kv_cache), raw_bytes(expected_call.kv_cache))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "chip"), KERNEL_CASES)
 def test_the_kernel_stores_the_same_bytes_on_every_chip(name, chip):
@@ -132,6 +169,25 @@ def test_the_kernel_stores_the_same_bytes_on_every_chip(name, chip):
     options = {"k_scale": 0.3, "v_scale": 1 / 3}
     expected = expected_bytes(call, **options)
     interpret.interpret_pallas_(call, make_options(options), chip)
+    np.testing.assert_array_equal(raw_bytes(call.kv_cache).numpy(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        ("int8", "tpu7x"),
+        pytest.param("float8_e4m3fn", "v5e", marks=pytest.mark.extended),
+        pytest.param("bfloat16", "v6e", marks=pytest.mark.extended),
+    ],
+)
+def test_the_kernel_stores_the_same_bytes_by_scales_of_heads(name, chip):
+    call = make_wide_call(name)
+    tensors, _ = split_tensors(SCALES_OF_HEADS)
+    scales = {name: scale.numpy() for name, scale in SCALES_OF_HEADS.items()}
+    expected = expected_bytes(call, **scales)
+    call = call._replace(**tensors)
+    interpret.interpret_pallas_(call, make_options({}), chip)
     np.testing.assert_array_equal(raw_bytes(call.kv_cache).numpy(), expected)
 
 
@@ -197,7 +253,7 @@ def test_a_sequence_without_a_query_is_skipped(path, in_decode_range):
     ends = [3, 3, 3] if in_decode_range else [0, 0, 3]
     call = call._replace(distribution=torch.tensor(ends, dtype=torch.int32))
     before = call.kv_cache.clone()
-    out = PATHS[path](call, {"sm_scale": 0.1})
+    out = PATHS[path](Inputs(*call), {"sm_scale": 0.1})
     assert not out[2:].any()
     page = call.page_indices.view(5, 4)[1, 0]
     assert torch.equal(raw_bytes(call.kv_cache[page]), raw_bytes(before[page]))

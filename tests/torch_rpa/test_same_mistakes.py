@@ -16,7 +16,6 @@ MISTAKES = [
     ("k_scale", True),
     ("k_scale", "1"),
     ("k_scale", np.float32(0.3)),
-    ("k_scale", torch.tensor(0.3)),
     ("sm_scale", 10**400),
     ("sliding_window", True),
     ("sliding_window", 2.0),

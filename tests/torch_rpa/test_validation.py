@@ -7,6 +7,7 @@ import torch_rpa
 from tests.torch_rpa.calls import make_call, to_device
 from torch_rpa import ops, validation
 from torch_rpa.options import AttentionOptions
+from torch_rpa.validation import Inputs
 
 I32 = torch.int32
 
@@ -37,7 +38,7 @@ def i32(*values):
 def test_arguments_are_checked_by_the_contract(changes, error, message):
     call = make_call()._replace(**changes)
     with pytest.raises(error, match=message):
-        validation.validate_static(call, AttentionOptions())
+        validation.validate_static(Inputs(*call), AttentionOptions())
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -89,10 +90,10 @@ def test_values_that_clash_are_refused_on_request():
     call = make_call([(1, 9), (1, 10)])
     table = call.page_indices.view(5, 4)
     table[1, 0] = table[0, 0]
-    validation.validate_values(call, AttentionOptions())
+    validation.validate_values(Inputs(*call), AttentionOptions())
     table[1, 1] = table[0, 1]
     with pytest.raises(ValueError, match=r"slot 0 of page .* which sequence 0 writes"):
-        validation.validate_values(call, AttentionOptions())
+        validation.validate_values(Inputs(*call), AttentionOptions())
 
 
 @pytest.mark.parametrize(

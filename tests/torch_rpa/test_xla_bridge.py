@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,35 @@ def test_a_signature_is_lowered_once(monkeypatch):
     ops.ragged_paged_attention(*xla_call(page_size=32), soft_cap=31.0)
     assert len(lowered) == 3
     torch_xla.sync()
+
+
+def test_one_program_serves_all_values_of_scales(monkeypatch):
+    lowered = []
+    lower = xla_bridge._lower
+
+    def counting_lower(*arguments):
+        lowered.append(arguments)
+        return lower(*arguments)
+
+    monkeypatch.setattr(xla_bridge, "_lower", counting_lower)
+    shape = {"page_size": 16, "cache_dtype": torch.int8}
+    xla_metrics.clear_all()
+    for scale in (0.03, 0.05):
+        scales: dict[str, Any] = {
+            "k_scale": torch.tensor([scale, 0.04]),
+            "v_scale": torch.tensor(0.02),
+        }
+        moved: dict[str, Any] = {
+            name: x.to(torch_xla.device()) for name, x in scales.items()
+        }
+        call, expected_call = xla_call(**shape), make_call(**shape)
+        expected = torch_rpa.ragged_paged_attention(*expected_call, **scales)
+        torch_xla.sync()
+        out = torch_rpa.ragged_paged_attention(*call, **moved)
+        torch_xla.sync()
+        assert_same_up_to_rounding(out, expected)
+        assert torch.equal(raw_bytes(call.kv_cache), raw_bytes(expected_call.kv_cache))
+    assert len(lowered) == 1
 
 
 def test_fifty_decode_steps_with_changing_lengths_compile_once():

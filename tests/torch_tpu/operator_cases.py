@@ -17,12 +17,11 @@ from torch._dynamo.exc import TorchRuntimeError
 
 import torch_rpa
 from jax_kernels.tuned import applied
-from tests.torch_rpa.calls import make_call, to_device
+from tests.torch_rpa.calls import Call, make_call, to_device
 from tests.torch_tpu.sections import run_cases
 from tests.torch_tpu.tuned_record import tuned_record
 from torch_rpa import bridges, ops, validation
 from torch_rpa.bridges import torch_tpu_launch
-from torch_rpa.validation import Inputs
 
 NUM_LAYERS = 2
 # Over 128 MiB: more than the vector memory of any chip. A smaller cache XLA moves there
@@ -169,6 +168,9 @@ def features():
     quantised = make_call(cache_dtype=torch.float8_e4m3fn)
     scales = {"q_scale": 0.1, "k_scale": 0.3, "v_scale": 0.7}
     run("q_scale", ops.ragged_paged_attention, quantised, **scales)
+    tensors = {name: torch.full((2,), scale) for name, scale in scales.items()}
+    on_tpu = {name: scale.to("tpu") for name, scale in tensors.items()}
+    run("scales of heads", torch_rpa.ragged_paged_attention, quantised, **on_tpu)
     run("head_dim 64", ops.ragged_paged_attention, make_call(head_dim=64))
     shard = make_call(num_q_heads=8, num_kv_heads=1)  # as of a process of eight
     run("one key head", ops.ragged_paged_attention, shard)
@@ -181,7 +183,7 @@ def features():
 def mistakes():
     """Messages of wrong calls: on the device, and on the CPU."""
     good: Any = make_call()
-    bad: dict[str, tuple[Inputs, dict[str, Any]]] = {
+    bad: dict[str, tuple[Call, dict[str, Any]]] = {
         "dtype": (good._replace(kv_lens=good.kv_lens.long()), {}),
         "shape": (good._replace(k=good.k[:, :1]), {}),
         "head_dim": (make_call(head_dim=256)._replace(kv_cache=good.kv_cache), {}),

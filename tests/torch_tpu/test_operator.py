@@ -157,7 +157,7 @@ def test_each_feature_is_one_program_with_one_alias(options_record):
         options_record.results["features"],
         options_record.kernel_programs("features"),
     )
-    assert len(done) == len(programs) == 20
+    assert len(done) == len(programs) == 21
     for name, program in zip(done, programs, strict=True):
         assert len(program.hlo.kernel_calls) == 1
         is_read_only = "read only" in name

@@ -49,19 +49,19 @@ def _interpreted(
 ) -> Callable:
     from jax_kernels.ragged_paged_attention import BlockSizes, ragged_paged_attention
 
-    return functools.partial(
+    function = functools.partial(
         ragged_paged_attention,
-        **vars(options),
         block_sizes=None if block_sizes is None else BlockSizes(*block_sizes),
         chip=chip,
         interpret=True,
     )
+    return lowering.with_array_options(function, vars(options))
 
 
 def _to_numpy(tensor: torch.Tensor) -> Any:
     """Returns a NumPy array of the same values, also of a dtype unknown to NumPy."""
-    tensor = tensor.detach().contiguous()
-    return tensor.view(torch.uint8).numpy().view(lowering.jax_dtype(tensor.dtype))
+    data = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return data.view(lowering.jax_dtype(tensor.dtype)).reshape(tensor.shape)
 
 
 def _from_numpy(array: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from jax_kernels import tuned
+from jax_kernels.contract.arguments import OPTIONS_AS_ARRAYS
 from torch_rpa.options import AttentionOptions
+from torch_rpa.validation import Inputs
 
 
 class Target(NamedTuple):
@@ -54,10 +56,37 @@ def jax_function(
     )
 
 
+def with_array_options(
+    function: Callable[..., Any], keywords: dict[str, Any]
+) -> Callable[..., Any]:
+    """Returns a documented JAX function as one of all arrays by position.
+
+    Args:
+        function: Takes options that are arrays as keywords.
+        keywords: The other ones.
+
+    Returns:
+        A function of the arrays of :class:`torch_rpa.validation.Inputs`, in their
+        order.
+    """
+
+    def call(*arrays: Any) -> Any:
+        inputs = Inputs(*arrays)
+        options = {
+            option: getattr(inputs, name)
+            for name, option in OPTIONS_AS_ARRAYS.items()
+            if option in inputs.array_options
+        }
+        return function(*inputs.positional, **(keywords | options))
+
+    return call
+
+
 def _results(
     implementation: Callable, keywords: dict[str, Any], *arrays: Any
 ) -> tuple[Any, ...]:
-    *attention, new_cache = implementation(*arrays, **keywords)
+    call = with_array_options(implementation, keywords)
+    *attention, new_cache = call(*arrays)
     return (*attention, new_cache) if keywords["update_kv_cache"] else (*attention,)
 
 

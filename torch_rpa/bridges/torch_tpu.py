@@ -39,6 +39,7 @@ import torch._inductor.config
 from torch._guards import TracingContext
 
 from jax_kernels import chips
+from jax_kernels.contract.arguments import MAY_BE_NONE
 from torch_rpa import validation
 from torch_rpa.bridges import lowering, torch_tpu_launch
 from torch_rpa.bridges.kernel_digest import kernel_digest
@@ -47,7 +48,6 @@ from torch_rpa.options import AttentionOptions, make_options
 from torch_rpa.validation import Inputs
 
 DONATION_VARIABLE = "TORCH_RPA_EAGER_DONATION"
-OPTIONAL_TENSORS = ("k", "v", "sinks")
 KV_CACHE = Inputs._fields.index("kv_cache")
 # Each size of a step is a program. After 8 of them torch would run the next ones
 # operation by operation. It has another limit of 256, for all functions of one code.
@@ -312,7 +312,7 @@ def _annotated(function: Callable, num_results: int) -> Callable:
         inspect.Parameter(
             name,
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            annotation=array | None if name in OPTIONAL_TENSORS else array,
+            annotation=array | None if name in MAY_BE_NONE else array,
         )
         for name in Inputs._fields
     ]

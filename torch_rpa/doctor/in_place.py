@@ -88,7 +88,7 @@ def _step(device: torch.device, num_pages: int) -> tuple[float, bool | None]:
     outputs = []
 
     def run() -> None:
-        outputs[:] = [torch_rpa.ragged_paged_attention(*tensors, **options)]
+        outputs[:] = [torch_rpa.ragged_paged_attention(*tensors.positional, **options)]
         devices.sync(device)
 
     def finish() -> None:

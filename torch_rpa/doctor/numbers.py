@@ -59,7 +59,7 @@ def _reference(
 ) -> torch.Tensor:
     tensors = inputs._replace(kv_cache=kv_cache)
     return torch_rpa.ragged_paged_attention(
-        *tensors, **options, out_dtype=torch.float32, impl="reference"
+        *tensors.positional, **options, out_dtype=torch.float32, impl="reference"
     )
 
 
@@ -104,7 +104,7 @@ def check(
     inputs, options = batches.make(kind, cache_dtype), batches.options_of(cache_dtype)
     there = batches.moved(inputs, device)
     devices.sync(device, wait=True)
-    out = torch_rpa.ragged_paged_attention(*there, **options, impl=impl)
+    out = torch_rpa.ragged_paged_attention(*there.positional, **options, impl=impl)
     devices.sync(device, wait=True)
     found = compare(out.cpu(), there.kv_cache.cpu(), expected(inputs, options))
     return verdict(name, found)

@@ -40,7 +40,7 @@ def measure(
 
     def run() -> None:
         for _ in range(calls):
-            torch_rpa.ragged_paged_attention(*tensors, **options)
+            torch_rpa.ragged_paged_attention(*tensors.positional, **options)
         devices.sync(device)
 
     def finish() -> None:

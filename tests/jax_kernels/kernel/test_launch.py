@@ -30,6 +30,7 @@ def test_a_field_says_in_which_memory_its_array_is():
         "values": pl.ANY,
         "kv_cache": pl.ANY,
         "sinks": pltpu.SMEM,
+        "head_factors": pltpu.SMEM,
     }
     specs = launch.block_specs(MoreOutputs("out", None, "sums"))
     assert [spec.memory_space for spec in specs] == [pl.ANY, pltpu.SMEM]

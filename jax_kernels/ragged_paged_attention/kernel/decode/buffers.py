@@ -24,7 +24,6 @@ from jax_kernels.ragged_paged_attention.kernel.refs import Shaped
 from jax_kernels.ragged_paged_attention.kernel.schedule import Int, Schedule
 from jax_kernels.ragged_paged_attention.layout import LANES
 
-
 # What query rows, or their scores and outputs, are multiplied by.
 ROW_FACTORS = ("query", "score", "output")
 
