@@ -76,6 +76,7 @@ class StaticShape:
       attend: Which keys queries see.
       update_kv_cache: Whether new tokens are written.
       return_lse: Whether the logarithms of the denominators are returned.
+      batch_invariant: Whether a query gets the same bits in any batch.
     """
 
     model: Model
@@ -95,6 +96,7 @@ class StaticShape:
     attend: Attend = "all"
     update_kv_cache: bool = True
     return_lse: bool = False
+    batch_invariant: bool = False
 
     @property
     def num_pages(self) -> int:
@@ -118,6 +120,7 @@ class StaticShape:
             "attend": self.attend,
             "update_kv_cache": self.update_kv_cache,
             "return_lse": self.return_lse,
+            "batch_invariant": self.batch_invariant,
         }
 
     @property
@@ -410,6 +413,23 @@ def _parts() -> Iterator[Case]:
 PARTS = tuple(_parts())
 
 
+def _options() -> Iterator[Case]:
+    """What options cost, beside the same step without them."""
+    for name, model, lengths, static in (
+        ("decode-128x1k", LLAMA3_8B, "128*1/1024", _SERVER),
+        ("decode-8x1-dec256", MQA, DRAWN["dec256"], _SHARD_SERVER),
+        ("prefill-2k-at-8k", LLAMA3_8B, "2048/8192", _PREFILL),
+        ("prefill-8x1-fresh16", MQA, DRAWN["fresh16"], {}),
+    ):
+        yield fitted(f"options-{name}", model, lengths, **static)
+        yield fitted(
+            f"options-{name}-invariant", model, lengths, batch_invariant=True, **static
+        )
+
+
+OPTIONS = tuple(_options())
+
+
 def _series(prefix: str, model: Model, steps: list[str], **static: Any) -> list[Case]:
     """Steps of one program, named by their lengths."""
     return [fitted(f"{prefix}:{step}", model, step, **static) for step in steps]
@@ -547,6 +567,7 @@ TABLES = {
     "models": MODELS,
     "deployments": DEPLOYMENTS,
     "parts": PARTS,
+    "options": OPTIONS,
     "peers": PEERS,
     "sweep": SWEEP,
 }

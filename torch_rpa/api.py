@@ -41,6 +41,7 @@ def ragged_paged_attention(
     probabilities_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     block_sizes: Sequence[int] | None = None,
     impl: str | None = None,
     validate: bool | None = None,
@@ -123,6 +124,13 @@ def ragged_paged_attention(
         out_dtype: bfloat16 or float32; None is the dtype of ``q``.
         return_lse: Return the natural logarithm of the denominator of the softmax as
             well, sinks included.
+        batch_invariant: A query gets the same bits whatever else is in the batch, in
+            whichever range its sequence is, however its sequence was cut into steps,
+            and whatever ``T``, ``S`` and ``P`` are: its output is a function of its own
+            numbers, of the keys and values that it sees, and of what is static. It
+            holds on one kind of device at a time. On a TPU decodes become slower. On
+            the CPU every query attends alone. If ``block_sizes`` are given, all calls
+            have to be given the same.
         block_sizes: Tile sizes of the kernel, ``(decode_block_kv, block_q, block_kv)``,
             powers of two: tokens of the cache that decode fetches at once, query tokens
             of a tile of prefill, tokens of the cache fetched at once there. None takes
@@ -167,6 +175,7 @@ def ragged_paged_attention(
         "probabilities_dtype": probabilities_dtype,
         "out_dtype": out_dtype,
         "return_lse": return_lse,
+        "batch_invariant": batch_invariant,
         "block_sizes": check_block_sizes(block_sizes),
     }
     metadata = (kv_lens, page_indices, cu_q_lens, distribution)
@@ -201,6 +210,11 @@ def _run_selected(impl: str, inputs: Inputs, options: dict[str, Any]) -> Any:
         if validation.values_requested():
             validation.validate_values(inputs, attention_options)
         if impl == "reference":
+            if attention_options.batch_invariant:
+                raise NotImplementedError(
+                    "batch_invariant is not supported with impl='reference' on CPU "
+                    "tensors, whose sums follow the batch: leave impl out"
+                )
             return reference.ragged_paged_attention_(inputs, attention_options)
         from torch_rpa.bridges import interpret
 

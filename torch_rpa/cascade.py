@@ -65,7 +65,7 @@ def cascade_attention(
             when the operator would check those of its own.
         NotImplementedError: ``sliding_window`` is given: by it each query would see
             another part of the prefix. Or ``causal_block`` is, which counts positions
-            from the start of the prefix.
+            from the start of the prefix. Or ``batch_invariant`` is.
     """
     if options.get("sliding_window") is not None:
         raise NotImplementedError(
@@ -78,6 +78,11 @@ def cascade_attention(
             "causal_block is not supported by cascade_attention, got "
             f"{options['causal_block']}: give each sequence its whole page table and "
             "call ragged_paged_attention"
+        )
+    if options.get("batch_invariant"):
+        raise NotImplementedError(
+            "batch_invariant is not supported by cascade_attention, where the other "
+            "sequences decide which keys are summed apart: call ragged_paged_attention"
         )
     if options.pop("attend", "all") != "all":
         raise NotImplementedError(

@@ -283,8 +283,8 @@ def attend_to_stripe(
     Raises:
         ValueError: See the operator; or the step is for another number of tokens, or
             the cache of new tokens does not fit it.
-        NotImplementedError: ``sliding_window`` or ``causal_block`` is given, or an
-            option that has no meaning here.
+        NotImplementedError: ``sliding_window``, ``causal_block`` or
+            ``batch_invariant`` is given, or an option that has no meaning here.
     """
 
     def in_place(*tensors: Any, **keywords: Any) -> tuple[Any, Any, Any]:
@@ -447,6 +447,12 @@ def _check_options(options: dict[str, Any]) -> None:
             "causal_block is not supported with a striped cache, got "
             f"{options['causal_block']}: new tokens have no positions of the sequence "
             "there, so keep the caches of such models whole on every device"
+        )
+    if options.get("batch_invariant"):
+        raise NotImplementedError(
+            "batch_invariant is not supported with a striped cache, where how a "
+            "sequence was cut into steps decides which keys are summed apart: keep the "
+            "cache whole on every device"
         )
     for name in ("attend", "update_kv_cache", "chunk_prefill_size", "return_lse"):
         if name in options:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -92,9 +92,12 @@ def ragged_paged_attention_(
     sizes = validate_static(inputs, options)
     arrays = ((array.tobytes(), array.dtype.str) for array in host_metadata(inputs))
     masks = AttentionOptions(
+        causal=options.causal,
+        causal_block=options.causal_block,
         sliding_window=options.sliding_window,
         attend=options.attend,
         update_kv_cache=options.update_kv_cache,
+        batch_invariant=options.batch_invariant,
     )
     plan = _plan_of_bytes(tuple(arrays), sizes, masks)
     if options.update_kv_cache:
@@ -150,37 +153,45 @@ def plan_step(metadata: Metadata, sizes: CallSizes, options: AttentionOptions) -
     head_pages = head_pages + np.arange(heads)
     slots = head_pages * page_size + positions[:, None] % page_size
 
-    first_seen, seen_end = np.zeros_like(kv_lens), kv_lens
+    # Queries that attend together: those of a sequence, or each alone.
+    owner, first_rows, num_rows = np.arange(live), starts[:-1], q_lens
+    if options.batch_invariant:
+        owner, first_rows, num_rows = sequence, tokens, np.ones_like(tokens)
+    new_start = (kv_lens - q_lens)[owner]
+    first_query = new_start + first_rows - starts[owner]
+    first_seen = np.zeros_like(first_query)
+    seen_end = kv_lens[owner]
+    if options.causal:
+        block = options.causal_block or 1
+        block_end = -(-(first_query + num_rows) // block) * block
+        seen_end = np.minimum(block_end, seen_end)
     if options.sliding_window is not None:
-        first_seen = np.maximum(kv_lens - q_lens + 1 - options.sliding_window, 0)
+        first_seen = np.maximum(first_query + 1 - options.sliding_window, 0)
     if options.attend == "cache":
-        seen_end = kv_lens - q_lens
+        seen_end = new_start
     elif options.attend == "new":
-        first_seen = np.maximum(first_seen, kv_lens - q_lens)
+        first_seen = np.maximum(first_seen, new_start)
     sees_any = seen_end > first_seen
     num_pages = -(-seen_end // page_size) - first_seen // page_size
 
     def part(members: np.ndarray, rows: np.ndarray) -> Part:
-        return _part(
-            rows, page_table[members], first_seen[members], seen_end[members], sizes
-        )
+        table = page_table[owner[members]]
+        return _part(rows, table, first_seen[members], seen_end[members], sizes)
 
     by_size = np.argsort(num_pages, kind="stable")
-    page_elements = heads * page_size * sizes.cache.lanes
+    decodes = by_size[(sees_any & (num_rows == 1))[by_size]]
+    if options.batch_invariant:
+        groups: Iterable[np.ndarray] = decodes[:, None]
+    else:
+        page_elements = heads * page_size * sizes.cache.lanes
+        groups = _similar(decodes, num_pages, MAX_WASTE // page_elements)
     return Plan(
         num_tokens=len(tokens),
         slots=torch.from_numpy(slots.reshape(-1)),
-        decodes=tuple(
-            part(members, starts[members])
-            for members in _similar(
-                by_size[(sees_any & (q_lens == 1))[by_size]],
-                num_pages,
-                MAX_WASTE // page_elements,
-            )
-        ),
+        decodes=tuple(part(members, first_rows[members]) for members in groups),
         others=tuple(
             part(np.array([s]), np.arange(starts[s], starts[s + 1]))
-            for s in np.flatnonzero(sees_any & (q_lens > 1))
+            for s in np.flatnonzero(sees_any & (num_rows > 1))
         ),
     )
 

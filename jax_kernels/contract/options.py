@@ -75,10 +75,13 @@ class AttentionOptions:
       out_dtype: Name of the dtype of the output, bfloat16 or float32. None is that of
         the queries.
       return_lse: Return the logarithm of the denominator of each query and head, too.
+      batch_invariant: A query gets the same bits whatever else is in the batch, in
+        whichever range its sequence is, however the sequence was cut into steps, and
+        whatever T, S and P are. It changes rounding and speed, never the meaning.
 
     Raises:
       ValueError: A value breaks its rule.
-      NotImplementedError: An output dtype that is not supported.
+      NotImplementedError: An output dtype, or a combination, that is not supported.
     """
 
     sm_scale: float = 1.0
@@ -96,10 +99,11 @@ class AttentionOptions:
     probabilities_dtype: str | None = None
     out_dtype: str | None = None
     return_lse: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sm_scale", _score_scale("sm_scale", self.sm_scale))
-        for name in ("causal", "update_kv_cache", "return_lse"):
+        for name in ("causal", "update_kv_cache", "return_lse", "batch_invariant"):
             check_bool(name, getattr(self, name))
         for name in ("sliding_window", "chunk_prefill_size"):
             _check_count(name, getattr(self, name))
@@ -118,6 +122,8 @@ class AttentionOptions:
                 f"probabilities_dtype {self.probabilities_dtype} is not supported: use "
                 f"{' or '.join(PROBABILITIES_DTYPES)} or None"
             )
+        if self.batch_invariant:
+            self._check_batch_invariant()
         if self.out_dtype is not None and self.out_dtype not in INPUT_DTYPES:
             raise NotImplementedError(
                 f"out_dtype {self.out_dtype} is not supported: use bfloat16, float32 "
@@ -168,6 +174,20 @@ class AttentionOptions:
         if not _is_power_of_two(block):
             raise NotImplementedError(
                 f"causal_block {block} is not supported: use a power of two"
+            )
+
+    def _check_batch_invariant(self) -> None:
+        if self.probabilities_dtype is not None:
+            raise NotImplementedError(
+                "batch_invariant is not supported with probabilities_dtype, whose sums "
+                f"depend on tiles, got {self.probabilities_dtype}: leave one of them "
+                "out"
+            )
+        if self.attend != "all":
+            raise NotImplementedError(
+                "batch_invariant is not supported with parts of the keys, got "
+                f"attend={self.attend!r}: how a sequence was cut into steps decides "
+                "what is in which part; leave one of them out"
             )
 
     def _check_factor_of_scores(self) -> None:

@@ -48,6 +48,7 @@ def ragged_paged_attention(
     probabilities_dtype: DTypeLike | None = None,
     out_dtype: DTypeLike | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     validate: bool = False,
     block_sizes: BlockSizes | None = None,
     vmem_limit_bytes: int | None = None,
@@ -130,6 +131,13 @@ def ragged_paged_attention(
       out_dtype: bf16 or f32; that of ``q`` by default.
       return_lse: Return the ``lse`` above as well, with which
         ``merge_attention`` joins attention over parts of the keys.
+      batch_invariant: A query gets the same bits whatever else is in the batch, in
+        whichever range its sequence is, however its sequence was cut into steps, and
+        whatever T, S and P are: its output is a function of its own numbers, of the
+        keys and values that it sees, of the heads, the dtypes, the page size and the
+        chip. All sequences are then served like the mixed ones, with blocks of one
+        size, which is slower for decodes above all. With ``block_sizes``, of the same
+        sizes in all calls.
       validate: Also check the numbers in lengths, page table and distribution, such as
         a slot that one sequence writes and another reads, and those of scales. It waits
         for the arrays, so it is for debugging, outside ``jax.jit``.

@@ -71,6 +71,8 @@ DECODE_RINGS = (6, 3)
 PAGES_IN_SHADOW = range(17, 161)
 MIN_VMEM_OF_TWO_RINGS = 64 * MIB
 PREFILL_RING = (3, 2)
+# Decodes in tiles have little to compute, so the latency of HBM takes more cells.
+DECODE_TILES_RING = (6, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +108,17 @@ def explain(
     (``tuned.distance``), if one is near. All are then cut to the context, the number of
     tokens and the VMEM of the chip.
 
+    With ``batch_invariant`` they are the same for all numbers of tokens, sequences and
+    pages.
+
     Args:
       problem: Static sizes.
       spec: What is computed.
       chip: Where.
       records: Tuned sizes; by default ``tuned.in_force()``.
     """
+    if spec.batch_invariant:
+        return _invariant(problem, spec, chip)
     records = tuned.in_force() if records is None else tuple(records)
     shape = tuned_shape(problem, spec)
     model = dataclasses.asdict(preferred(problem, spec))
@@ -125,6 +132,16 @@ def explain(
             sources[phase] = f"tuned for {record.shape}" if away else "tuned"
     blocks = fit(problem, spec, chip, BlockSizes(**sizes))
     return Choice(blocks, sources["decode"], sources["prefill"])
+
+
+def _invariant(problem: Problem, spec: AttentionSpec, chip: Chip) -> Choice:
+    """Sizes that follow from the heads, the cache and the chip alone."""
+    blocks = preferred(problem, spec)
+    pages = -(-blocks.block_kv // problem.cache.page_size)
+    problem = dataclasses.replace(
+        problem, num_tokens=blocks.block_q, pages_per_sequence=pages
+    )
+    return Choice(fit(problem, spec, chip, blocks), "model", "model")
 
 
 def tuned_shape(problem: Problem, spec: AttentionSpec) -> tuned.TunedShape:
@@ -273,6 +290,15 @@ def make_config(
         chip=chip,
         interpret=interpret,
     )
+    mixed = _phase(Phase.MIXED, problem, spec, blocks, blocks.block_q, chip)
+    if spec.batch_invariant:
+        # Few rows for few tokens. Their number does not change the bits of a row.
+        decode = _phase(Phase.DECODE_TILES, problem, spec, blocks, MIN_BLOCK_Q, chip)
+        if not spec.hides_first_keys:
+            # Masks of few queries cost little. With a running maximum, a chunk of
+            # another size would have another one.
+            decode = dataclasses.replace(decode, chunk_kv=blocks.block_kv)
+        return dataclasses.replace(config, phases=(decode, mixed))
     decode_block_q = _power_of_two_above(spec.decode_q_len)
     decode = _phase(Phase.DECODE, problem, spec, blocks, decode_block_q, chip)
     phases = [_with_cells_that_fit(config, decode)]
@@ -280,8 +306,7 @@ def make_config(
         block_q = min(blocks.block_q, _power_of_two_above(chunk_prefill_size))
         block_q = max(block_q, MIN_BLOCK_Q)
         phases.append(_phase(Phase.PREFILL, problem, spec, blocks, block_q, chip))
-    phases.append(_phase(Phase.MIXED, problem, spec, blocks, blocks.block_q, chip))
-    return dataclasses.replace(config, phases=tuple(phases))
+    return dataclasses.replace(config, phases=(*phases, mixed))
 
 
 def _phase(
@@ -317,7 +342,8 @@ def _phase(
             cells,
             num_kv_rings,
         )
-    slots, lookahead = PREFILL_RING
+    is_decode = phase is Phase.DECODE_TILES
+    slots, lookahead = DECODE_TILES_RING if is_decode else PREFILL_RING
     return PhaseConfig(phase, block_q, blocks.block_kv, slots, lookahead)
 
 
@@ -344,7 +370,8 @@ def _with_cells_that_fit(config: KernelConfig, decode: PhaseConfig) -> PhaseConf
 def vmem_bytes(config: KernelConfig) -> int:
     """VMEM that the kernel's buffers take: the phases never run together."""
     cleared = _buffer_bytes(padding.cleared_shapes(config))
-    return cleared + max(_phase_bytes(config, phase) for phase in config.phases)
+    sizes = (_phase_bytes(config, phase) for phase in config.phases)
+    return cleared + max(sizes, default=0)
 
 
 def _phase_bytes(config: KernelConfig, phase: PhaseConfig) -> int:

@@ -34,14 +34,21 @@ SUBLANES = 8
 # Query rows whose scores are computed while those before go through the softmax.
 # Fewer push keys and values into the matrix units too often for their use.
 SOFTMAX_TILE_ROWS = 512
+# Blocks that need a mask are computed this many tokens at a time: the columns of a
+# matrix unit.
+MASKED_TOKENS = 256
 # Scores of a stretch of decode, which all have code of their own: 1024 registers.
 MAX_STRETCH_SCORES = 1024 * 1024
 
 
 class Phase(enum.Enum):
-    """Which part of ``distribution`` a loop serves."""
+    """Which part of ``distribution`` a loop serves.
+
+    ``DECODE_TILES`` is that of ``DECODE``, served by the loop of the others.
+    """
 
     DECODE = "decode"
+    DECODE_TILES = "decode_tiles"
     PREFILL = "prefill"
     MIXED = "mixed"
 
@@ -123,6 +130,8 @@ class PhaseConfig:
       num_kv_rings: Arrays that the slots of keys and values are spread over. With 2,
         in decode only, a step is never computed in the array that is being filled, so
         the compiler can start copies in the shadow of the vector work.
+      chunk_kv: Tokens of a block that are computed at once where it needs a mask, in
+        the loops but that of decode; of a smaller block, all of it.
     """
 
     phase: Phase
@@ -132,6 +141,7 @@ class PhaseConfig:
     lookahead: int
     cells_per_step: int = 1
     num_kv_rings: int = 1
+    chunk_kv: int = MASKED_TOKENS
 
     def __post_init__(self):
         if not 0 < self.lookahead < self.num_slots:

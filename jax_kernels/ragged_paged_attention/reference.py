@@ -48,7 +48,12 @@ class _Plan:
 
     @property
     def block_q(self) -> int:
-        """A power of two near the mean query length: 1 for a batch of decodes."""
+        """A power of two near the mean query length: 1 for a batch of decodes.
+
+        With ``batch_invariant`` it is 1.
+        """
+        if self.options.batch_invariant:
+            return 1
         mean = max(self.problem.num_tokens // self.problem.num_sequences, 1)
         return min(1 << (mean.bit_length() - 1), _MAX_BLOCK_Q)
 
@@ -56,6 +61,8 @@ class _Plan:
     def block_pages(self) -> int:
         """Pages per inner step."""
         num_pages = max(_BLOCK_KV // self.problem.cache.page_size, 1)
+        if self.options.batch_invariant:
+            return num_pages
         return min(num_pages, self.problem.pages_per_sequence)
 
     @property
@@ -109,6 +116,7 @@ def ragged_paged_attention_reference(
     probabilities_dtype: DTypeLike | None = None,
     out_dtype: DTypeLike | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     validate: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Appends new keys and values to a paged cache and attends to it, without Pallas.
@@ -149,6 +157,8 @@ def ragged_paged_attention_reference(
       probabilities_dtype: Ignored: nothing is rounded.
       out_dtype: Dtype of the output, that of ``q`` by default.
       return_lse: Whether to return the logarithms of the denominators.
+      batch_invariant: Whether a query gets the same bits in any batch: queries attend
+        one by one.
       validate: Also check the numbers in the metadata, and in scales that are arrays;
         not under ``jax.jit``.
 

@@ -83,6 +83,16 @@ def test_another_dtype_of_probabilities_names_the_alternative():
         AttentionOptions(probabilities_dtype="float8_e5m2")
 
 
+@pytest.mark.parametrize(
+    "other", [{"probabilities_dtype": "float8_e4m3fn"}, {"attend": "cache"}]
+)
+def test_batch_invariant_goes_without_options_that_sum_in_parts(other):
+    (value,) = other.values()
+    message = f"batch_invariant is not supported with .*{value}.* leave one of them"
+    with pytest.raises(NotImplementedError, match=message):
+        AttentionOptions(batch_invariant=True, **other)
+
+
 @pytest.mark.parametrize("window", [64, 65, 2**40, 2**63 - 1])
 def test_a_window_as_long_as_the_context_is_none(window):
     options = AttentionOptions(sliding_window=window, causal=False)

@@ -101,6 +101,29 @@ def test_default_sizes_fit_every_chip(
 
 @pytest.mark.parametrize("chip", ALL_CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_sizes_of_batch_invariant_do_not_follow_the_batch(cache_dtype, chip):
+    """Neither buckets nor records that were tuned for some of them change a size."""
+    spec = AttentionSpec(batch_invariant=True)
+    chosen = set()
+    for num_tokens, num_sequences, pages in [(1, 1, 1), (64, 64, 9), (8192, 16, 256)]:
+        problem = make_problem(
+            cache_dtype=cache_dtype,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            pages_per_sequence=pages,
+        )
+        choice = block_sizes.explain(problem, spec, chip)
+        config = block_sizes.make_config(
+            problem, spec, choice.blocks, None, False, chip
+        )
+        limit = int(chip.vmem_bytes * block_sizes.VMEM_LIMIT_SHARE)
+        block_sizes.check_fits(problem, config, chip, limit)
+        chosen.add((choice.blocks, config.phases))
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("chip", ALL_CHIPS, ids=lambda chip: chip.name)
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
 def test_an_ordinary_model_gets_large_blocks(cache_dtype, chip):
     """Llama-3-8B: what a chip has is used, and half of it stays free for spills."""
     problem = make_problem(cache_dtype=cache_dtype, num_tokens=4096)

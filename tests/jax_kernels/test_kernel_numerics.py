@@ -63,6 +63,8 @@ class Case:
 
 # Of these, other cases here have each part: they are left to a longer run.
 COMBINED = {
+    "batch_invariant_full",
+    "batch_invariant_window",
     "carried_fused_scaled",
     "carried_wide",
     "carried_window",
@@ -189,6 +191,17 @@ def test_every_head_layout_finds_its_heads_and_sinks(case):
         with_sinks=True,
         head_dim=64,
         page_size=8,
+    ),
+    batch_invariant=Case(options={"batch_invariant": True}, with_sinks=True),
+    batch_invariant_window=Case(
+        options={"batch_invariant": True, "sliding_window": 37, "causal_block": 4},
+        lengths=((1, 130), *LENGTHS, (3, 150)),
+        cache_dtype=E4M3,
+    ),
+    batch_invariant_full=Case(
+        options={"batch_invariant": True, "causal": False, "soft_cap": 5.0},
+        q_dtype=F32,
+        head_dim=64,
     ),
     out_f32=Case(options={"out_dtype": F32}),
     out_bf16=Case(q_dtype=F32, cache_dtype=F32, options={"out_dtype": BF16}),

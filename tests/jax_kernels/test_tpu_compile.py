@@ -246,6 +246,17 @@ VARIANTS = {
         {"q_dtype": "float32", "cache_dtype": "float32", "num_tokens": 32},
         {"causal_block": 4, "attend": "new", "return_lse": True},
     ),
+    "batch_invariant": ("tpu7x", {}, {"batch_invariant": True}),
+    "batch_invariant_window_e4m3": (
+        "v6e",
+        {"cache_dtype": "float8_e4m3fn", "num_q_heads": 8, "num_kv_heads": 1},
+        {"batch_invariant": True, "sliding_window": 1000},
+    ),
+    "batch_invariant_f32": (
+        "v5e",
+        {"q_dtype": "float32", "cache_dtype": "float32", "num_tokens": 32},
+        {"batch_invariant": True, "return_lse": True},
+    ),
     "soft_cap_full": ("v6e", {}, {"soft_cap": 30.0, "causal": False}),
     "out_f32": ("v6e", {}, {"out_dtype": "float32"}),
     "d32": ("v6e", {"head_dim": 32}, {}),

@@ -41,6 +41,7 @@ NOT_IN_THE_ORACLE = (
     "decode_q_len",
     "chip",
     "return_lse",
+    "batch_invariant",
 )
 
 # When copies are carried out: "on_wait" is as late as possible, "eager" at once.

@@ -114,6 +114,7 @@ def test_a_cascade_in_one_graph():
     ("options", "message"),
     [
         ({"sliding_window": 9}, "sliding_window is not supported .*page table"),
+        ({"batch_invariant": True}, "batch_invariant is not supported .*ragged_paged"),
         ({"causal_block": 8}, "causal_block is not supported .*page table"),
         ({"attend": "new"}, "attend must be 'all'"),
     ],

@@ -133,6 +133,7 @@ def test_the_example_of_the_module():
     ("options", "message"),
     [
         ({"sliding_window": 4}, "caches of such layers whole"),
+        ({"batch_invariant": True}, "keep the cache whole"),
         ({"causal_block": 4}, "caches of such models whole"),
         ({"attend": "new"}, "attend has no meaning"),
         ({"chunk_prefill_size": 4}, "chunk_prefill_size has no meaning"),

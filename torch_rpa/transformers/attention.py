@@ -118,6 +118,7 @@ def rpa_attention(
         v_scale=rpa.v_scale,
         decode_q_len=rpa.decode_q_len,
         probabilities_dtype=rpa.probabilities_dtype,
+        batch_invariant=rpa.batch_invariant,
     )
     return out[None], None
 

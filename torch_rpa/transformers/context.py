@@ -48,6 +48,8 @@ class RPAContext:
         decode_q_len: Most new tokens of a sequence of the decode range of the batch.
             More than one serves drafts that a model checks.
         probabilities_dtype: To which probabilities may be rounded in prefill.
+        batch_invariant: Whether a query gets the same bits from the operator in any
+            batch. What a model does between its layers is its own affair.
         attention: The operator, or a function of the same arguments, such as
             ``torch_rpa.spmd.sharded_ragged_paged_attention`` with its mesh.
         window: Keys and values that are farther back may be gone: a layer that sees
@@ -61,6 +63,7 @@ class RPAContext:
     v_scale: float | None = None
     decode_q_len: int = 1
     probabilities_dtype: torch.dtype | None = None
+    batch_invariant: bool = False
     attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention
     window: int | None = None
     layers_done: set[int] = dataclasses.field(default_factory=set, init=False)

@@ -82,7 +82,7 @@ def rpa_kernel(
 def _sequences_of(phase: PhaseConfig, scalars, config: KernelConfig):
     """The range of sequences that a phase serves."""
     decode_end, prefill_end, num_live = (scalars.distribution[i] for i in range(3))
-    if phase.phase is Phase.DECODE:
+    if phase.phase in (Phase.DECODE, Phase.DECODE_TILES):
         return 0, decode_end
     if phase.phase is Phase.PREFILL:
         return decode_end, prefill_end

@@ -199,6 +199,27 @@ def is_lost(l: jax.Array) -> jax.Array:  # noqa: E741
     return jnp.where(l <= MAX_WHOLE_SUM, 0.0, 1.0)
 
 
+def is_left(l: jax.Array) -> jax.Array:  # noqa: E741
+    """f32[rows, 128]: 1 for rows that recovery leaves with ``batch_invariant``.
+
+    Recovery starts for the sums of many rows together. A row may only be changed if its
+    own sum would have started it, with room for how the check rounds.
+    """
+    return jnp.where(l <= 2.0 * MAX_SUM, 1.0, 0.0)
+
+
+def choose_rows(
+    takes_first: jax.Array, first: SoftmaxState, second: SoftmaxState
+) -> SoftmaxState:
+    """The state of rows from the first where f32[rows, 128] is 1, else the second."""
+    return SoftmaxState(
+        *(
+            jnp.where(across(takes_first, x.shape[1]) > 0.0, x, y)
+            for x, y in zip(first, second, strict=True)
+        )
+    )
+
+
 def renormalised(state: SoftmaxState) -> SoftmaxState:
     """The same state with a sum of about 1 where it is larger."""
     doublings = jnp.where(state.l > 1.0, jnp.log(state.l) * LOG2_E, 0.0)

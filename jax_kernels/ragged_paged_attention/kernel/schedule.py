@@ -214,7 +214,12 @@ class Schedule:
 
     @property
     def anchor_step(self) -> int:
-        """Blocks start at multiples of this, so no block splits a page it skips."""
+        """Blocks start at multiples of this, so no block splits a page it skips.
+
+        With ``batch_invariant`` all blocks start where they would from position 0 on.
+        """
+        if self.config.spec.batch_invariant:
+            return self.phase.block_kv
         return min(self.config.cache.page_size, self.phase.block_kv)
 
     @property

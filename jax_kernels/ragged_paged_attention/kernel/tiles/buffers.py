@@ -16,10 +16,6 @@ from jax_kernels.ragged_paged_attention.token_layout import TokenRows
 # Fetched queries, new tokens and outputs: each is used up before the next is needed.
 ONLY_SLOT = 0
 
-# Blocks that need a mask are computed this many tokens at a time: the columns of a
-# matrix unit.
-MASKED_TOKENS = 256
-
 # How the numbers of a cell are noted.
 CELL_STRUCTURE = jax.tree.structure(EMPTY_CELL)
 
@@ -45,7 +41,7 @@ TileContext: TypeAlias = PhaseContext[Buffers]
 
 def chunk_tokens(phase: PhaseConfig) -> int:
     """Tokens of a block that are computed at once where it needs a mask."""
-    return min(MASKED_TOKENS, phase.block_kv)
+    return min(phase.chunk_kv, phase.block_kv)
 
 
 def new_token_capacity(config: KernelConfig, phase: PhaseConfig) -> int:

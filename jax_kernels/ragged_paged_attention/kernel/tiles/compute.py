@@ -197,6 +197,9 @@ def is_whole(context: TileContext, cell: Cell) -> jax.Array:
     Then there are queries, and all of them see all of the block.
     """
     spec, block_kv = context.config.spec, context.phase.block_kv
+    # Masked chunks raise their maximum, and a whole block does not.
+    if spec.batch_invariant and stretch.has_running_maximum(context):
+        return jnp.bool(False)
     is_masked = masking.needs_mask(cell, block_kv, spec)
     if parts.number(context) > 1:
         is_masked |= parts.are_some_idle(context, cell.num_queries)

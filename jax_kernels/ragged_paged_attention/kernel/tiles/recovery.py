@@ -4,8 +4,6 @@ Their sums are out of range after a block. This is rare, so the code is small ra
 than fast: it has the arithmetic of the running maximum.
 """
 
-import jax.numpy as jnp
-
 from jax_kernels.ragged_paged_attention.kernel import online_softmax
 from jax_kernels.ragged_paged_attention.kernel.block_loads import value_words_mask
 from jax_kernels.ragged_paged_attention.kernel.ints import Int
@@ -35,16 +33,12 @@ def recover(context: TileContext, cell: Cell, slot: Int) -> None:
     )
 
     def recover_rows(softmax_tile: SoftmaxTile) -> None:
-        state = softmax_tiles.load_state(context, softmax_tile)
-        state = online_softmax.whole_sums(state)
+        before = softmax_tiles.load_state(context, softmax_tile)
+        state = online_softmax.whole_sums(before)
+        is_left = online_softmax.is_left(state.l)
         is_lost = online_softmax.is_lost(state.l)
         start = softmax_tiles.start_state(context, softmax_tile)
-        state = SoftmaxState(
-            *(
-                jnp.where(online_softmax.across(is_lost, old.shape[1]) > 0.0, new, old)
-                for new, old in zip(start, state, strict=True)
-            )
-        )
+        state = online_softmax.choose_rows(is_lost, start, state)
         p, m, correction = online_softmax.probabilities(
             softmax_tiles.scores_of_lost_rows(
                 context, cell, slot, softmax_tile, is_lost
@@ -61,6 +55,8 @@ def recover(context: TileContext, cell: Cell, slot: Int) -> None:
         )
         state = online_softmax.whole_sums(SoftmaxState(m, l, acc))
         state = online_softmax.renormalised(state)
+        if config.spec.batch_invariant:
+            state = online_softmax.choose_rows(is_left, before, state)
         softmax_tiles.store_state(context, softmax_tile, state)
 
     softmax_tiles.recover_pieces(context, recover_rows)

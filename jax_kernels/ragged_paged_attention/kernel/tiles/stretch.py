@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_kernels.ragged_paged_attention.config import SUBLANES
+from jax_kernels.ragged_paged_attention.config import MASKED_TOKENS, SUBLANES
 from jax_kernels.ragged_paged_attention.kernel import ints, online_softmax
 from jax_kernels.ragged_paged_attention.kernel.ints import Bool
 from jax_kernels.ragged_paged_attention.kernel.online_softmax import (
@@ -181,13 +181,31 @@ def _update_state(
             l = l * jnp.exp2(m - anchor)  # noqa: E741
         p = online_softmax.probabilities_at(scores, anchor)
         visible_bits = mask and softmax_tiles.visible_bits(context, softmax_tile)
-        row_sum, weighted = online_softmax.sum_and_weigh(
-            p, v, config.lanes, value_dtype, visible_bits
-        )
         # The last products of a round come late, and a branch waits for the check: so
         # it is given what is known before, and at least as large.
         is_early = is_end and mask is None and config.numerics.sums_in_matrix_unit
-        checked = l + (online_softmax.spread_sums(p) if is_early else row_sum)
-        m, l, acc = anchor, l + row_sum, acc + weighted  # noqa: E741
+        checked = l + online_softmax.spread_sums(p) if is_early else None
+        for piece in _pieces(context, tokens):
+            row_sum, weighted = online_softmax.sum_and_weigh(
+                p[:, piece],
+                v[piece],
+                config.lanes,
+                value_dtype,
+                None if visible_bits is None else visible_bits[:, piece],
+            )
+            m, l, acc = anchor, l + row_sum, acc + weighted  # noqa: E741
+        checked = l if checked is None else checked
     softmax_tiles.store_state(context, softmax_tile, SoftmaxState(m, l, acc))
     return checked.reshape(-1, SUBLANES, LANES).sum(axis=0)
+
+
+def _pieces(context: TileContext, tokens: Tokens) -> list[slice]:
+    """The tokens whose sums are added at once, in order.
+
+    With ``batch_invariant`` they are as many in each block and chunk, so that sums come
+    in one order wherever masks are needed.
+    """
+    size = tokens.number
+    if context.config.spec.batch_invariant:
+        size = min(size, MASKED_TOKENS)
+    return [slice(i, i + size) for i in range(0, tokens.number, size)]
