@@ -95,6 +95,12 @@ def module_of(**attributes) -> Any:
     return SimpleNamespace(config=config, **{**defaults, **attributes})
 
 
+def checked(context: RPAContext) -> RPAContext:
+    """Says that a model has checked its call."""
+    context.checked_by.add("a test")
+    return context
+
+
 def call(
     module: Any = None,
     rpa: Any = "default",
@@ -109,7 +115,7 @@ def call(
     key, value = torch.randn(2, batch, 2, num_keys, HEAD_DIM, generator=generator)
     if rpa == "default":
         cache = torch_rpa.empty_kv_cache(2, 8, 2, HEAD_DIM, dtype=torch.float32)
-        rpa = RPAContext([cache], one_sequence(NUM_TOKENS, NUM_TOKENS))
+        rpa = checked(RPAContext([cache], one_sequence(NUM_TOKENS, NUM_TOKENS)))
     module = module or module_of()
     return rpa_attention(module, query, key, value, mask, rpa=rpa, **kwargs)[0]
 
@@ -160,6 +166,11 @@ def test_harmless_and_empty_arguments_are_ignored():
             NotImplementedError,
             "asks for is_causal=False",
         ),
+        (
+            {"module": module_of(config={"is_causal": False})},
+            NotImplementedError,
+            "asks for is_causal=False",
+        ),
         ({"module": module_of(training=True)}, NotImplementedError, "training=True"),
         ({"dropout": 0.1}, NotImplementedError, "dropout=0.1.*eval"),
         (
@@ -200,6 +211,17 @@ def test_a_model_without_a_context_is_refused():
         model(torch.tensor([[1, 2]]))
 
 
+@torch.no_grad()
+def test_a_decoder_that_its_config_makes_an_encoder_is_refused():
+    """transformers says so in a mask alone, which it does not build."""
+    model = use_rpa(build("llama"))
+    model.config.is_causal = False
+    caches = empty_kv_caches(model, 2, 8, dtype=torch.float32, device="cpu")
+    context = RPAContext(caches, one_sequence(2, 2))
+    with pytest.raises(NotImplementedError, match="asks for is_causal=False"):
+        model(torch.tensor([[1, 2]]), use_cache=False, rpa=context)
+
+
 def test_autocast_and_float16_are_refused():
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
@@ -210,7 +232,7 @@ def test_autocast_and_float16_are_refused():
     with pytest.raises(
         NotImplementedError, match=r"load it with dtype=torch\.bfloat16"
     ):
-        context = RPAContext([], one_sequence(3, 3))
+        context = checked(RPAContext([], one_sequence(3, 3)))
         rpa_attention(module_of(), half, half, half, None, rpa=context)
     with pytest.raises(
         NotImplementedError, match=r"load it with dtype=torch\.bfloat16"
@@ -272,7 +294,7 @@ def test_a_second_attention_of_one_layer_is_refused():
         [torch_rpa.empty_kv_cache(2, 8, 2, HEAD_DIM, dtype=torch.float32)],
         one_sequence(NUM_TOKENS, NUM_TOKENS),
     )
-    call(rpa=context)
+    call(rpa=checked(context))
     with pytest.raises(NotImplementedError, match=r"layer 0 of .* a second time"):
         call(rpa=context)
 

@@ -90,6 +90,7 @@ def rpa_attention(
             "call model(..., rpa=RPAContext(kv_caches, batch), use_cache=False), or "
             "model.generate(..., custom_generate=torch_rpa.transformers.generate)"
         )
+    _refuse_unwatched(module, rpa)
     _refuse_caches(query, key, use_cache)
     _refuse_other_heads(module, query, value)
     _refuse_other_meanings(module, attention_mask, dropout, kwargs)
@@ -123,6 +124,18 @@ def rpa_attention(
     return out[None], None
 
 
+def _refuse_unwatched(module: AttentionModule, rpa: RPAContext) -> None:
+    """Raises if no model has checked what else it is called with, such as masks."""
+    if torch.compiler.is_compiling():  # a graph cannot keep such records
+        return
+    if not rpa.checked_by:
+        raise ValueError(
+            f"the model around {type(module).__name__} must be watched, since "
+            "transformers drops masks and types of tokens that would change the answer:"
+            " call torch_rpa.transformers.use_rpa(model) or empty_kv_caches(model, ...)"
+        )
+
+
 def _refuse_caches(
     query: torch.Tensor, key: torch.Tensor, use_cache: bool | None
 ) -> None:
@@ -151,7 +164,13 @@ def _refuse_other_heads(
 
 
 def _refuse_both_directions(module: AttentionModule, is_causal: bool | None) -> None:
-    if is_causal is False or getattr(module, "is_causal", True) is False:
+    # By its config transformers makes another mask of a decoder: none reaches here.
+    config = getattr(module, "config", None)
+    if (
+        is_causal is False
+        or getattr(module, "is_causal", True) is False
+        or not getattr(config, "is_causal", True)
+    ):
         raise NotImplementedError(
             f"{type(module).__name__} asks for is_causal=False, as encoders of images "
             "do: only causal attention can be paged; leave images out, or use another "

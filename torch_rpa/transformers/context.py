@@ -55,6 +55,7 @@ class RPAContext:
         window: Keys and values that are farther back may be gone: a layer that sees
             more than so many tokens raises. None says that all are there.
         layers_done: Layers that the present model call has computed.
+        checked_by: Models that have checked the arguments beside this one.
     """
 
     kv_caches: Sequence[torch.Tensor]
@@ -67,6 +68,7 @@ class RPAContext:
     attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention
     window: int | None = None
     layers_done: set[int] = dataclasses.field(default_factory=set, init=False)
+    checked_by: set[str] = dataclasses.field(default_factory=set, init=False)
 
 
 def empty_kv_caches(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from torch_rpa.transformers.model_arguments import refuse_attention_in_both_directions
-from torch_rpa.transformers.wrappers import refuse_adapters_of_texts
+from torch_rpa.transformers.model_arguments import (
+    is_empty,
+    refuse_attention_in_both_directions,
+)
+from torch_rpa.transformers.wrappers import innermost, refuse_adapters_of_texts
 
 # transformers gives names with "flash", "sdpa", "paged|" or "/" meanings of their own.
 ATTENTION_NAME = "rpa"
@@ -30,25 +35,54 @@ def guard(model: nn.Module) -> None:
     """Makes calls with ``rpa=`` raise where the context would be ignored or disagree.
 
     The attention function cannot see either case: it is not called by a model with
-    another attention, and transformers drops masks before it. May be repeated.
+    another attention, and transformers drops masks before it. The models inside this
+    one that compute text are watched too, for who calls one of them. May be repeated.
 
     Raises:
         NotImplementedError: Adapters of PEFT act on whole texts.
     """
     refuse_adapters_of_texts(model)
-    if _check_call not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_check_call, with_kwargs=True)
+    _before_each_call(model, _check_call)
+    for part in _models_of_text_inside(model):
+        _before_each_call(part, _check_call_inside)
+
+
+def _before_each_call(model: nn.Module, check: Callable[..., None]) -> None:
+    if check not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def _models_of_text_inside(model: nn.Module) -> Iterator[PreTrainedModel]:
+    text: Any = innermost(model)
+    if isinstance(text, PreTrainedModel):
+        kind = text.config.get_text_config().model_type
+        for part in text.modules():
+            if (
+                part is not model
+                and isinstance(part, PreTrainedModel)
+                and part.config.get_text_config().model_type == kind
+            ):
+                yield part
 
 
 def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("rpa") is None:
+    rpa = kwargs.get("rpa")
+    if rpa is not None and not torch.compiler.is_compiling():
+        rpa.layers_done.clear()
+    _check_call_inside(model, args, kwargs)
+
+
+def _check_call_inside(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    rpa = kwargs.get("rpa")
+    if rpa is None:
         return
     check_attention(model)
-    if not torch.compiler.is_compiling():
-        kwargs["rpa"].layers_done.clear()
     # The second argument of every causal language model's forward.
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if mask is not None:
+    # The model around this one may pass masks of kinds of layers, all of them None.
+    if not is_empty(mask):
         raise NotImplementedError(
             "attention_mask must be None: the lengths in rpa= replace it, got "
             f"{type(mask).__name__}; leave padding out of input_ids, or use "
@@ -61,6 +95,8 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
             "past_key_values must be None: the paged caches of rpa= replace it, got "
             f"{type(cache).__name__}"
         )
+    if not torch.compiler.is_compiling():
+        rpa.checked_by.add(type(model).__name__)
 
 
 def refuse_autocast(device: torch.device) -> None:

@@ -76,21 +76,21 @@ def refuse_attention_in_both_directions(
             )
 
 
+def is_empty(value: Any) -> bool:
+    """Whether there is nothing in it, as in the encoder outputs of no images."""
+    if isinstance(value, Mapping):
+        return all(is_empty(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_empty(item) for item in value)
+    return value is None
+
+
 def _could_change_the_answer(model: Any, name: str, value: Any) -> bool:
-    if name in _REPLACED or name in _OF_THE_LOOP or _is_empty(value):
+    if name in _REPLACED or name in _OF_THE_LOOP or is_empty(value):
         return False
     if name in _TOKEN_TYPES and isinstance(value, torch.Tensor):
         return _marks_a_span(model, value)
     return _HARMLESS_VALUES.get(name) is not value
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether there is nothing in it, as in the encoder outputs of no images."""
-    if isinstance(value, Mapping):
-        return all(_is_empty(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return all(_is_empty(item) for item in value)
-    return value is None
 
 
 def _marks_a_span(model: Any, types: torch.Tensor) -> bool:
