@@ -318,3 +318,23 @@ def test_a_cache_beside_the_context_is_refused(name):
     keywords = {name: DynamicCache(), "rpa": RPAContext(caches, one_sequence(2, 2))}
     with pytest.raises(ValueError, match=r"past_key_values must be None.*DynamicCache"):
         model(torch.tensor([[1, 2]]), use_cache=False, **keywords)
+
+
+@torch.no_grad()
+def test_what_a_model_checks_is_no_break_of_a_graph(monkeypatch):
+    # torch 2.9 itself cannot trace the question for autocast; later releases can.
+    name = "torch_rpa.transformers.attention.refuse_autocast"
+    monkeypatch.setattr(name, lambda device: None)
+    model = use_rpa(build("llama"))
+    caches = empty_kv_caches(model, 2, 8, dtype=torch.float32, device="cpu")
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    expected, got = (
+        function(
+            torch.tensor([[1, 2]]),
+            position_ids=torch.arange(2)[None],
+            use_cache=False,
+            rpa=RPAContext(caches, one_sequence(2, 2)),
+        ).logits
+        for function in (model, compiled)
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)

@@ -78,11 +78,11 @@ def refuse_attention_in_both_directions(
 
 def is_empty(value: Any) -> bool:
     """Whether there is nothing in it, as in the encoder outputs of no images."""
+    if value is None:
+        return True
     if isinstance(value, Mapping):
         return all(is_empty(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return all(is_empty(item) for item in value)
-    return value is None
+    return isinstance(value, list | tuple) and all(is_empty(item) for item in value)
 
 
 def _could_change_the_answer(model: Any, name: str, value: Any) -> bool:
