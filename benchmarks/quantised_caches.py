@@ -6,7 +6,8 @@
 The built-in model, in bfloat16 on CPU tensors, reads pieces of text that it was not
 trained on, and goes on greedily. With each cache it is compared with itself with a
 cache in bfloat16: the most likely token after each token that it reads, and the texts
-that it writes. Scales are measured with text that it was trained on.
+that it writes. Scales are measured with text that it was trained on: one for the model,
+one for each layer, or one for each key head of each layer.
 
 Nothing here is random. One more row has the model in float32, weights and cache: so
 often does bfloat16 itself say something else.
@@ -19,18 +20,20 @@ import dataclasses
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from benchmarks import command_line, environment
 
 if TYPE_CHECKING:
     import torch
 
+    from torch_rpa.layer_scales import LayerScales
+
 MARK = "<!-- measured quantised caches -->"
 LABEL = "Agreement of tokens of the built-in model, MEASURED on a CPU"
 CACHE_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
 HEADER = (
-    "| cache | scales | k_scale, v_scale | same token after a given text | "
+    "| cache | scales of | k_scale, v_scale | same token after a given text | "
     "same text written |",
     "|---|---|---|---|---|",
 )
@@ -140,6 +143,7 @@ def rows(num_pieces: int, piece_bytes: int, new_tokens: int) -> list[str]:
     import torch_rpa
     from torch_rpa.generate.byte_llama.corpus import load_split
     from torch_rpa.generate.models import load_model
+    from torch_rpa.scales import Granularity
 
     split = load_split()
     prompts = pieces([d.text for d in split.held_out], num_pieces, piece_bytes)
@@ -149,8 +153,13 @@ def rows(num_pieces: int, piece_bytes: int, new_tokens: int) -> list[str]:
     lines = []
     for name in CACHE_DTYPES:
         dtype = getattr(torch, name)
-        measured = torch_rpa.measure_kv_scales(model, known, dtype=dtype)
-        for kind, scales in (("measured", measured), ("1", torch_rpa.KVScales(1, 1))):
+        kinds = {
+            granularity: torch_rpa.measure_kv_scales(
+                model, known, dtype=dtype, granularity=granularity
+            )
+            for granularity in get_args(Granularity)
+        }
+        for kind, scales in (kinds | {"1": torch_rpa.KVScales(1.0, 1.0)}).items():
             answers = ask(
                 prompts,
                 new_tokens,
@@ -158,12 +167,19 @@ def rows(num_pieces: int, piece_bytes: int, new_tokens: int) -> list[str]:
                 cache_dtype=dtype,
                 **scales._asdict(),
             )
-            numbers = ", ".join(f"{scale:.3g}" for scale in scales)
+            numbers = ", ".join(map(_range, scales))
             cells = name, kind, numbers, str(agreement(answers, expected))
             lines.append(f"| {' | '.join(cells)} |")
     in_float32 = ask(prompts, new_tokens, dtype=torch.float32)
     lines.append(f"| the model in float32 | | | {agreement(in_float32, expected)} |")
     return lines
+
+
+def _range(scales: LayerScales) -> str:
+    import torch
+
+    least, largest = (f"{x:.3g}" for x in torch.as_tensor(scales).aminmax())
+    return least if least == largest else f"{least} to {largest}"
 
 
 def main(arguments: list[str] | None = None) -> int:

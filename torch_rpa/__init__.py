@@ -19,6 +19,7 @@ __all__ = [
     "measure_kv_scales",
     "merge_attention",
     "ragged_paged_attention",
+    "read_kv_scales",
     "tuned_block_sizes",
     "unpack_kv_cache",
 ]
@@ -45,6 +46,7 @@ if TYPE_CHECKING or not _is_on_the_way_to_the_command_line():
     from torch_rpa.public import measure_kv_scales as measure_kv_scales
     from torch_rpa.public import merge_attention as merge_attention
     from torch_rpa.public import ragged_paged_attention as ragged_paged_attention
+    from torch_rpa.public import read_kv_scales as read_kv_scales
     from torch_rpa.public import tuned_block_sizes as tuned_block_sizes
     from torch_rpa.public import unpack_kv_cache as unpack_kv_cache
 else:

@@ -49,17 +49,16 @@ def split_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Returns the options that are tensors, and the keywords without them.
 
-    The tensors are by the names that they have in the operators' schemas.
+    The tensors are by the names that they have in the operators' schemas, and may have
+    those in the keywords as well.
     """
-    tensors = {
-        name: keywords[option]
-        for name, option in OPTIONS_AS_ARRAYS.items()
-        if isinstance(keywords.get(option), torch.Tensor)
-    }
-    if not tensors:
-        return tensors, keywords
-    numbers = {OPTIONS_AS_ARRAYS[name] for name in tensors}
-    return tensors, {name: x for name, x in keywords.items() if name not in numbers}
+    tensors, rest = {}, keywords
+    for name, option in OPTIONS_AS_ARRAYS.items():
+        for given in (name, option):
+            if isinstance(keywords.get(given), torch.Tensor):
+                tensors[name] = keywords[given]
+                rest = {other: x for other, x in rest.items() if other != given}
+    return tensors, rest
 
 
 def make_options(keywords: dict[str, Any]) -> AttentionOptions:

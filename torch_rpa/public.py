@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
 
 from torch_rpa.api import ragged_paged_attention as ragged_paged_attention
 from torch_rpa.cascade import cascade_attention as cascade_attention
+from torch_rpa.checkpoint_scales import read_kv_scales as read_kv_scales
 from torch_rpa.kv_cache import empty_kv_cache as empty_kv_cache
 from torch_rpa.kv_cache import kv_cache_shape as kv_cache_shape
 from torch_rpa.kv_cache import unpack_kv_cache as unpack_kv_cache

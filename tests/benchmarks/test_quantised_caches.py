@@ -66,8 +66,8 @@ def test_the_table_is_written_to_a_page(tmp_path, capsys):
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
     names = [row[0].removeprefix("| ") for row in rows[1:]]
     dtypes = ["float8_e4m3fn", "float8_e5m2", "int8"]
-    assert names == [*(d for d in dtypes for _ in range(2)), "the model in float32"]
-    assert {row[1] for row in rows[1:-1]} == {"measured", "1"}
+    assert names == [*(d for d in dtypes for _ in range(4)), "the model in float32"]
+    assert {row[1] for row in rows[1:-1]} == {"model", "layer", "head", "1"}
     assert "\n".join(lines[-6:-4]) in capsys.readouterr().out
 
 

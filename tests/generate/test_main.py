@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+import torch_rpa
 from jax_kernels.contract.cache import CACHE_DTYPES
 from tests.support.recorded_caches import RecordedCaches
 from torch_rpa.generate import check, command_line, constants, run
@@ -111,6 +113,27 @@ def test_each_scale_divides_what_is_its_own(monkeypatch):
     assert main([*SHORT, "--k-scale", "2", "--v-scale", "8"]) == 0
     keys, values = caches.last().unbind(2)
     assert torch.equal(torch.stack([keys * 2, values * 8], 2), unscaled)
+
+
+def test_scales_of_layers_come_from_a_file(monkeypatch, tmp_path):
+    layers = torch.tensor([2.0, 4.0, 8.0, 16.0])
+    torch_rpa.KVScales(layers, 0.5).save(tmp_path / "scales.json")
+    names = ("layers.{}.attention.k_scale", "layers.{}.attention.v_scale")
+    tensors = {
+        name.format(layer): scale
+        for name, scales in zip(names, (layers, torch.full((4,), 0.5)), strict=True)
+        for layer, scale in enumerate(scales.unbind())
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    caches = RecordedCaches(monkeypatch)
+    assert main(SHORT) == 0
+    keys, values = caches.last().unbind(2)
+    for source in ("scales.json", "."):
+        assert main([*SHORT, "--kv-scales", str(tmp_path / source)]) == 0
+        scaled_keys, scaled_values = caches.last().unbind(2)
+        factors = layers[:, None, None, None, None]
+        torch.testing.assert_close(scaled_keys * factors, keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scaled_values / 2, values, rtol=1e-5, atol=1e-5)
 
 
 def test_prompts_come_from_arguments_a_file_or_standard_input(
@@ -284,6 +307,9 @@ def test_a_missing_matplotlib_is_reported_before_anything_runs(monkeypatch, caps
         (["--max-new-tokens", "999"], "--max-new-tokens together must be at most the"),
         (["--model", "no/such/directory"], "error: --model must be a directory"),
         (["--model", os.path.dirname(__file__)], "with a config.json, as save_pre"),
+        (["--kv-scales", "no/such/file.json"], "No such file"),
+        (["--kv-scales", "no/such"], "--kv-scales: source must be a folder or a file"),
+        (["--kv-scales", __file__], "--kv-scales: source must be a folder or a file"),
         (["--prompt-file", sys.executable], "--prompt-file must be text in UTF-8, got"),
         (["--n", "2"], "error: --n must be 1 at temperature 0, got 2"),
         (
@@ -337,6 +363,7 @@ def test_user_mistakes_are_one_line(arguments, message, capsys):
         (["--logprobs", "21"], "--logprobs: must be an int from 0 to 20, got 21"),
         (["--k-scale", "0"], "--k-scale: must be a positive number from 2**-120"),
         (["--v-scale", "x"], "--v-scale: must be a positive number from 2**-120"),
+        (["--kv-scales", "a", "--v-scale", "1"], "drop --k-scale and --v-scale"),
         (["--stop", ""], "--stop: must have one character or more"),
         (["--json", "file.json"], "--json: must be a JSON schema, got 'file.json': "),
         (["--json", "[]"], "--json: must be a JSON schema, which is an object, got"),

@@ -1,5 +1,7 @@
 """Measured scales are those of the keys and values that transformers would cache."""
 
+from typing import Any, get_args
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.transformers.routes import CACHE
 from torch_rpa.generate.constants import DEFAULT_PROMPTS
 from torch_rpa.generate.models import load_model
 from torch_rpa.generate.tokenizer import ByteTokenizer
+from torch_rpa.scales import Granularity
 from torch_rpa.serving import Engine, EngineOptions, SamplingParams
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], list(range(40, 57))]
@@ -38,6 +41,84 @@ def test_scales_spread_the_largest_entries_over_the_dtype(dtype, attention):
     assert scales == pytest.approx(expected, rel=1e-5)
     assert scales.k_scale == scales[0]
     assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("attention", ["eager", "rpa"])
+def test_each_layer_or_head_has_a_scale_of_its_own(attention):
+    expected = []  # keys and values, [Hkv] for each layer
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            cache = build_llama("eager")(torch.tensor([prompt]), use_cache=True)[CACHE]
+        expected.append(
+            torch.stack([torch.stack([x.keys, x.values]) for x in cache.layers], 1)
+            .abs()
+            .amax(dim=(2, 4, 5))
+        )
+    heads = torch.stack(expected).amax(dim=0) * 1.05 / 127  # [2, layers, Hkv]
+    model = build_llama(attention)
+    scales: Any = [
+        torch_rpa.measure_kv_scales(model, PROMPTS, dtype=torch.int8, granularity=name)
+        for name in get_args(Granularity)
+    ]
+    of_model, of_layers, of_heads = scales
+    torch.testing.assert_close(torch.stack(of_heads), heads)
+    torch.testing.assert_close(torch.stack(of_layers), heads.amax(dim=2))
+    assert of_model == pytest.approx(heads.amax(dim=(1, 2)).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("granularity", get_args(Granularity))
+def test_saved_scales_are_the_same_after_loading(granularity, tmp_path):
+    model = build_llama("rpa")
+    scales = torch_rpa.measure_kv_scales(
+        model, PROMPTS, dtype=torch.int8, granularity=granularity
+    )
+    scales.save(tmp_path / "scales.json")
+    loaded = torch_rpa.KVScales.load(tmp_path / "scales.json")
+    torch.testing.assert_close(tuple(loaded), tuple(scales), rtol=0, atol=0)
+
+
+def test_layers_of_other_heads_are_saved_and_moved():
+    heads = (torch.tensor([0.5, 0.25]), torch.tensor([2.0]))
+    scales: Any = torch_rpa.KVScales(heads, 0.5).to("meta")
+    assert [x.shape for x in scales.k_scale] == [(2,), (1,)] and scales.v_scale == 0.5
+    assert {x.device.type for x in scales.k_scale} == {"meta"}
+
+
+def test_scales_of_layers_of_other_heads_are_loaded(tmp_path):
+    heads = (torch.tensor([0.5, 0.25]), torch.tensor([2.0]))
+    torch_rpa.KVScales(heads, 0.5).save(tmp_path / "scales.json")
+    loaded: Any = torch_rpa.KVScales.load(tmp_path / "scales.json")
+    assert loaded.v_scale == 0.5 and len(loaded.k_scale) == 2
+    assert all(map(torch.equal, loaded.k_scale, heads))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("k_scale: 1", "expected scales in JSON, got Expecting value"),
+        ("[1, 1]", r"an object with k_scale and v_scale, got \[1, 1\]"),
+        ('{"k_scale": 1}', r"k_scale and v_scale, got \['k_scale'\]"),
+        ('{"k_scale": 1, "v_scale": null}', "v_scale must be a number or numbers, got"),
+        ('{"k_scale": 0, "v_scale": 1}', "k_scale must be a positive .* got 0"),
+        ('{"k_scale": [1, [-1]], "v_scale": 1}', "k_scale of layer 1 .* got -1"),
+        ('{"k_scale": 1, "v_scale": ["1"]}', "v_scale of layer 0 must .* got '1'"),
+    ],
+)
+def test_files_with_something_else_are_refused(text, message, tmp_path):
+    (tmp_path / "file.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"file\.json: .*{message}"):
+        torch_rpa.KVScales.load(tmp_path / "file.json")
+
+
+def test_other_granularities_are_refused():
+    model = build_llama("rpa")
+    with pytest.raises(ValueError, match="'model', 'layer', 'head', got 'token'"):
+        torch_rpa.measure_kv_scales(
+            model,
+            PROMPTS,
+            dtype=torch.int8,
+            granularity="token",  # pyright: ignore[reportArgumentType]
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", XLA])
@@ -78,8 +159,11 @@ def test_int8_with_measured_scales_writes_the_text_of_float32():
     prompts = [tokenizer.encode(text) for text in DEFAULT_PROMPTS]
     expected = texts()
     model = load_model(None, "eager", torch.float32)
-    scales = torch_rpa.measure_kv_scales(model, prompts, dtype=torch.int8)
-    assert texts(cache_dtype=torch.int8, **scales._asdict()) == expected
+    for granularity in get_args(Granularity):
+        scales = torch_rpa.measure_kv_scales(
+            model, prompts, dtype=torch.int8, granularity=granularity
+        )
+        assert texts(cache_dtype=torch.int8, **scales._asdict()) == expected
     unscaled = texts(cache_dtype=torch.int8, k_scale=1.0, v_scale=1.0)
     assert unscaled != expected
 

@@ -120,6 +120,56 @@ def call(
     return rpa_attention(module, query, key, value, mask, rpa=rpa, **kwargs)[0]
 
 
+# What layer 1 of two has, and how its scales may be given.
+SCALES_OF_LAYERS: dict[str, tuple[Any, Any]] = {
+    "one number": (0.25, 0.25),
+    "one tensor": (0.25, torch.tensor(0.25)),
+    "numbers": (0.25, [2.0, 0.25]),
+    "layers": (0.25, torch.tensor([2.0, 0.25])),
+    "heads": ([0.25, 0.5], torch.tensor([[2.0, 4.0], [0.25, 0.5]])),
+    "tensors": ([0.25, 8.0], [torch.tensor(2.0), torch.tensor([0.25, 8.0])]),
+}
+
+
+@pytest.mark.parametrize("name", SCALES_OF_LAYERS)
+def test_each_layer_has_its_scales(name):
+    def stored(**scales) -> torch.Tensor:
+        cache = torch_rpa.empty_kv_cache(2, 8, 2, HEAD_DIM, dtype=torch.float32)
+        batch = one_sequence(NUM_TOKENS, NUM_TOKENS)
+        context = checked(RPAContext([cache] * 2, batch, **scales))
+        call(module_of(layer_idx=1), context)
+        return torch_rpa.unpack_kv_cache(cache, 2, HEAD_DIM)  # [N, 2, Hkv, page, D]
+
+    of_layer, given = SCALES_OF_LAYERS[name]
+    factors = torch.tensor(of_layer).expand(2)[:, None, None]
+    keys, values = stored().unbind(1)
+    expected = torch.stack([keys, values / factors], 1)
+    assert torch.equal(stored(v_scale=given), expected)
+    expected = torch.stack([keys / factors, values], 1)
+    assert torch.equal(stored(k_scale=given), expected)
+    assert keys.any() and values.any()
+
+
+def test_scales_of_other_layers_are_refused():
+    cache = torch_rpa.empty_kv_cache(2, 8, 2, HEAD_DIM, dtype=torch.float32)
+    batch = one_sequence(NUM_TOKENS, NUM_TOKENS)
+    context = checked(RPAContext([cache] * 2, batch, k_scale=torch.ones(3)))
+    with pytest.raises(ValueError, match=r"k_scale .* each of the 2 caches, got 3"):
+        call(rpa=context)
+    context = checked(RPAContext([cache] * 2, batch, v_scale=torch.ones(2, 4)))
+    with pytest.raises(ValueError, match=r"v_scale must .*\[Hkv\] = \[2\], got"):
+        call(rpa=context)
+
+
+def test_what_compressed_tensors_puts_before_attention_changes_nothing():
+    """It comes with a checkpoint that has scales, and holds no keys."""
+    kind = type("QuantizedKVCache", (), {"__module__": "compressed_tensors.modeling"})
+    assert torch.equal(call(past_key_value=kind()), call())
+    other = type("QuantizedKVCache", (), {})
+    with pytest.raises(NotImplementedError, match=r"passes \['past_key_value'\]"):
+        call(past_key_value=other())
+
+
 def test_the_layer_says_whether_its_window_slides():
     narrow, full = call(sliding_window=1), call(sliding_window=None)
     assert not torch.equal(narrow, full)

@@ -15,6 +15,7 @@ from tests.transformers.routes import (  # noqa: E402
     generate_in_block,
     padded,
 )
+from torch_rpa.bridges import torch_xla as xla_bridge  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You are calling .generate.* on a device type different:UserWarning"
@@ -74,6 +75,38 @@ def test_programs_steps_and_transfers(route, scenario):
     # The decode program takes over the buffer of every cache.
     aliased = [count for _, count in metrics.metric_data("InputOutputAliasCount")[2]]
     assert max(aliased) == NUM_LAYERS
+
+
+@pytest.mark.slow
+def test_one_program_serves_scales_of_all_layers(monkeypatch):
+    lowered = []
+    lower = xla_bridge._lower
+
+    def counting_lower(*arguments):
+        lowered.append(None)  # tensors that are kept would be results
+        return lower(*arguments)
+
+    monkeypatch.setattr(xla_bridge, "_lower", counting_lower)
+    model = on_xla(70)
+    k_scale = torch.tensor([[0.25, 0.125], [0.0625, 0.5]])
+    texts = []
+    before = counts()[0]
+    for factor, num_programs in (1, 2), (16, 0):  # prefill and decode, then neither
+        texts.append(
+            custom_generate(
+                model,
+                padded(),
+                num_pages=29,  # so that the signatures are its own
+                cache_dtype=torch.int8,
+                k_scale=factor * k_scale,
+                v_scale=[factor / 16, factor / 32],
+            )
+        )
+        compiled = counts()[0]
+        assert compiled - before == num_programs
+        before = compiled
+    assert len(lowered) == 2  # not for each layer
+    assert not torch.equal(*texts)
 
 
 @pytest.mark.slow

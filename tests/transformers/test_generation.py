@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import torch_rpa.transformers as rpa_transformers
-from tests.support.recorded_caches import RecordedCaches
+from tests.support.recorded_caches import SCALES, RecordedCaches, assert_only_scaled
 from tests.test_readme import README, block, run
 from tests.transformers.routes import (
     CACHE,
@@ -225,18 +225,17 @@ def test_too_few_pages_are_reported(paged, paged_generate):
         paged_generate(paged, padded(), num_pages=4)
 
 
+@pytest.mark.parametrize("kind", SCALES)
 def test_scales_divide_what_is_stored_and_change_no_token(
-    paged, paged_generate, monkeypatch
+    paged, paged_generate, monkeypatch, kind
 ):
     caches = RecordedCaches(monkeypatch)
     expected = paged_generate(paged, padded())
     unscaled = caches.last()
-    # Powers of two, by which everything stays exact.
-    got = paged_generate(paged, padded(), k_scale=2.0, v_scale=8)
+    k_scale, v_scale = SCALES[kind]
+    got = paged_generate(paged, padded(), k_scale=k_scale, v_scale=v_scale)
     assert torch.equal(got, expected)
-    keys, values = caches.last().unbind(2)
-    assert torch.equal(torch.stack([keys * 2, values * 8], 2), unscaled)
-    assert keys.any() and values.any()
+    assert_only_scaled(caches.last(), unscaled, kind)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +247,8 @@ def test_scales_divide_what_is_stored_and_change_no_token(
         ({"max_tokens_per_step": 0}, "max_tokens_per_step must be at least 1, .*got 0"),
         ({"cache_dtype": "int8"}, "cache_dtype must be a torch.dtype or None, got 'i"),
         ({"k_scale": 0}, "k_scale must be a positive Python number .* got 0"),
-        ({"v_scale": "1"}, "v_scale must be a number or None, got '1'"),
+        ({"v_scale": "1"}, "v_scale must be a positive Python number .* got '1'"),
+        ({"k_scale": [1.0]}, "k_scale must .* each of the 2 layers, got 1"),
     ],
 )
 def test_options_out_of_range_are_refused(paged, options, message, paged_generate):

@@ -72,6 +72,8 @@ def parse(
         parser.error("--trace prints no texts: drop --stream and --logprobs")
     if args.stream and args.logprobs is not None:
         parser.error("--logprobs are printed after a text: drop --stream")
+    if args.kv_scales and not args.k_scale is args.v_scale is None:
+        parser.error("--kv-scales has both scales: drop --k-scale and --v-scale")
     num_sequences, num_tokens = args.max_num_sequences, args.max_tokens_per_step
     if num_sequences and num_tokens and num_tokens < num_sequences:
         parser.error(
@@ -284,6 +286,14 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
             help=f"what {stored} are divided by before the cache stores them, which "
             "int8 needs; without it 1",
         )
+    group.add_argument(
+        "--kv-scales",
+        type=Path,
+        metavar="PATH",
+        help="both of these for each layer or head: a .json file that "
+        "torch_rpa.KVScales.save wrote, or a folder or file of safetensors that has "
+        "them, such as DIR of --model",
+    )
 
 
 class _HelpFormatter(

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from torch_rpa import devices
+from torch_rpa import KVScales, devices, read_kv_scales
 from torch_rpa.generate import check, models, report
 from torch_rpa.generate.console import StreamPrinter, printable
 from torch_rpa.generate.constants import (
@@ -226,11 +226,21 @@ def _engine_options(args: argparse.Namespace, workload: Workload) -> EngineOptio
         num_pages=args.num_pages,
         token_buckets=None if args.trace else tuple(sorted(buckets)),
         cache_dtype=args.cache_dtype and torch_dtype(args.cache_dtype),
-        k_scale=args.k_scale,
-        v_scale=args.v_scale,
+        **_kv_scales(args),
         prefix_caching=args.prefix_caching,
         device=args.device,
     )
+
+
+def _kv_scales(args: argparse.Namespace) -> dict[str, Any]:
+    path = args.kv_scales
+    if path is None:
+        return {"k_scale": args.k_scale, "v_scale": args.v_scale}
+    read = KVScales.load if path.suffix == ".json" else read_kv_scales
+    try:
+        return read(path)._asdict()
+    except ValueError as error:
+        raise ValueError(f"--kv-scales: {error}") from error
 
 
 def _generate(

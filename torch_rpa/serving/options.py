@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from jax_kernels.contract.options import check_factor
 from torch_rpa.checks import LARGEST_INT, check_types
+from torch_rpa.layer_scales import LayerScales, scale_numbers
 from torch_rpa.scheduling.scheduler import pages_for
 from torch_rpa.transformers.rotary import unscaled_length
 from torch_rpa.transformers.step_inputs import StepShapes
@@ -39,8 +39,10 @@ class EngineOptions:
             takes ``max_num_sequences`` and multiples by 4 up to
             ``max_tokens_per_step``, and on the CPU pads nothing.
         cache_dtype: What keys and values are stored as; None is the model's dtype.
-        k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. See
-            ``torch_rpa.measure_kv_scales``.
+        k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. A
+            number for all layers, or a tensor ``[layers]`` or ``[layers, Hkv]``, or a
+            sequence of numbers or tensors ``[Hkv]``. See
+            ``torch_rpa.measure_kv_scales``. What is kept here is numbers.
         v_scale: The cache stores ``value / v_scale`` likewise.
         prefix_caching: Keep full pages, and share them between requests that begin
             with the same tokens.
@@ -56,8 +58,8 @@ class EngineOptions:
     num_pages: int | None = None
     token_buckets: tuple[int, ...] | None = None
     cache_dtype: torch.dtype | None = None
-    k_scale: float | None = None
-    v_scale: float | None = None
+    k_scale: LayerScales | None = None
+    v_scale: LayerScales | None = None
     prefix_caching: bool = True
     lookahead: bool = True
     device: str | None = None
@@ -84,7 +86,7 @@ class EngineOptions:
             "cache_dtype", lambda value: isinstance(value, torch.dtype), "a torch.dtype"
         )
         for name in ("k_scale", "v_scale"):
-            object.__setattr__(self, name, check_factor(name, getattr(self, name)))
+            object.__setattr__(self, name, scale_numbers(name, getattr(self, name)))
 
     def _require(
         self, name: str, is_valid: Callable[[Any], bool], expected: str

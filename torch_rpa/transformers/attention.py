@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from torch_rpa.layer_scales import LayerScales
 from torch_rpa.transformers.context import AttentionModule, RPAContext
 from torch_rpa.transformers.guards import (
     ATTENTION_NAME,
@@ -115,8 +116,8 @@ def rpa_attention(
         sm_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window=window,
         soft_cap=softcap,
-        k_scale=rpa.k_scale,
-        v_scale=rpa.v_scale,
+        **_scale_of_layer("k_scale", rpa.k_scale, module.layer_idx, rpa),
+        **_scale_of_layer("v_scale", rpa.v_scale, module.layer_idx, rpa),
         decode_q_len=rpa.decode_q_len,
         probabilities_dtype=rpa.probabilities_dtype,
         batch_invariant=rpa.batch_invariant,
@@ -134,6 +135,23 @@ def _refuse_unwatched(module: AttentionModule, rpa: RPAContext) -> None:
             "transformers drops masks and types of tokens that would change the answer:"
             " call torch_rpa.transformers.use_rpa(model) or empty_kv_caches(model, ...)"
         )
+
+
+def _scale_of_layer(
+    name: str, scales: LayerScales | None, layer: int, rpa: RPAContext
+) -> dict[str, Any]:
+    """Returns the keyword argument of the operator for a layer."""
+    if scales is None or isinstance(scales, int | float):
+        return {name: scales}
+    if not isinstance(scales, torch.Tensor) or scales.dim():
+        if len(scales) != len(rpa.kv_caches):
+            raise ValueError(
+                f"{name} must have an entry for each of the {len(rpa.kv_caches)} "
+                f"caches, got {len(scales)}"
+            )
+        scales = scales[layer]
+    is_tensor = isinstance(scales, torch.Tensor)
+    return {f"{name}s" if is_tensor else name: scales}
 
 
 def _refuse_caches(
@@ -202,13 +220,26 @@ def _refuse_other_meanings(
     unknown = sorted(
         name
         for name, argument in kwargs.items()
-        if argument is not None and name not in _HARMLESS_KWARGS
+        if argument is not None
+        and name not in _HARMLESS_KWARGS
+        and not _is_of_compressed_tensors(argument)
     )
     if unknown:
         raise NotImplementedError(
             f"{type(module).__name__} passes {unknown} to its attention, which could "
             "change the answer; use another attn_implementation for this model"
         )
+
+
+def _is_of_compressed_tensors(argument: object) -> bool:
+    """Whether it rounds keys and values like a cache in 8 bits, and holds none.
+
+    A checkpoint with scales of its cache gives each attention one of these, which the
+    paged cache replaces.
+    """
+    kind = type(argument)
+    module = kind.__module__.partition(".")[0]
+    return (module, kind.__name__) == ("compressed_tensors", "QuantizedKVCache")
 
 
 def _refuse_a_second_time(module: AttentionModule, rpa: RPAContext) -> None:

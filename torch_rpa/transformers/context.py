@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import torch_rpa
+from torch_rpa.layer_scales import LayerScales
 from torch_rpa.transformers.guards import guard, refuse_float16
 
 
@@ -43,15 +44,19 @@ class RPAContext:
     Attributes:
         kv_caches: One paged cache for each layer, updated in place by the call.
         batch: The ragged batch, shared by all layers.
-        k_scale: The caches store ``key / k_scale``; None is 1.
-        v_scale: The caches store ``value / v_scale``; None is 1.
+        k_scale: The caches store ``key / k_scale``; None is 1. A number for all layers,
+            which is a part of the compiled program; or, on the device of the model,
+            a float32 tensor ``[layers]`` or ``[layers, Hkv]``, or a sequence of tensors
+            ``[]`` or ``[Hkv]``.
+        v_scale: The caches store ``value / v_scale`` likewise.
         decode_q_len: Most new tokens of a sequence of the decode range of the batch.
             More than one serves drafts that a model checks.
         probabilities_dtype: To which probabilities may be rounded in prefill.
         batch_invariant: Whether a query gets the same bits from the operator in any
             batch. What a model does between its layers is its own affair.
         attention: The operator, or a function of the same arguments, such as
-            ``torch_rpa.spmd.sharded_ragged_paged_attention`` with its mesh.
+            ``torch_rpa.spmd.sharded_ragged_paged_attention`` with its mesh. Scales that
+            are tensors are its ``k_scales`` and ``v_scales``.
         window: Keys and values that are farther back may be gone: a layer that sees
             more than so many tokens raises. None says that all are there.
         layers_done: Layers that the present model call has computed.
@@ -60,8 +65,8 @@ class RPAContext:
 
     kv_caches: Sequence[torch.Tensor]
     batch: RaggedBatch
-    k_scale: float | None = None
-    v_scale: float | None = None
+    k_scale: LayerScales | None = None
+    v_scale: LayerScales | None = None
     decode_q_len: int = 1
     probabilities_dtype: torch.dtype | None = None
     batch_invariant: bool = False
@@ -107,6 +112,11 @@ def empty_kv_caches(
         )
         for module in layers
     ]
+
+
+def num_key_heads(model: nn.Module) -> list[int]:
+    """Returns how many key heads each layer has."""
+    return [_num_key_heads(module) for module in _attention_layers(model)]
 
 
 def _attention_layers(model: nn.Module) -> list[AttentionModule]:

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from torch_rpa.layer_scales import LayerScales
 from torch_rpa.transformers.guards import (
     ATTENTION_NAME,
     cache_among,
@@ -65,8 +66,8 @@ def generate(
     num_pages: int | None = None,
     max_tokens_per_step: int | None = None,
     cache_dtype: torch.dtype | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    k_scale: LayerScales | None = None,
+    v_scale: LayerScales | None = None,
     stop_strings: str | list[str] | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
@@ -87,7 +88,9 @@ def generate(
         max_tokens_per_step: Most tokens in one step; longer prefills are cut into
             several steps. None takes all prompts in one step.
         cache_dtype: What keys and values are stored as; None is the model's dtype.
-        k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. See
+        k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. A
+            number for all layers, or a tensor ``[layers]`` or ``[layers, Hkv]``, or a
+            sequence of numbers or tensors ``[Hkv]``. See
             ``torch_rpa.measure_kv_scales``.
         v_scale: The cache stores ``value / v_scale`` likewise.
         stop_strings: Text that ends a text, as for ``model.generate``, which takes the

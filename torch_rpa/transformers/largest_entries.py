@@ -18,10 +18,10 @@ _PAGE_SIZE = 16
 
 
 class LargestEntries(NamedTuple):
-    """The largest absolute entries of all layers."""
+    """The largest absolute entries of each key head: ``[Hkv]`` for each layer."""
 
-    key: float
-    value: float
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
 
 
 def largest_entries(
@@ -56,24 +56,38 @@ def largest_entries(
                 compiles=False,  # a compiled step would not tell the recorder
                 attention=recorder,
             )
+            recorder.start(batch.runner.kv_caches)
             batch.next_logits()
-    largest = LargestEntries(*(entry.item() for entry in recorder.largest))
-    if not all(map(math.isfinite, largest)):
+    largest = recorder.largest()
+    key, value = (torch.cat(entries).max().item() for entries in largest)
+    if not (math.isfinite(key) and math.isfinite(value)):
         raise ValueError(
-            f"model must have finite keys and values with these prompts, got {largest}"
+            "model must have finite keys and values with these prompts, got largest "
+            f"ones {key=}, {value=}"
         )
     return largest
 
 
 class _Recorder:
-    """Stands in for the operator, and remembers what it was given.
-
-    Attributes:
-        largest: The largest key and value so far, where the model is.
-    """
+    """Stands in for the operator, and remembers what it was given."""
 
     def __init__(self) -> None:
-        self.largest: list[torch.Tensor] = []
+        self._layers: dict[int, int] = {}  # by the identity of their caches
+        # Of keys and of values, by layer, where the model is.
+        self._largest: tuple[dict[int, torch.Tensor], ...] = ({}, {})
+
+    def start(self, kv_caches: Sequence[torch.Tensor]) -> None:
+        """Says whose caches the next calls have."""
+        self._layers = {id(cache): layer for layer, cache in enumerate(kv_caches)}
+
+    def largest(self) -> LargestEntries:
+        """Waits for the device."""
+        return LargestEntries(
+            *(
+                [found[layer].float().cpu() for layer in sorted(found)]
+                for found in self._largest
+            )
+        )
 
     def __call__(
         self,
@@ -88,14 +102,12 @@ class _Recorder:
         **options: Any,
     ) -> torch.Tensor:
         is_token = torch.arange(len(k), device=k.device) < cu_q_lens[1]
-        # Not amax(), which reduces nothing on XLA devices.
-        entries = [
-            torch.where(is_token[:, None, None], x.abs(), 0).max() for x in (k, v)
-        ]
-        former = self.largest or entries
-        self.largest = [
-            torch.maximum(*pair) for pair in zip(former, entries, strict=True)
-        ]
+        layer = self._layers[id(kv_cache)]
+        for x, found in zip((k, v), self._largest, strict=True):
+            heads = torch.where(is_token[:, None, None], x.abs(), 0).transpose(0, 1)
+            # Not amax(), which reduces nothing on XLA devices.
+            entries = heads.flatten(1).max(dim=1).values
+            found[layer] = torch.maximum(found.get(layer, entries), entries)
         return torch.ops.rpa.ragged_paged_attention(
             q, k, v, kv_cache, kv_lens, page_indices, cu_q_lens, *others, **options
         )

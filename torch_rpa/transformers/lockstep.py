@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from torch_rpa import devices
+from torch_rpa.layer_scales import LayerScales
 from torch_rpa.scheduling import (
     OutOfPagesError,
     PageAllocator,
@@ -38,8 +39,8 @@ class LockstepBatch:
         num_pages: int | None,
         max_tokens_per_step: int | None,
         cache_dtype: torch.dtype | None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: LayerScales | None = None,
+        v_scale: LayerScales | None = None,
         prefix_caching: bool = False,
         compiles: bool = True,
         attention: Callable[..., torch.Tensor] = torch.ops.rpa.ragged_paged_attention,
@@ -49,7 +50,7 @@ class LockstepBatch:
         Args:
             model, page_size, num_pages, max_tokens_per_step, cache_dtype: As in
                 ``paged_generation``.
-            k_scale, v_scale, attention: As in ``RPAContext``.
+            k_scale, v_scale, attention: As in ``ModelRunner``.
             prompts: Token ids of each.
             max_new_tokens: So many tokens each may grow by.
             prefix_caching: Keep pages, which pays if some are extended later.

@@ -9,13 +9,13 @@ import torch
 
 
 def warn_of_missing_scales(
-    cache_dtype: torch.dtype, k_scale: float | None, v_scale: float | None
+    cache_dtype: torch.dtype, k_scale: object | None, v_scale: object | None
 ) -> None:
     """Warns, once in a process, that keys or values become whole numbers.
 
     Float8 keeps as many digits of numbers near 1 without scales as with them.
     """
-    if cache_dtype == torch.int8 and None in (k_scale, v_scale):
+    if cache_dtype == torch.int8 and (k_scale is None or v_scale is None):
         _warn(k_scale is None, v_scale is None)
 
 

@@ -9,8 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from torch_rpa import devices
+from torch_rpa.layer_scales import LayerScales, scale_tensors
 from torch_rpa.transformers.attention import use_rpa
-from torch_rpa.transformers.context import RPAContext, empty_kv_caches
+from torch_rpa.transformers.context import (
+    RPAContext,
+    empty_kv_caches,
+    num_key_heads,
+)
 from torch_rpa.transformers.missing_scales import warn_of_missing_scales
 from torch_rpa.transformers.step_inputs import StepInputs
 
@@ -32,8 +37,8 @@ class ModelRunner:
         page_size: int,
         device: torch.device | str | None = None,
         cache_dtype: torch.dtype | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: LayerScales | None = None,
+        v_scale: LayerScales | None = None,
         fill_caches_first: bool = True,
         compiles: bool = True,
         window: int | None = None,
@@ -48,7 +53,9 @@ class ModelRunner:
             page_size: Tokens in a page.
             device: One of :func:`torch_rpa.devices.names`; None is where the model is.
             cache_dtype: What keys and values are stored as; None is the model's dtype.
-            k_scale, v_scale, attention: See ``RPAContext``.
+            k_scale, v_scale: See ``EngineOptions``. Those of layers become tensors, so
+                that their numbers are no part of a compiled program.
+            attention: See ``RPAContext``.
             fill_caches_first: Make the caches in a program of their own. Otherwise the
                 first step's program makes them: one program fewer, unless more steps
                 have the first one's sizes, as in chunked prefill.
@@ -59,7 +66,6 @@ class ModelRunner:
         self.device = devices.open_device(device or model.device)
         self._compiles = compiles
         self._window = window
-        self._k_scale, self._v_scale = k_scale, v_scale
         self._attention = attention
         self.model = use_rpa(model)
         if model.device != self.device:
@@ -68,6 +74,9 @@ class ModelRunner:
         self._cache_shape = num_pages, page_size
         self._cache_dtype = cache_dtype or model.dtype
         warn_of_missing_scales(self._cache_dtype, k_scale, v_scale)
+        heads = num_key_heads(model)
+        self._k_scale = scale_tensors("k_scale", k_scale, heads, self.device)
+        self._v_scale = scale_tensors("v_scale", v_scale, heads, self.device)
         self.kv_caches = self._empty_caches()
         if fill_caches_first:
             self.sync()

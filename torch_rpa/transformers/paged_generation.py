@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from torch_rpa.layer_scales import LayerScales
 from torch_rpa.transformers.generation import refuse_other_modes
 from torch_rpa.transformers.guards import cache_among, check_attention
 from torch_rpa.transformers.model_arguments import refuse_unknown_arguments
@@ -44,8 +45,8 @@ def paged_generation(
     max_length: int | None = None,
     max_tokens_per_step: int | None = None,
     cache_dtype: torch.dtype | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    k_scale: LayerScales | None = None,
+    v_scale: LayerScales | None = None,
 ) -> Iterator[None]:
     """Pages the cache of every ``model.generate`` in the block, which stays as it is.
 
@@ -66,7 +67,9 @@ def paged_generation(
         max_tokens_per_step: Most tokens in one step; longer prefills are cut into
             several steps. None takes all prompts in one step.
         cache_dtype: What keys and values are stored as; None is the model's dtype.
-        k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. See
+        k_scale: The cache stores ``key / k_scale``, which int8 needs; None is 1. A
+            number for all layers, or a tensor ``[layers]`` or ``[layers, Hkv]``, or a
+            sequence of numbers or tensors ``[Hkv]``. See
             ``torch_rpa.measure_kv_scales``.
         v_scale: The cache stores ``value / v_scale`` likewise.
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from jax_kernels.contract.options import check_factor
 from torch_rpa.checks import LARGEST_INT, check_types
+from torch_rpa.layer_scales import LayerScales, scale_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class PagingOptions:
     max_length: int | None = None
     max_tokens_per_step: int | None = None
     cache_dtype: torch.dtype | None = None
-    k_scale: float | None = None
-    v_scale: float | None = None
+    k_scale: LayerScales | None = None
+    v_scale: LayerScales | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -35,4 +35,4 @@ class PagingOptions:
                 f"cache_dtype must be a torch.dtype or None, got {self.cache_dtype!r}"
             )
         for name in ("k_scale", "v_scale"):
-            object.__setattr__(self, name, check_factor(name, getattr(self, name)))
+            object.__setattr__(self, name, scale_numbers(name, getattr(self, name)))
