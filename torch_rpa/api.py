@@ -98,7 +98,8 @@ def ragged_paged_attention(
             ``q * float32(1 / q_scale)`` in its dtype. This and the next two are
             numbers, or tensors on the device of ``q``: float32 ``[]``, or ``[Hkv]``
             with one for each key head. A new number is a new program on an XLA device;
-            one program serves all values of a tensor. The inverse of a tensor's number
+            one program serves all values of a tensor, but for ``[]`` of 1, which
+            PyTorch/XLA takes for a constant. The inverse of a tensor's number
             is rounded to nearest, so that it is that of the equal Python number. The
             numbers must be positive, from 2**-120 to 2**120. In a tensor only
             ``validate`` checks them.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import torch_rpa
@@ -388,3 +389,35 @@ def test_what_a_model_checks_is_no_break_of_a_graph(monkeypatch):
         for function in (model, compiled)
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_other_scales_of_layers_need_no_other_graph(monkeypatch):
+    # As in the test before.
+    name = "torch_rpa.transformers.attention.refuse_autocast"
+    monkeypatch.setattr(name, lambda device: None)
+    model = use_rpa(build("llama"))
+    caches = empty_kv_caches(model, 2, 8, dtype=torch.int8, device="cpu")
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    seen = []
+    for scale in (1 / 16, 1 / 8):
+        scales = torch.tensor([scale, 2 * scale, scale, 2 * scale])
+        expected, got = (
+            function(
+                torch.tensor([[1, 2]]),
+                position_ids=torch.arange(2)[None],
+                use_cache=False,
+                rpa=RPAContext(
+                    caches,
+                    one_sequence(2, 2),
+                    k_scale=scales,
+                    v_scale=[*scales[:, None].expand(4, 2)],
+                ),
+            ).logits
+            for function in (model, compiled)
+        )
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        seen.append(got)
+    assert counter.frame_count == 1
+    assert not torch.equal(*seen)

@@ -141,7 +141,8 @@ def _scale_of_layer(
     name: str, scales: LayerScales | None, layer: int, rpa: RPAContext
 ) -> dict[str, Any]:
     """Returns the keyword argument of the operator for a layer."""
-    if scales is None or isinstance(scales, int | float):
+    # A tuple, since torch.compile does not know unions of types.
+    if scales is None or isinstance(scales, (int, float)):
         return {name: scales}
     if not isinstance(scales, torch.Tensor) or scales.dim():
         if len(scales) != len(rpa.kv_caches):
