@@ -85,6 +85,11 @@ def read_kv_scales(source: Source) -> KVScales:
     return KVScales(*(_of_layers(places, prefixes[0], which) for which in "kv"))
 
 
+def brings_kv_scales(model: nn.Module) -> bool:
+    """Whether a model has such scales among its parameters or buffers."""
+    return any(_place(name) is not None for name in _open(model).names)
+
+
 def _place(name: str) -> _Place | None:
     for pattern in _NAMES:
         match = pattern.fullmatch(name)

@@ -208,6 +208,8 @@ def test_a_sharded_llama_of_transformers_gives_the_logits_of_eager_attention():
     torch_xla.sync(wait=True)
     specs = [torch_xla._XLAC._get_xla_sharding_spec(cache) for cache in caches]
     attention = functools.partial(spmd.sharded_ragged_paged_attention, mesh=mesh)
+    # Powers of two, by which keys and values stay exact: [layers, Hkv].
+    scales = (2.0 ** torch.arange(-HKV, HKV)).view(2, HKV).to(torch_xla.device())
     metrics.clear_all()
     got = []
     for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12), (12, 13), (13, 14)):
@@ -219,7 +221,9 @@ def test_a_sharded_llama_of_transformers_gives_the_logits_of_eager_attention():
             input_ids=tokens[:, start:stop].to(torch_xla.device()),
             position_ids=torch.arange(start, stop)[None].to(torch_xla.device()),
             use_cache=False,
-            rpa=RPAContext(caches, batch, attention=attention),
+            rpa=RPAContext(
+                caches, batch, k_scale=scales, v_scale=[*scales], attention=attention
+            ),
         ).logits
         torch_xla.sync()
         got.append(logits.cpu())

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import torch_rpa
 from tests.support.tiny_llama import build_llama
 from tests.transformers.routes import build, custom_generate, generate_in_block, padded
 from torch_rpa.serving import Engine, EngineOptions
@@ -18,9 +19,11 @@ WARNING = r"int8 rounds keys and values to whole numbers without k_scale and v_s
 @pytest.fixture(autouse=True)
 def a_new_process():
     """Whatever has warned before."""
-    module._warn.cache_clear()
+    for warn in (module._warn, module._warn_of_unused):
+        warn.cache_clear()
     yield
-    module._warn.cache_clear()
+    for warn in (module._warn, module._warn_of_unused):
+        warn.cache_clear()
 
 
 def run_engine(model: Any, cache_dtype: torch.dtype, **scales: Any) -> None:
@@ -75,3 +78,19 @@ def test_the_missing_one_of_two_is_named():
         run_engine(model, torch.int8, k_scale=0.1)
     with pytest.warns(UserWarning, match="rounds keys .* without k_scale, which"):
         run_engine(model, torch.int8, v_scale=0.1)
+
+
+def test_scales_of_a_checkpoint_that_are_not_used_warn_once():
+    model = build("rpa")
+    for layer in model.model.layers:
+        for name in ("k_scale", "v_scale"):
+            layer.self_attn.register_buffer(name, torch.tensor(0.5))
+    run_engine(model, torch.float8_e4m3fn, **torch_rpa.read_kv_scales(model)._asdict())
+    run_engine(model, torch.float8_e4m3fn, k_scale=1.0, v_scale=1.0)
+    run_engine(model, torch.float32)
+    with pytest.warns(
+        UserWarning, match=r"torch_rpa\.read_kv_scales\(model\)"
+    ) as warned:
+        run_engine(model, torch.float8_e4m3fn)
+        run_generate(model, torch.float8_e4m3fn)
+    assert len(warned) == 1

@@ -16,7 +16,10 @@ from torch_rpa.transformers.context import (
     empty_kv_caches,
     num_key_heads,
 )
-from torch_rpa.transformers.missing_scales import warn_of_missing_scales
+from torch_rpa.transformers.missing_scales import (
+    warn_of_missing_scales,
+    warn_of_unused_scales,
+)
 from torch_rpa.transformers.step_inputs import StepInputs
 
 
@@ -74,6 +77,7 @@ class ModelRunner:
         self._cache_shape = num_pages, page_size
         self._cache_dtype = cache_dtype or model.dtype
         warn_of_missing_scales(self._cache_dtype, k_scale, v_scale)
+        warn_of_unused_scales(model, self._cache_dtype, k_scale, v_scale)
         heads = num_key_heads(model)
         self._k_scale = scale_tensors("k_scale", k_scale, heads, self.device)
         self._v_scale = scale_tensors("v_scale", v_scale, heads, self.device)
