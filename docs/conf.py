@@ -29,5 +29,6 @@ nitpick_ignore_regex = [
     (r"py:.*", r"torch_rpa\.transformers\.attention\.Model"),  # a type variable
     (r"py:.*", r"torch_rpa\.serving\.text\.OutputText"),  # not for users
     (r"py:.*", r"PreTrainedModel"),  # imported for types alone
+    (r"py:.*", r"(Granularity|LayerScales)"),  # the docstrings say what they are
     (r"py:.*", r"(Any|Array|ArrayLike|CollectorRegistry|DTypeLike|Mesh|ndarray)"),
 ]
