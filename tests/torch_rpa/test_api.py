@@ -17,6 +17,7 @@ from tests.torch_rpa.calls import (
 )
 from tests.torch_rpa.scenarios import make_scenario
 from torch_rpa import reference
+from torch_rpa.bridges import interpret as interpret_bridge
 from torch_rpa.validation import Inputs
 
 
@@ -58,16 +59,19 @@ def test_pallas_interpret_wants_cpu_tensors():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "fp8 scales", "read only"])
-def test_pallas_interpret_runs_the_kernel_in_place(name):
+def test_pallas_interpret_runs_the_kernel_in_place_and_compiles_it_once(name):
     batch, options, oracle_options = make_scenario(name)
-    call = from_batch(batch)
-    address = call.kv_cache.data_ptr()
-    with interpret.checked_interpret_mode():
-        out = torch_rpa.ragged_paged_attention(
-            *call, **options, impl="pallas_interpret"
-        )
-    assert call.kv_cache.data_ptr() == address
-    assert_matches_oracle(out, call, batch, **oracle_options)
+    misses = interpret_bridge._compiled.cache_info().misses
+    for _ in range(2):
+        call = from_batch(batch)
+        address = call.kv_cache.data_ptr()
+        with interpret.checked_interpret_mode():
+            out = torch_rpa.ragged_paged_attention(
+                *call, **options, impl="pallas_interpret"
+            )
+        assert call.kv_cache.data_ptr() == address
+        assert_matches_oracle(out, call, batch, **oracle_options)
+    assert interpret_bridge._compiled.cache_info().misses == misses + 1
 
 
 @pytest.mark.parametrize("impl", [None, "reference", "pallas_interpret"])

@@ -34,18 +34,24 @@ def interpret_pallas_(
     validation.validate_ranges(inputs, sizes, options)
     jax = lowering.import_jax()
     arguments = [None if t is None else jax.numpy.asarray(_to_numpy(t)) for t in inputs]
-    out, *lse, new_cache = _interpreted(options, chip, block_sizes)(*arguments)
+    shapes = tuple(
+        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments
+    )
+    program = _compiled(options, chip, block_sizes, shapes)
+    out, *lse, new_cache = program(*arguments)
     if options.update_kv_cache:
         inputs.kv_cache.copy_(_from_numpy(new_cache, inputs.kv_cache.dtype))
     attention = _from_numpy(out, torch_dtype(sizes.out_dtype))
     return (attention, _from_numpy(lse[0], torch.float32)) if lse else attention
 
 
-@functools.cache
-def _interpreted(
+# Each takes about a thousand memory maps, of which a process has 65,530.
+@functools.lru_cache(maxsize=8)
+def _compiled(
     options: AttentionOptions,
     chip: str | None,
     block_sizes: tuple[int, int, int] | None,
+    shapes: tuple[Any, ...],
 ) -> Callable:
     from jax_kernels.ragged_paged_attention import BlockSizes, ragged_paged_attention
 
@@ -55,7 +61,18 @@ def _interpreted(
         chip=chip,
         interpret=True,
     )
-    return lowering.with_array_options(function, vars(options))
+    with_arrays = lowering.with_array_options(function, vars(options))
+    jax = lowering.import_jax()
+    return jax.jit(with_arrays).lower(*shapes).compile(_quick_compilation(jax))
+
+
+def _quick_compilation(jax: Any) -> dict[str, int | bool]:
+    """Options of XLA: to compile a program takes longer than to run it."""
+    options: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
+    if jax.__version_info__ < (0, 11, 1):
+        # A fifth of the time. Later releases have no other emitters.
+        options["xla_cpu_use_fusion_emitters"] = False
+    return options
 
 
 def _to_numpy(tensor: torch.Tensor) -> Any:
