@@ -39,6 +39,8 @@ if not HAS_TPU:
 
 # The markers of pyproject.toml for tests of one framework.
 FRAMEWORKS = ("torch_xla", "torch_tpu")
+# Those for tests inside of engines of others, and what is imported there.
+ENGINES = {"vllm": "vllm", "tpu_inference": "tpu_inference"}
 
 
 def reason_without_tpu(
@@ -93,6 +95,9 @@ def pytest_collection_modifyitems(config, items):
         for name in FRAMEWORKS
         if importlib.util.find_spec(name) is None
     }
+    for marker, module in ENGINES.items():
+        if importlib.util.find_spec(module) is None:
+            reasons[marker] = f"needs {module}, see torch_rpa/vllm/README.md"
     reason = reason_without_tpu(
         os.environ.get("RPA_TEST_TPU"),
         is_worker="PYTEST_XDIST_WORKER" in os.environ,

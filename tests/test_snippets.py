@@ -8,6 +8,7 @@ they start.
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 import tomllib
@@ -230,13 +231,25 @@ def test_a_command_is_understood(document, command, monkeypatch):
     if program in ("export", "source"):
         assert arguments
     elif program == "uv":
-        assert arguments[:2] == ["venv", "--seed"]  # without it there is no pip
+        if arguments[0] == "venv":
+            assert "--seed" in arguments  # without it there is no pip
+        else:
+            assert arguments[:2] == ["pip", "install"]
+            overrides = arguments[arguments.index("--overrides") + 1]
+            assert (ROOT / overrides).is_file()
+            extras = re.findall(r"\.\[([\w,-]+)\]", command)
+            assert {e for x in extras for e in x.split(",")} <= set(EXTRAS)
+    elif program.endswith("vllm"):  # which is in an environment of its own
+        assert arguments[0] == "serve"
+    elif program == "curl":
+        assert json.loads(arguments[arguments.index("-d") + 1])["prompt"]
     elif "findings/" in program:
         assert (ROOT / program).is_file()
     elif program.endswith("pip") and arguments[0] == "install":
         extras = re.findall(r"\.\[([\w,-]+)\]", command)
-        assert extras and {e for x in extras for e in x.split(",")} <= set(EXTRAS)
-    elif program.endswith(("python", "python3")) and arguments[0] == "-m":
+        assert extras or "." in arguments
+        assert {e for x in extras for e in x.split(",")} <= set(EXTRAS)
+    elif re.search(r"python(3(\.\d+)?)?$", program) and arguments[0] == "-m":
         read_options(arguments[1], arguments[2:], monkeypatch)
     else:
         pytest.fail(f"{document} has a command that no test knows: {command}")
