@@ -26,6 +26,7 @@ from torch_rpa.transformers import (
     empty_kv_caches,
     model_runner,
 )
+from torch_rpa.transformers.context import num_key_heads
 
 # More than the vector memory of any chip. A smaller cache XLA moves there and back,
 # which reads like copies.
@@ -267,7 +268,8 @@ def feature(name: str) -> str:
             num_pages=CACHE_BYTES // one_page.nbytes,
             cache_dtype=cache_dtype,
             k_scale=0.5,
-            v_scale=0.25,
+            # Of layers and heads: tensors in the compiled steps.
+            v_scale=[[0.25] * heads for heads in num_key_heads(model)],
             device="tpu",
         ),
     )
