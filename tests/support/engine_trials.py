@@ -7,17 +7,11 @@ The engines are in environments of their own, and their classes are imported lat
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-ROOT = Path(__file__).parents[2]
 PROMPT_LENGTHS = (5, 17, 33, 60, 1, 100)
 NUM_NEW_TOKENS = 24
 PAGE_SIZE = 16
@@ -152,23 +146,3 @@ def tokens_with_few_pages(
     tokens, _ = generate(engine, prompts)
     scheduler.schedule = schedule
     return tokens, sum(counts)
-
-
-def print_result(result: dict[str, Any]) -> None:
-    """Prints what a case gives, for ``result_of`` in another process."""
-    print("\nRESULT " + json.dumps(result), flush=True)
-
-
-def result_of(module: str, case: str, **environment: str) -> dict[str, Any]:
-    """Runs a case of a module in a process of its own, and returns what it prints."""
-    child = subprocess.run(
-        [sys.executable, "-m", module, case],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    marked = [x for x in child.stdout.splitlines() if x.startswith("RESULT ")]
-    assert marked, (child.stdout + child.stderr)[-5000:]
-    return json.loads(marked[-1].removeprefix("RESULT "))

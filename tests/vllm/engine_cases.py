@@ -36,6 +36,7 @@ os.environ.update(chips.COMPILE_ONLY_ENVIRONMENT)
 import torch
 import transformers
 
+from tests.support.child_results import print_result
 from tests.support.engine_trials import (
     FAMILIES,
     NUM_NEW_TOKENS,
@@ -45,7 +46,6 @@ from tests.support.engine_trials import (
     generate,
     make_model,
     make_prompts,
-    print_result,
     runner_of,
     tokens_beside_cancelled,
     tokens_with_few_pages,

@@ -5,14 +5,14 @@ import itertools
 
 import pytest
 
-from tests.support import engine_trials
+from tests.support import child_results
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PREFIX_HITS = [0, 16, 32, 48, 0, 96]  # whole pages of the prompts
 
 result_of = functools.cache(
-    functools.partial(engine_trials.result_of, "tests.vllm.engine_cases")
+    functools.partial(child_results.result_of, "tests.vllm.engine_cases")
 )
 
 FAMILIES = {  # the shape of a cache of 128 pages of 16 tokens in float32

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from tests.support.child_results import print_result
 from tests.support.engine_trials import (
     FAMILIES,
     PAGE_SIZE,
@@ -35,7 +36,6 @@ from tests.support.engine_trials import (
     generate,
     make_model,
     make_prompts,
-    print_result,
     runner_of,
     tokens_beside_cancelled,
     tokens_with_few_pages,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support import engine_trials
+from tests.support import child_results
 
 PREFIX_HITS = [0, 16, 32, 48, 0, 96]  # whole pages of the prompts
 
@@ -15,7 +15,7 @@ PREFIX_HITS = [0, 16, 32, 48, 0, 96]  # whole pages of the prompts
 @functools.cache
 def result_of(case):
     devices = CASES[case][1] if case in CASES else 1
-    return engine_trials.result_of(
+    return child_results.result_of(
         "tests.jax_kernels.integrations.engine_cases",
         case,
         JAX_NUM_CPU_DEVICES=str(devices),
@@ -72,7 +72,7 @@ def test_registering_imports_no_jax():
         "import sys, jax_kernels.integrations.tpu_inference as t; t.register();"
         "sys.exit('jax' in sys.modules)"
     )
-    environment = os.environ | {"PYTHONPATH": str(engine_trials.ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(child_results.ROOT)}
     hidden = "import sys; sys.modules['tpu_inference'] = None\n"
     command = [sys.executable, "-c", hidden + code]
     assert subprocess.run(command, env=environment, check=False).returncode == 0
