@@ -52,6 +52,8 @@ GPT_OSS = Model(64, 8, 64, sliding_window=128, with_sinks=True)
 MQA = Model(8, 1, 128)
 # The heads of Llama, twice as wide: for comparison with published figures.
 WIDE = Model(32, 8, 256)
+# The layers of Gemma 4 31B that see the whole context.
+GEMMA4_FULL = Model(32, 4, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +269,13 @@ MAIN = (
     fitted("llama-mixed-only-2k-at-8k", LLAMA3_8B, "2048/8192", **_MIXED),
 )
 
-_OTHER_MODELS = {"qwen": QWEN3, "gemma": GEMMA, "gpt-oss": GPT_OSS, "mqa": MQA}
+_OTHER_MODELS = {
+    "qwen": QWEN3,
+    "gemma": GEMMA,
+    "gemma4-full": GEMMA4_FULL,
+    "gpt-oss": GPT_OSS,
+    "mqa": MQA,
+}
 
 MODELS = tuple(
     case

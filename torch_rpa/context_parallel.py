@@ -481,7 +481,7 @@ def empty_striped_kv_cache(
         num_pages: Pages on each device.
         page_size: Tokens in a page.
         num_kv_heads: Key heads, all on each device.
-        head_dim: From 32 to 256.
+        head_dim: From 32 to 512.
         mesh: A mesh of torch_xla with named axes.
         axis: The axis of the mesh to stripe over.
         dtype: What keys and values are stored as.

@@ -31,7 +31,7 @@ def kv_cache_shape(
         num_pages: Pages in the pool.
         page_size: Tokens in a page, a power of two from 8 to 512.
         num_kv_heads: Key heads; there are as many value heads.
-        head_dim: From 32 to 256.
+        head_dim: From 32 to 512.
         dtype: bfloat16, float32, float8_e4m3fn, float8_e5m2 or int8.
 
     Example: ``kv_cache_shape(10, 16, 8, 128, torch.bfloat16)`` is

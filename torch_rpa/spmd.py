@@ -45,7 +45,7 @@ def empty_sharded_kv_cache(
         num_pages: Pages in the pool; every device holds its heads of each.
         page_size: Tokens in a page.
         num_kv_heads: Key heads of all devices together, a multiple of the axis.
-        head_dim: From 32 to 256.
+        head_dim: From 32 to 512.
         mesh: A mesh of torch_xla with named axes.
         axis: The axis of the mesh to shard over.
         dtype: What keys and values are stored as.

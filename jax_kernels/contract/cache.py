@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 LANES = 128
 FUSED_VALUE_LANE = 64
-MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 256
+MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 512
+_SEPARATE_LANES = range(LANES, MAX_HEAD_DIM + 1, LANES)
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 512
 
 ITEMSIZES = {
@@ -45,7 +46,7 @@ class CacheGeometry:
       num_pages: Pages in the pool, N.
       page_size: Tokens per page, a power of two from 8 to 512.
       num_kv_heads: Key heads, Hkv; there are as many value heads.
-      head_dim: D, from 32 to 256.
+      head_dim: D, from 32 to 512.
       dtype_name: One of ``CACHE_DTYPES``.
 
     Raises:
@@ -182,8 +183,9 @@ def made_for(shape: Sequence[int], dtype_name: str) -> str:
     readings = []
     if is_cache and shape[4] == LANES:
         readings.append(f"{shape[1]} key heads of 32 to 64")
-    if is_cache and shape[4] in (LANES, 2 * LANES) and shape[1] % 2 == 0:
-        sizes = "65 to 128" if shape[4] == LANES else "129 to 256"
+    if is_cache and shape[4] in _SEPARATE_LANES and shape[1] % 2 == 0:
+        least = max(shape[4] - LANES, FUSED_VALUE_LANE) + 1
+        sizes = f"{least} to {shape[4]}"
         readings.append(f"{shape[1] // 2} key heads of {sizes}")
     if not readings:
         return f"which is the shape of no {dtype_name} cache"

@@ -74,7 +74,7 @@ def ragged_paged_attention(
     ``j // causal_block <= i // causal_block`` in the place of ``j <= i``.
 
     Args:
-      q: bf16 or f32 [T, Hq, D], Hq a multiple of Hkv, 32 <= D <= 256.
+      q: bf16 or f32 [T, Hq, D], Hq a multiple of Hkv, 32 <= D <= 512.
       k: [T, Hkv, D], the dtype of ``q``. Without an update both ``k`` and ``v`` may be
         None; they are not used.
       v: Like ``k``.

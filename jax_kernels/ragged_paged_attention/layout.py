@@ -58,7 +58,7 @@ class CacheLayout(cache_rules.CacheGeometry):
       num_pages: Pages in the cache, ``N``.
       page_size: Tokens per page, a power of two from 8 to 512.
       num_kv_heads: Key heads, ``Hkv``.
-      head_dim: D, from 32 to 256.
+      head_dim: D, from 32 to 512.
       dtype_name: Name of the dtype; anything that names one is taken.
     """
 
@@ -116,7 +116,7 @@ def kv_cache_shape(
       num_pages: Pages in the cache, ``N``.
       page_size: Tokens per page, a power of two from 8 to 512.
       num_kv_heads: Key heads, ``Hkv``.
-      head_dim: D, from 32 to 256.
+      head_dim: D, from 32 to 512.
       dtype: float32, bfloat16, float8_e4m3fn, float8_e5m2 or int8.
 
     Example: ``kv_cache_shape(10, 128, 8, 128, jnp.bfloat16) == (10, 16, 64, 2, 128)``.

@@ -155,7 +155,7 @@ def test_one_of_keys_and_values_is_refused_without_an_update_too(missing):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"q": spec(24, 6, 300)}, {}, "head_dim 300 .*; use"),
+        ({"q": spec(24, 6, 600)}, {}, "head_dim 600 .*; use"),
         ({"q": spec(24, 6, 24)}, {}, "head_dim 24 .*: pad"),
         ({"q": spec(24, 6, 128, dtype="float16")}, {}, "q of float16 .*: cast"),
         ({}, {"q_scale": 0.5}, "q_scale .* bfloat16 cache: pass q_scale=None, or use"),

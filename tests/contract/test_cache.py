@@ -24,7 +24,7 @@ VALID = {
         ({"page_size": 4}, ValueError, "page_size must be.*from 8 to 512, got 4"),
         ({"page_size": 1024}, ValueError, "page_size .*got 1024"),
         ({"page_size": 0}, ValueError, "page_size .*got 0"),
-        ({"head_dim": 300}, NotImplementedError, "head_dim 300 .*; use"),
+        ({"head_dim": 513}, NotImplementedError, "head_dim 513 .*; use"),
         ({"head_dim": 16}, NotImplementedError, "head_dim 16 .*: pad"),
         ({"dtype_name": "float16"}, NotImplementedError, "dtype of float16 .*use one"),
     ],
@@ -34,7 +34,7 @@ def test_sizes_that_are_refused(change, error, message):
         CacheGeometry(**(VALID | change))
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 65, 128, 129, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 65, 128, 129, 256, 257, 512])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_sizes_are_read_off_the_shape(head_dim, dtype):
     geometry = CacheGeometry(5, 32, 3, head_dim, dtype)
@@ -61,6 +61,8 @@ def test_sizes_are_read_off_the_shape(head_dim, dtype):
             "2, 256.*made for 4 key heads of 32 to 64",
         ),
         ((4, 4, 8, 2, 256), 2, 128, "which is made for 2 key heads of 129 to 256 in"),
+        ((4, 4, 8, 2, 512), 2, 128, "which is made for 2 key heads of 385 to 512 in"),
+        ((4, 4, 8, 2, 640), 2, 128, "which is the shape of no bfloat16 cache"),
         (
             (4, 3, 8, 2, 128),
             None,

@@ -71,6 +71,9 @@ COMBINED = {
     "chunk_not_a_power_of_two",
     "chunked_in_parts",
     "d256_gqa_24_to_4",
+    "d320_int8_window",
+    "d512_f32",
+    "d512_mqa_8_to_1",
     "d64_gqa_30_to_10",
     "d64_gqa_6_to_2",
     "d64_mha_16_to_16",
@@ -165,6 +168,15 @@ def test_scales_multiply_scores_and_output(case):
     d256_mqa_2_to_1=Case(head_dim=256, heads=(2, 1), cache_dtype=E4M3),
     d96_mha_7_to_7=Case(head_dim=96, heads=(7, 7), with_sinks=True),
     d192=Case(head_dim=192, page_size=8),
+    d512=Case(head_dim=512),
+    d512_mqa_8_to_1=Case(head_dim=512, heads=(8, 1), cache_dtype=E4M3, with_sinks=True),
+    d512_f32=Case(head_dim=512, heads=(2, 1), q_dtype=F32, cache_dtype=F32),
+    d320_int8_window=Case(
+        head_dim=320,
+        heads=(6, 2),
+        cache_dtype=INT8,
+        options={"sliding_window": 18, **INT8_SCALES},
+    ),
     d256_gqa_24_to_4=Case(head_dim=256, heads=(24, 4), page_size=256, with_sinks=True),
 )
 def test_every_head_layout_finds_its_heads_and_sinks(case):

@@ -261,6 +261,32 @@ VARIANTS = {
     "out_f32": ("v6e", {}, {"out_dtype": "float32"}),
     "d32": ("v6e", {"head_dim": 32}, {}),
     "d192": ("v6e", {"head_dim": 192}, {}),
+    "d384_int8": (
+        "v6e",
+        {"head_dim": 384, "num_q_heads": 16, "cache_dtype": "int8"},
+        {"sliding_window": 1000},
+    ),
+    "d512": ("tpu7x", {"head_dim": 512, "num_q_heads": 32, "num_kv_heads": 4}, {}),
+    "d512_e4m3": (
+        "v6e",
+        {
+            "head_dim": 512,
+            "num_q_heads": 8,
+            "num_kv_heads": 1,
+            "cache_dtype": "float8_e4m3fn",
+        },
+        {"q_scale": 0.1},
+    ),
+    "d512_f32": (
+        "v5e",
+        {
+            "head_dim": 512,
+            "q_dtype": "float32",
+            "cache_dtype": "float32",
+            "num_tokens": 32,
+        },
+        {},
+    ),
     "odd_heads": ("tpu7x", {"num_q_heads": 7, "num_kv_heads": 7}, {}),
     "odd_key_heads": (
         "v6e",

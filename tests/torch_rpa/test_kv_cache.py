@@ -20,7 +20,7 @@ DTYPES = [
 
 
 @pytest.mark.parametrize(("torch_dtype", "jax_dtype"), DTYPES, ids=lambda d: str(d))
-@pytest.mark.parametrize("head_dim", [32, 64, 65, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 65, 96, 128, 192, 256, 512])
 def test_shape_is_the_kernels(head_dim, torch_dtype, jax_dtype):
     for page_size in (8, 128, 512):
         for heads in (1, 3, 8):
@@ -34,7 +34,7 @@ def test_shape_is_the_kernels(head_dim, torch_dtype, jax_dtype):
             )
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256, 512])
 def test_unpacked_view_is_the_kernels(head_dim):
     shape = torch_rpa.kv_cache_shape(3, 8, 2, head_dim, torch.int8)
     values = np.arange(np.prod(shape)).astype(np.int8).reshape(shape)

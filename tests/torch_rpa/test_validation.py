@@ -20,7 +20,7 @@ def i32(*values):
     ("changes", "error", "message"),
     [
         ({"q": torch.zeros(24, 4)}, ValueError, r"q must have shape \[T, Hq, D\]"),
-        ({"q": torch.zeros(24, 4, 300)}, NotImplementedError, "head_dim 300 .*; use"),
+        ({"q": torch.zeros(24, 4, 600)}, NotImplementedError, "head_dim 600 .*; use"),
         ({"k": None, "v": None}, ValueError, "pass update_kv_cache=False"),
         ({"sinks": torch.zeros(4).half()}, ValueError, "sinks must be float32"),
         (

@@ -267,11 +267,11 @@ PROVEN = (
     ),
     _extended(
         "gemma4_text",
-        "Gemma 4 (text), heads up to 256",
+        "Gemma 4 (text)",
         "window, other heads in full layers",
         {
             **PER_LAYER_INPUTS,
-            "global_head_dim": 64,
+            "global_head_dim": 512,
             "num_global_key_value_heads": 1,
             "attention_k_eq_v": True,
         },

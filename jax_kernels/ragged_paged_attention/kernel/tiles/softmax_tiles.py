@@ -32,6 +32,12 @@ from jax_kernels.ragged_paged_attention.layout import LANES
 MAX_STRETCH_TILES = 16
 # The same in float32, whose products take several times as much code.
 MAX_F32_STRETCH_TILES = 4
+# Heads are wide beyond these lanes: then products are most of the code of a tile. So
+# that a loop fits instruction memory, a stretch has fewer in float32, and where the
+# matrix units have 128 columns.
+MANY_LANES = 256
+MAX_WIDE_STRETCH_TILES = 2
+MAX_WIDE_F32_STRETCH_TILES = 1
 # The same of some parts of a tile.
 MAX_PART_STRETCH_TILES = 8
 # Query rows that are recovered at a time.
@@ -93,8 +99,11 @@ def round_heads_of_parts(context: TileContext, number: int) -> int:
 
 def _most_heads(context: TileContext, tiles_per_head: int, most_tiles: int) -> int:
     config = context.config
+    is_wide = config.lanes > MANY_LANES
     if config.numerics.value_dtype == jnp.float32:
-        most_tiles = MAX_F32_STRETCH_TILES
+        most_tiles = MAX_WIDE_F32_STRETCH_TILES if is_wide else MAX_F32_STRETCH_TILES
+    elif is_wide and config.chip.matrix_columns == LANES:
+        most_tiles = MAX_WIDE_STRETCH_TILES
     return largest_divisor(config.num_kv_heads, max(most_tiles // tiles_per_head, 1))
 
 
