@@ -31,8 +31,11 @@ def assert_only_scaled(stored: torch.Tensor, unscaled: torch.Tensor, kind: str) 
     factors = []
     for scales in SCALES[kind]:
         found = scale_tensors("scale", scales, [2, 2], "cpu")
-        is_list = isinstance(found, list)
-        factors.append(torch.stack(found) if is_list else torch.full((2, 2), found))
+        if isinstance(found, list):
+            factors.append(torch.stack(found))
+        else:
+            assert found is not None
+            factors.append(torch.full((2, 2), found))
     stored = stored * torch.stack(factors, 1)[:, None, :, :, None, None]
     # Factors that are tensors meet the scores later, which rounds the next layer's.
     bound = 0 if kind == "one number" else 1e-5
