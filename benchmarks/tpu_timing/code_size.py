@@ -8,6 +8,9 @@ from benchmarks.tpu_timing import control_flow
 from benchmarks.tpu_timing.overlays import BUNDLE_BYTES
 from benchmarks.tpu_timing.program import Program
 
+# Bundles before and behind the loop that a whole program is.
+MOST_AROUND_A_PROGRAM = 100
+
 
 @dataclass(frozen=True)
 class LoopSize:
@@ -54,14 +57,18 @@ class OversizeLoop:
 def loop_sizes(program: Program) -> list[LoopSize]:
     """The loops of a program, run or not, the largest first.
 
-    An outer loop has all that is inside it.
+    An outer loop has all that is inside it. A loop around the whole of a program is
+    none of them: a kernel has it in order to be fetched at once, and runs it once.
     """
     addresses = program.final_addresses
     found = [
         LoopSize(loop.start, loop.end, int(addresses[loop.end] - addresses[loop.start]))
         for loop in control_flow.static_loops(program.blocks)
     ]
-    return sorted(found, key=lambda loop: -loop.bundles)
+    found.sort(key=lambda loop: -loop.bundles)
+    if len(found) > 1 and _is_whole_program(found[0], found[1:], int(addresses[-1])):
+        del found[0]
+    return found
 
 
 def find_oversize_loops(program: Program) -> list[OversizeLoop]:
@@ -77,3 +84,9 @@ def find_oversize_loops(program: Program) -> list[OversizeLoop]:
 
 def _is_inside(inner: LoopSize, outer: LoopSize) -> bool:
     return outer.start <= inner.start and inner.end <= outer.end
+
+
+def _is_whole_program(loop: LoopSize, others: list[LoopSize], bundles: int) -> bool:
+    """Whether a loop has all others in it, and little of the program is outside."""
+    is_around = all(_is_inside(other, loop) for other in others)
+    return is_around and bundles - loop.bundles <= MOST_AROUND_A_PROGRAM

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from benchmarks import cases, compiler, prediction
-from benchmarks.tpu_timing import code_size, core, load_kernel, overlays, simulate
+from benchmarks.tpu_timing import (
+    code_size,
+    control_flow,
+    core,
+    load_kernel,
+    overlays,
+    simulate,
+)
 from benchmarks.tpu_timing.instruction_memory import JUMP_BRANCHES
 from benchmarks.tpu_timing.overlays import LogError, Overlay, OverlaySizes
 from benchmarks.tuning import trials
@@ -251,6 +258,21 @@ def test_sizes_of_loops_count_no_folded_delays(tmp_path):
     assert size.bundles == 13
     assert np.array_equal(program.final_addresses[:6], [0, 1, 2, 3, 4, 5])
     assert (program.final_addresses[6], program.final_addresses[-1]) == (5, 29)
+
+
+def test_a_loop_around_the_whole_program_is_none(tmp_path, monkeypatch):
+    program = toy(tmp_path)
+    (inner,) = control_flow.static_loops(program.blocks)
+    around = control_flow.StaticLoop(1, len(program.bundles) - 1)
+    monkeypatch.setattr(control_flow, "static_loops", lambda _: [around, inner])
+    (size,) = code_size.loop_sizes(program)
+    assert (size.start, size.end) == (inner.start, inner.end)
+    # If more is outside of it, it is a loop like others, and if there is no other.
+    monkeypatch.setattr(code_size, "MOST_AROUND_A_PROGRAM", 0)
+    assert len(code_size.loop_sizes(program)) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(control_flow, "static_loops", lambda _: [around])
+    assert len(code_size.loop_sizes(program)) == 1
 
 
 def test_every_compiled_chip_has_sizes():

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from jax_kernels.ragged_paged_attention import jax_versions
@@ -52,6 +53,33 @@ def rpa_kernel(
         def _():
             clearer.start(num_live_tokens)
 
+    def run(*_) -> None:
+        _run_phases(scalars, inputs, outputs, config, clear)
+        clearer.wait(num_live_tokens)
+
+    # A loop that runs once. The compiler cuts a program into pieces, each of which is
+    # fetched when it is come to, but leaves loops whole if it can: so the program comes
+    # at once, and a call does not wait again behind a phase without sequences.
+    num_runs = jnp.where(num_live >= 0, 1, 0)
+    lax.fori_loop(0, num_runs, run, None)
+
+
+def _run_phases(
+    scalars: refs.ScalarRefs,
+    inputs: refs.Inputs,
+    outputs: refs.Outputs,
+    config: KernelConfig,
+    clear: Callable[[], None],
+) -> None:
+    """Runs the loop of each phase that has sequences.
+
+    Args:
+      scalars: Lengths, page table and distribution.
+      inputs: Of the kernel.
+      outputs: Of the kernel.
+      config: Of the kernel.
+      clear: What to do once: after the first fetches, or if there is no sequence.
+    """
     is_first = jnp.bool(True)
     for phase in config.phases:
         begin, end = _sequences_of(phase, scalars, config)
@@ -76,7 +104,6 @@ def rpa_kernel(
         is_first &= end <= begin
 
     pl.when(is_first)(clear)
-    clearer.wait(num_live_tokens)
 
 
 def _sequences_of(phase: PhaseConfig, scalars, config: KernelConfig):
