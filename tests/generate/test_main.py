@@ -265,6 +265,11 @@ def test_the_bar_says_compiling_until_a_step_compiles_nothing(monkeypatch):
     assert seen == ["compiling", "compiling", *["generating"] * 4]
 
 
+def test_there_may_be_more_sequences_than_tokens_of_prompts(capsys):
+    assert main([*SHORT, "--prompt", "a", "--max-num-sequences", "8"]) == 0
+    assert "at most               8" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_trace_is_replayed_checked_and_plotted(tmp_path, capsys):
     trace, picture = tmp_path / "trace.jsonl", tmp_path / "steps.png"

@@ -208,7 +208,10 @@ def _engine_options(args: argparse.Namespace, workload: Workload) -> EngineOptio
     # Further texts of a prompt share its pages, and compute its last token alone.
     most_tokens = sum(len(request.prompt_ids) for request in requests)
     most_tokens += workload.num_texts - len(requests)
-    step_tokens = args.max_tokens_per_step or min(USUAL_STEP_TOKENS, most_tokens)
+    step_tokens = args.max_tokens_per_step or max(
+        min(USUAL_STEP_TOKENS, most_tokens),
+        args.max_num_sequences or 0,
+    )
     num_sequences = args.max_num_sequences or min(
         workload.num_texts, step_tokens, USUAL_SEQUENCES
     )
