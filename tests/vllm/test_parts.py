@@ -38,7 +38,7 @@ def test_sequences_that_decode_are_the_first_ones_with_one_token(
     assert distribution.tolist() == expected
 
 
-@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128, 192, 256, 512])
 def test_pages_have_the_bytes_that_vllm_counts(head_dim):
     sizes = 10, 16, 2
     stored = memory.stored_head_dim(head_dim)
@@ -150,7 +150,7 @@ def test_layers_that_the_operator_computes_are_taken():
         ({"use_sparse": True}, "sparse attention"),
         ({"use_mm_prefix": True}, "images that see each other"),
         ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
-        ({"head_size": 512}, "512"),
+        ({"head_size": 1024}, "1024"),
     ],
 )
 def test_layers_that_it_does_not_are_refused_by_name(change, named):

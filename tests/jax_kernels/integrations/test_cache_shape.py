@@ -15,6 +15,7 @@ from jax_kernels.integrations.tpu_inference import cache_shape
         (1, 128, "bfloat16", (9, 16, 1, 2, 128)),
         (2, 64, "bfloat16", (9, 16, 1, 2, 128)),
         (8, 256, "float8_e4m3fn", (9, 16, 4, 4, 256)),
+        (4, 512, "bfloat16", (9, 16, 4, 2, 512)),
         (2, 128, "float32", (9, 16, 4, 1, 128)),
         # An odd part of 4 bytes is left: pages are axis 0 alone.
         (1, 64, "bfloat16", (9, 1, 1, 8, 2, 128)),
@@ -69,5 +70,5 @@ def test_pages_that_the_kernel_does_not_have_are_refused(size):
 
 
 def test_heads_that_it_does_not_have_are_refused():
-    with pytest.raises(NotImplementedError, match="512"):
-        cache_shape.engine_shape(9, 16, 4, 512, "bfloat16")
+    with pytest.raises(NotImplementedError, match="1024"):
+        cache_shape.engine_shape(9, 16, 4, 1024, "bfloat16")
