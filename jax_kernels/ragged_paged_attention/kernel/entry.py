@@ -57,11 +57,27 @@ def rpa_kernel(
         _run_phases(scalars, inputs, outputs, config, clear)
         clearer.wait(num_live_tokens)
 
+    if not _surely_fits_instruction_memory(config):
+        run()
+        return
     # A loop that runs once. The compiler cuts a program into pieces, each of which is
-    # fetched when it is come to, but leaves loops whole if it can: so the program comes
-    # at once, and a call does not wait again behind a phase without sequences.
+    # fetched when it is come to, but leaves loops whole if they fit: so the program
+    # comes at once, and a call does not wait again behind a phase without sequences.
     num_runs = jnp.where(num_live >= 0, 1, 0)
     lax.fori_loop(0, num_runs, run, None)
+
+
+def _surely_fits_instruction_memory(config: KernelConfig) -> bool:
+    """Whether the code of all phases together does.
+
+    A loop that does not is cut anywhere, and then the loops in it may be fetched again
+    in every iteration. Products in float32 or of heads wider than a matrix unit, and
+    two loops of tiles, may be too long together.
+    """
+    is_float32 = config.numerics.value_dtype == jnp.float32
+    is_wide = config.lanes > config.chip.matrix_columns
+    num_tile_loops = sum(not phase.is_decode for phase in config.phases)
+    return not (is_float32 or is_wide or num_tile_loops > 1)
 
 
 def _run_phases(
