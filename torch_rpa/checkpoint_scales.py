@@ -6,6 +6,8 @@ own. transformers keeps them only where the tool's own package makes room for th
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +34,8 @@ _ENDS = (
 _NAMES = tuple(
     re.compile(rf"(?P<prefix>.*\.)?(?P<layer>\d+)\.\w*att\w*\.{end}") for end in _ENDS
 )
+
+_MOST_NAMED = 8  # layers in a message: the name of a tensor may say any number
 
 
 class _Place(NamedTuple):
@@ -73,8 +77,8 @@ def read_kv_scales(source: Source) -> KVScales:
         place = _place(name)
         if place is not None:
             _refuse_zero_point(tensors, name)
-            for which in place.which:
-                places[place._replace(which=which)] = _scale(name, tensors.read(name))
+            scale = _scale(name, tensors.read(name))
+            places |= {place._replace(which=which): scale for which in place.which}
     prefixes = sorted({place.prefix for place in places})
     if len(prefixes) != 1:
         found = f"those of {prefixes}" if prefixes else f"none in {_say(source)}"
@@ -102,19 +106,23 @@ def _of_layers(
     places: Mapping[_Place, torch.Tensor], prefix: str, which: str
 ) -> LayerScales:
     layers = range(max(place.layer for place in places) + 1)
-    missing = [i for i in layers if _Place(prefix, i, which) not in places]
+    lacking = (i for i in layers if _Place(prefix, i, which) not in places)
+    missing = [*itertools.islice(lacking, _MOST_NAMED)]
     if missing:
+        more = " and maybe others" if len(missing) == _MOST_NAMED else ""
         raise ValueError(
             f"source must have {which}_scale of all {len(layers)} layers of {prefix}, "
-            f"got none of {missing}"
+            f"got none of {missing}{more}"
         )
     scales = stacked([places[_Place(prefix, i, which)] for i in layers])
     scale_numbers(f"{which}_scale", scales)
     return scales
 
 
-def _scale(name: str, scale: torch.Tensor) -> torch.Tensor:
+def _scale(name: str, scale: Any) -> torch.Tensor:
     """Returns float32 ``[]`` or ``[Hkv]``."""
+    if not isinstance(scale, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, got {scale!r}")
     sizes = [size for size in scale.shape if size != 1]
     is_one_for_each_head = len(sizes) == 1 and (scale.dim() == 1 or scale.dim() == 3)
     if sizes and not is_one_for_each_head:
@@ -148,17 +156,13 @@ def _open(source: Any) -> _Tensors:
     file_of_name = dict(_names_in_files(Path(source)))
 
     def read(name: str) -> torch.Tensor:
-        from safetensors import safe_open
-
-        with safe_open(file_of_name[name], framework="pt") as file:
+        with _opened(file_of_name[name]) as file:
             return file.get_tensor(name)
 
     return _Tensors([*file_of_name], read)
 
 
 def _names_in_files(path: Path) -> Iterator[tuple[str, Path]]:
-    from safetensors import safe_open
-
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     for file in files:
         if not file.is_file() or file.suffix != ".safetensors":
@@ -166,9 +170,22 @@ def _names_in_files(path: Path) -> Iterator[tuple[str, Path]]:
                 "source must be a folder or a file of safetensors, a mapping or a "
                 f"model, got {str(path)!r}"
             )
+        with _opened(file) as opened:
+            names = [*opened.keys()]
+        for name in names:
+            yield name, file
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Opens a file of safetensors; raises a ValueError if it is none, or is cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                yield name, file
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected safetensors, got {error}") from None
 
 
 def _say(source: Any) -> str:

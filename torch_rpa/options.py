@@ -51,11 +51,19 @@ def split_tensors(
 
     The tensors are by the names that they have in the operators' schemas, and may have
     those in the keywords as well.
+
+    Raises:
+        ValueError: One of them is given by both names.
     """
     tensors, rest = {}, keywords
     for name, option in OPTIONS_AS_ARRAYS.items():
         for given in (name, option):
             if isinstance(keywords.get(given), torch.Tensor):
+                if name in tensors:
+                    raise ValueError(
+                        f"{option} must be given once, got tensors as {option} and "
+                        f"as {name}"
+                    )
                 tensors[name] = keywords[given]
                 rest = {other: x for other, x in rest.items() if other != given}
     return tensors, rest

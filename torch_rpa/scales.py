@@ -12,7 +12,12 @@ import torch
 
 from jax_kernels.contract.cache import QUANTIZED_DTYPES
 from jax_kernels.contract.options import LARGEST_FACTOR
-from torch_rpa.layer_scales import LayerScales, scale_numbers, stacked
+from torch_rpa.layer_scales import (
+    LayerScales,
+    ScaleNumbers,
+    scale_numbers,
+    stacked,
+)
 from torch_rpa.options import torch_dtype
 
 if TYPE_CHECKING:
@@ -42,7 +47,7 @@ class KVScales(NamedTuple):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the scales to a JSON file, in words that :meth:`load` reads."""
         numbers = {
-            name: scale_numbers(name, scales) for name, scales in self._asdict().items()
+            name: _numbers(name, scales) for name, scales in self._asdict().items()
         }
         Path(path).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
 
@@ -55,7 +60,7 @@ class KVScales(NamedTuple):
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected scales in JSON, got {error}") from None
         if not isinstance(found, dict) or set(found) != set(cls._fields):
             raise ValueError(
@@ -148,10 +153,16 @@ def _to(scales: Any, device: torch.device | str) -> Any:
     return scales
 
 
+def _numbers(name: str, scales: Any) -> ScaleNumbers:
+    """Returns the numbers of scales that a file may hold."""
+    numbers = scale_numbers(name, scales)
+    if numbers is None or numbers == ():
+        raise ValueError(f"{name} must be a number or numbers, got {scales!r}")
+    return numbers
+
+
 def _loaded(name: str, numbers: Any) -> LayerScales:
-    checked = scale_numbers(name, numbers)
-    if checked is None:
-        raise ValueError(f"{name} must be a number or numbers, got null")
+    checked = _numbers(name, numbers)
     if not isinstance(checked, tuple):
         return checked
     return stacked([torch.tensor(entry, dtype=torch.float32) for entry in checked])

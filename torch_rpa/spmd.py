@@ -23,7 +23,8 @@ import torch
 
 from torch_rpa import ops, validation
 from torch_rpa.kv_cache import empty_kv_cache
-from torch_rpa.options import split_tensors
+from torch_rpa.options import make_options, split_tensors
+from torch_rpa.validation import Inputs
 
 if TYPE_CHECKING:
     from torch_xla.distributed.spmd import Mesh
@@ -112,9 +113,9 @@ def sharded_ragged_paged_attention(
         ``[T, Hq, D]``, sharded by heads, and so are the logarithms ``[T, Hq]``.
 
     Raises:
-        ValueError: SPMD mode is off, the cache is not sharded, or the heads cannot be
-            divided.
-        NotImplementedError: The tensors are not XLA tensors.
+        ValueError: See the operator; or SPMD mode is off, the cache is not sharded, or
+            the heads cannot be divided.
+        NotImplementedError: See the operator; or the tensors are not XLA tensors.
     """
     _require_xla(q)
     import torch_xla
@@ -122,15 +123,18 @@ def sharded_ragged_paged_attention(
     from torch_xla.distributed.spmd.xla_sharding import unwrap_sharded_tensor
 
     kv_cache = unwrap_sharded_tensor(kv_cache)
-    heads = q.shape[1] if k is None else k.shape[1]
+    metadata = (kv_lens, page_indices, cu_q_lens, distribution)
+    scales, options = split_tensors(options)
+    sizes = validation.validate_static(
+        Inputs(q, k, v, kv_cache, *metadata, sinks, **scales), make_options(options)
+    )
+    heads = sizes.cache.num_kv_heads
     size = _check_heads(mesh, axis, heads)
     if size > 1 and not torch_xla._XLAC._get_xla_sharding_spec(kv_cache):
         raise ValueError(
             "kv_cache must be sharded over the heads, got one that is not sharded: "
             "make it with torch_rpa.spmd.empty_sharded_kv_cache"
         )
-    metadata = (kv_lens, page_indices, cu_q_lens, distribution)
-    scales, options = split_tensors(options)
     validation.validate_gradients(
         (q, k, v, kv_cache, *metadata, sinks, *scales.values())
     )

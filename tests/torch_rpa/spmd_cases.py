@@ -123,7 +123,8 @@ def test_the_fragment_of_the_readme_runs_with_the_names_it_is_given():
 def test_a_cache_that_is_only_read_is_left_alone():
     call = make_call(num_q_heads=HQ, num_kv_heads=HKV, head_dim=64)
     cache = sharded_copy(call, MESHES["4"])
-    expected = ops.WITH_LSE.public(*call, update_kv_cache=False)
+    scales = torch.arange(1.0, 1 + HKV)
+    expected = ops.WITH_LSE.public(*call, update_kv_cache=False, k_scales=scales)
     metadata = [t.to(torch_xla.device()) for t in call[4:8]]
     results = spmd.sharded_ragged_paged_attention(
         call.q.to(torch_xla.device()),
@@ -132,6 +133,7 @@ def test_a_cache_that_is_only_read_is_left_alone():
         cache,
         *metadata,
         mesh=MESHES["4"],
+        k_scale=scales.to(torch_xla.device()),
         update_kv_cache=False,
         return_lse=True,
     )
@@ -159,6 +161,11 @@ def test_what_cannot_be_sharded_is_refused():
         attention()
     with pytest.raises(ValueError, match=r"one of \['model'\] of mesh, got 'heads'"):
         attention(axis="heads")
+    scales = torch.ones(HQ, device=torch_xla.device())
+    with pytest.raises(ValueError, match=r"k_scale must .* \[Hkv\] = \[4\], got .*8"):
+        attention(k_scale=scales)
+    with pytest.raises(ValueError, match="k_scale must be given once, got tensors as"):
+        attention(k_scale=scales, k_scales=scales)
     with pytest.raises(ValueError, match=r"multiple of the 4 devices .* got 6"):
         spmd.empty_sharded_kv_cache(5, 8, 6, 128, mesh=MESHES["4"])
 

@@ -57,6 +57,13 @@ def test_pallas_interpret_wants_cpu_tensors():
         torch_rpa.ragged_paged_attention(*call, impl="pallas_interpret")
 
 
+def test_the_simulated_kernel_takes_tensors_of_any_strides():
+    columns = torch.arange(6.0).reshape(2, 3)
+    for tensor in (columns[:, 1], columns[:1, 1], columns[0, :1].expand(2), columns.T):
+        array = interpret_bridge._to_numpy(tensor)
+        assert array.tolist() == tensor.tolist()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "fp8 scales", "read only"])
 def test_pallas_interpret_runs_the_kernel_in_place_and_compiles_it_once(name):

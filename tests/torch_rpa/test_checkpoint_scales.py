@@ -102,6 +102,16 @@ def test_parameters_of_a_model_are_read_and_numbers_are_not():
             r"k_scale of all 3 layers of model\.layers\., got none of \[1\]",
         ),
         (
+            {"model.layers.999999999.self_attn.k_scale": torch.ones(1)},
+            ValueError,
+            r"all 1000000000 layers .* got none of \[3, 4, .*, 10\] and maybe others",
+        ),
+        (
+            {"model.layers.1.self_attn.k_scale": 0.5},
+            ValueError,
+            r"layers\.1\.self_attn\.k_scale must be a tensor, got 0\.5",
+        ),
+        (
             {"other.layers.0.self_attn.k_scale": torch.ones(1)},
             ValueError,
             r"of one model, got those of \['model.layers.', 'other.layers.'\]",
@@ -136,3 +146,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         torch_rpa.read_kv_scales(tmp_path / "config.json")
     with pytest.raises(ValueError, match="got none in "):
         torch_rpa.read_kv_scales(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 20, -1])
+def test_a_damaged_file_is_refused_by_name(size, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file(checkpoint(), file)
+    file.write_bytes(file.read_bytes()[:size])
+    for source in (tmp_path, file):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors: expected safetensors, got "
+        ):
+            torch_rpa.read_kv_scales(source)

@@ -99,6 +99,8 @@ def test_scales_of_layers_of_other_heads_are_loaded(tmp_path):
         ("[1, 1]", r"an object with k_scale and v_scale, got \[1, 1\]"),
         ('{"k_scale": 1}', r"k_scale and v_scale, got \['k_scale'\]"),
         ('{"k_scale": 1, "v_scale": null}', "v_scale must be a number or numbers, got"),
+        ('{"k_scale": [], "v_scale": 1}', r"k_scale must be a number or .* got \[\]"),
+        ("[" * 100_000, "expected scales in JSON, got maximum recursion"),
         ('{"k_scale": 0, "v_scale": 1}', "k_scale must be a positive .* got 0"),
         ('{"k_scale": [1, [-1]], "v_scale": 1}', "k_scale of layer 1 .* got -1"),
         ('{"k_scale": 1, "v_scale": ["1"]}', "v_scale of layer 0 must .* got '1'"),
@@ -108,6 +110,13 @@ def test_files_with_something_else_are_refused(text, message, tmp_path):
     (tmp_path / "file.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"file\.json: .*{message}"):
         torch_rpa.KVScales.load(tmp_path / "file.json")
+
+
+@pytest.mark.parametrize("scales", [None, torch.ones(0)])
+def test_what_could_not_be_loaded_is_not_saved(scales, tmp_path):
+    with pytest.raises(ValueError, match="v_scale must be a number or numbers, got"):
+        torch_rpa.KVScales(0.5, scales).save(tmp_path / "scales.json")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_other_granularities_are_refused():

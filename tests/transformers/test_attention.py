@@ -160,6 +160,11 @@ def test_scales_of_other_layers_are_refused():
     context = checked(RPAContext([cache] * 2, batch, v_scale=torch.ones(2, 4)))
     with pytest.raises(ValueError, match=r"v_scale must .*\[Hkv\] = \[2\], got"):
         call(rpa=context)
+    entries: list[Any] = [[0.5, 0.25], None]
+    for entry in entries:
+        context = checked(RPAContext([cache] * 2, batch, v_scale=[entry, 1.0]))
+        with pytest.raises(ValueError, match="v_scale of layer 0 must be a number or"):
+            call(rpa=context)
 
 
 def test_what_compressed_tensors_puts_before_attention_changes_nothing():

@@ -77,7 +77,9 @@ def _quick_compilation(jax: Any) -> dict[str, int | bool]:
 
 def _to_numpy(tensor: torch.Tensor) -> Any:
     """Returns a NumPy array of the same values, also of a dtype unknown to NumPy."""
-    data = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    # Not contiguous(), whose result may have any stride along an axis of one.
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).view(-1)
+    data = flat.view(torch.uint8).numpy()
     return data.view(lowering.jax_dtype(tensor.dtype)).reshape(tensor.shape)
 
 

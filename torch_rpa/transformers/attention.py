@@ -151,8 +151,14 @@ def _scale_of_layer(
                 f"caches, got {len(scales)}"
             )
         scales = scales[layer]
-    is_tensor = isinstance(scales, torch.Tensor)
-    return {f"{name}s" if is_tensor else name: scales}
+    if isinstance(scales, torch.Tensor):
+        return {f"{name}s": scales}
+    if not isinstance(scales, (int, float)):
+        raise ValueError(
+            f"{name} of layer {layer} must be a number or a tensor [] or [Hkv], got "
+            f"{scales!r}"
+        )
+    return {name: scales}
 
 
 def _refuse_caches(
