@@ -31,6 +31,7 @@ def test_a_step_is_the_case_of_its_name(step):
     assert step.cache_dtype == shape.cache_dtype
     others = {"sm_scale": step.head_dim**-0.5, "causal": True, "decode_q_len": 1}
     others |= {"attend": "all", "update_kv_cache": True, "return_lse": False}
+    others |= {"batch_invariant": False}
     assert {k: v for k, v in shape.options.items() if v is not None} == others
     assert step.sequences == [(s.q_len, s.kv_len) for s in case.sequences]
     assert step.needed_bytes == case.ideal.bytes

@@ -16,9 +16,18 @@ from torch_rpa import bridges, devices
 
 CASES = Path(__file__).with_name("lazy_bridge_cases.py")
 PACKAGE = Path(torch_rpa.__file__).parent
-# Rooms that know a framework: its bridge, and torch_xla's way to shard over devices.
+# Rooms that know a framework: its bridge, and of torch_xla its way to shard over devices,
+# and what is in the engine that is built on it.
 KNOW = {
-    "torch_xla": ("bridges/torch_xla.py", "context_parallel.py", "spmd.py"),
+    "torch_xla": (
+        "bridges/torch_xla.py",
+        "context_parallel.py",
+        "spmd.py",
+        "vllm/__init__.py",
+        "vllm/fused_moe.py",
+        "vllm/runner.py",
+        "vllm/worker.py",
+    ),
     "torch_tpu": ("bridges/torch_tpu.py", "bridges/torch_tpu_launch.py"),
 }
 # What they alone may say, as device type or framework.
