@@ -16,8 +16,8 @@ from torch_rpa import bridges, devices
 
 CASES = Path(__file__).with_name("lazy_bridge_cases.py")
 PACKAGE = Path(torch_rpa.__file__).parent
-# Rooms that know a framework: its bridge, and of torch_xla its way to shard over devices,
-# and what is in the engine that is built on it.
+# Rooms that know a framework: its bridge, and of torch_xla its way to shard over
+# devices, and what is in the engine that is built on it.
 KNOW = {
     "torch_xla": (
         "bridges/torch_xla.py",

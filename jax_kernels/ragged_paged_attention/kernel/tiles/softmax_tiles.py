@@ -38,8 +38,9 @@ MAX_F32_STRETCH_TILES = 4
 MANY_LANES = 256
 MAX_WIDE_STRETCH_TILES = 2
 MAX_WIDE_F32_STRETCH_TILES = 1
-# The same in narrow matrix units with a key head for every query head: the keys and
-# values of each are pushed in many pieces, and the code would not stay in its memory.
+# The same in narrow matrix units if heads are wider than they are, or if there is a key
+# head for every query head: keys and values are pushed in many pieces, and the code
+# would not stay in its memory.
 MAX_NARROW_STRETCH_TILES = 8
 # The same of some parts of a tile.
 MAX_PART_STRETCH_TILES = 8
@@ -105,10 +106,11 @@ def _most_heads(context: TileContext, tiles_per_head: int, most_tiles: int) -> i
     is_wide = config.lanes > MANY_LANES
     if config.numerics.value_dtype == jnp.float32:
         most_tiles = MAX_WIDE_F32_STRETCH_TILES if is_wide else MAX_F32_STRETCH_TILES
-    elif is_wide and config.chip.matrix_columns == LANES:
-        most_tiles = MAX_WIDE_STRETCH_TILES
-    elif config.group == 1 and config.chip.matrix_columns <= LANES:
-        most_tiles = MAX_NARROW_STRETCH_TILES
+    elif config.chip.matrix_columns <= LANES:
+        if is_wide:
+            most_tiles = MAX_WIDE_STRETCH_TILES
+        elif config.lanes > LANES or config.group == 1:
+            most_tiles = MAX_NARROW_STRETCH_TILES
     return largest_divisor(config.num_kv_heads, max(most_tiles // tiles_per_head, 1))
 
 
