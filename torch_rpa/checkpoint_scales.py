@@ -68,7 +68,8 @@ def read_kv_scales(source: Source) -> KVScales:
         ``(k_scale, v_scale)``, float32 on the CPU.
 
     Raises:
-        ValueError: There are no scales, or not those of all layers.
+        ValueError: There are no scales, not those of all layers, or two that differ for
+            one layer; or a file is damaged.
         NotImplementedError: They have zero points, or are neither of layers nor heads.
     """
     tensors = _open(source)
@@ -78,7 +79,14 @@ def read_kv_scales(source: Source) -> KVScales:
         if place is not None:
             _refuse_zero_point(tensors, name)
             scale = _scale(name, tensors.read(name))
-            places |= {place._replace(which=which): scale for which in place.which}
+            for which in place.which:
+                known = places.setdefault(place._replace(which=which), scale)
+                if not torch.equal(known, scale):
+                    raise ValueError(
+                        "source must have one scale of the keys and one of the values "
+                        f"of each layer, got {name} = {scale.tolist()} beside "
+                        f"{known.tolist()}"
+                    )
     prefixes = sorted({place.prefix for place in places})
     if len(prefixes) != 1:
         found = f"those of {prefixes}" if prefixes else f"none in {_say(source)}"

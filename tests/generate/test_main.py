@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import json
 import os
 import re
 import resource
@@ -333,6 +334,22 @@ def test_user_mistakes_are_one_line(arguments, message, capsys):
     assert main([*SHORT, *arguments]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"k_scale": -1, "v_scale": 1}, "scales.json: k_scale must be a positive"),
+        ({"k_scale": 1, "v_scale": [1, 1]}, "error: v_scale must be a number or have"),
+    ],
+)
+def test_mistakes_in_a_file_of_scales_name_no_other_option(
+    numbers, message, tmp_path, capsys
+):
+    file = tmp_path / "scales.json"
+    file.write_text(json.dumps(numbers), encoding="utf-8")
+    assert main([*SHORT, "--kv-scales", str(file)]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,11 @@ def test_parameters_of_a_model_are_read_and_numbers_are_not():
             r"all 1000000000 layers .* got none of \[3, 4, .*, 10\] and maybe others",
         ),
         (
+            {"model.layers.1.self_attn.kv_scale": torch.ones(1)},
+            ValueError,
+            r"got model\.layers\.1\.self_attn\.kv_scale = 1\.0 beside 0\.25",
+        ),
+        (
             {"model.layers.1.self_attn.k_scale": 0.5},
             ValueError,
             r"layers\.1\.self_attn\.k_scale must be a tensor, got 0\.5",

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch_rpa.transformers  # noqa: F401
     from torch_rpa.generate.run import run
 
-    return run(args, command_line.option_names(parser))
+    return run(args, command_line.option_names(parser, args))
 
 
 if __name__ == "__main__":

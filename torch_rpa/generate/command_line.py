@@ -83,7 +83,9 @@ def parse(
     return args
 
 
-def option_names(parser: argparse.ArgumentParser) -> Callable[[str], str]:
+def option_names(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> Callable[[str], str]:
     """Returns a function that calls options in a message as the command line does."""
     options = {
         action.dest: action.option_strings[0]
@@ -91,6 +93,8 @@ def option_names(parser: argparse.ArgumentParser) -> Callable[[str], str]:
         if action.option_strings
     }
     options |= _OTHER_NAMES
+    if args.kv_scales:  # what k_scale and v_scale are then comes from there
+        del options["k_scale"], options["v_scale"]
     # Long names first, as one may begin with another.
     names = sorted(map(re.escape, options), key=len, reverse=True)
     # Names of one word may be words of a sentence, unless they begin it.

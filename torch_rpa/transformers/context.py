@@ -47,7 +47,7 @@ class RPAContext:
         k_scale: The caches store ``key / k_scale``; None is 1. A number for all layers,
             which is a part of the compiled program; or, on the device of the model,
             a float32 tensor ``[layers]`` or ``[layers, Hkv]``, or a sequence of tensors
-            ``[]`` or ``[Hkv]``.
+            ``[]`` or ``[Hkv]``. Numbers in a sequence are parts of the program as well.
         v_scale: The caches store ``value / v_scale`` likewise.
         decode_q_len: Most new tokens of a sequence of the decode range of the batch.
             More than one serves drafts that a model checks.
