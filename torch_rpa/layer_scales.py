@@ -95,7 +95,9 @@ def _plain(scales: Any) -> Any:
     """Returns tensors and sequences as lists."""
     if isinstance(scales, torch.Tensor):
         return scales.tolist()
-    if isinstance(scales, Sequence) and not isinstance(scales, str | bytes):
+    # KVScales, which has the scales of keys and of values, is no sequence of layers.
+    is_pair_or_text = isinstance(scales, str | bytes) or hasattr(scales, "_fields")
+    if isinstance(scales, Sequence) and not is_pair_or_text:
         return [_plain(entry) for entry in scales]
     return scales
 

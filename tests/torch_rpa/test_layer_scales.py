@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torch_rpa.layer_scales import scale_numbers, scale_tensors
+from torch_rpa.scales import KVScales
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ def test_scales_become_numbers_and_stay_them(given, numbers):
     [
         ("1", "k_scale must be a positive .* got '1'; with an entry for each layer"),
         (math.nan, "k_scale must be a positive Python number .* got nan"),
+        (KVScales(1.0, 1.0), r"k_scale must be a positive .* got KVScales\(k_scale=1"),
         ([1.0, 0.0], "k_scale of layer 1 must be a positive .* got 0.0"),
         ([1.0, None], "k_scale of layer 1 must be a number .* got None"),
         ([[]], r"k_scale of layer 0 must be a number .* got \[\]"),
