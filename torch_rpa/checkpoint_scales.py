@@ -161,13 +161,25 @@ def _open(source: Any) -> _Tensors:
             "source must be a folder or a file of safetensors, a mapping or a model, "
             f"got {source!r}"
         )
-    file_of_name = dict(_names_in_files(Path(source)))
+    files: dict[str, list[Path]] = {}
+    for name, path in _names_in_files(Path(source)):
+        files.setdefault(name, []).append(path)
 
     def read(name: str) -> torch.Tensor:
-        with _opened(file_of_name[name]) as file:
-            return file.get_tensor(name)
+        first, *others = (_tensor_of(path, name) for path in files[name])
+        if not all(torch.equal(first, other) for other in others):
+            raise ValueError(
+                f"source must have one {name}, got different ones in "
+                f"{' and '.join(path.name for path in files[name])}: give one file"
+            )
+        return first
 
-    return _Tensors([*file_of_name], read)
+    return _Tensors([*files], read)
+
+
+def _tensor_of(file: Path, name: str) -> torch.Tensor:
+    with _opened(file) as opened:
+        return opened.get_tensor(name)
 
 
 def _names_in_files(path: Path) -> Iterator[tuple[str, Path]]:

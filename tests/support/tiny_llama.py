@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
+import torch_rpa.transformers  # noqa: F401  (registers the attention "rpa")
+
 VOCABULARY = 258
 
 

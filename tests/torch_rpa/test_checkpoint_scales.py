@@ -153,6 +153,19 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         torch_rpa.read_kv_scales(tmp_path)
 
 
+def test_files_of_a_folder_may_repeat_scales_but_not_contradict_each_other(tmp_path):
+    tensors = checkpoint()
+    for name in ("a", "b"):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    scales: Any = torch_rpa.read_kv_scales(tmp_path)
+    assert torch.equal(torch.stack(scales), torch.stack([K_SCALE, V_SCALE]))
+    other = {"model.layers.2.self_attn.v_scale": torch.ones(1)}
+    save_file(other, tmp_path / "c.safetensors")
+    message = r"one model\.layers\.2\.self_attn\.v_scale, got .* in a.* and c\.safe"
+    with pytest.raises(ValueError, match=message):
+        torch_rpa.read_kv_scales(tmp_path)
+
+
 @pytest.mark.parametrize("size", [0, 20, -1])
 def test_a_damaged_file_is_refused_by_name(size, tmp_path):
     file = tmp_path / "model.safetensors"
