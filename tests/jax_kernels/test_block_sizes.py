@@ -68,14 +68,14 @@ problems = st.builds(
 ).filter(
     lambda problem: (
         problem.num_q_heads <= 128
-        and problem.num_q_heads * problem.head_dim <= 128 * 256
+        and problem.num_q_heads * problem.cache.lanes <= 128 * 256
     )
 )
 
 
 def is_beyond_an_unknown_chip(problem: Problem) -> bool:
     """Whether one register of tokens of all heads may exceed 32 MiB of VMEM."""
-    row = problem.num_q_heads * problem.head_dim
+    row = problem.num_q_heads * problem.cache.lanes
     return row > 16_384 or problem.num_kv_heads > 16
 
 
