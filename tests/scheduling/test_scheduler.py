@@ -227,6 +227,22 @@ def test_after_a_restart_everything_is_computed_again():
     assert scheduler.num_preemptions == 3
 
 
+def test_a_request_whose_preemption_was_interrupted_can_be_ended(monkeypatch):
+    scheduler, requests = scheduler_of(2, 3)
+    step(scheduler, requests)
+
+    def fail(pages):
+        raise RuntimeError("free")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.allocator, "free", fail)
+        with pytest.raises(RuntimeError, match="free"):
+            scheduler.change_model(b"other")
+    scheduler.end(requests[1])
+    scheduler.restart(requests[:1])
+    assert step(scheduler, requests) == [(0, 3)]
+
+
 def test_only_those_that_may_start_do():
     scheduler, requests = scheduler_of(2, 3, 4, new=2)
     among = {requests[1]}

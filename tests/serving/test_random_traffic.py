@@ -85,7 +85,8 @@ def test_steps_that_raise_hurt_no_other_request(build, seed, count, keywords):
     check(build("eager"), traffic, outputs)
     failed = [o for o in outputs if o.status == RequestStatus.FAILED]
     # Some come through a library that was calling back, as part of its own error.
-    assert all("InjectedFault" in output.error for output in failed)
+    others = [o.error for o in failed if "InjectedFault" not in o.error]
+    assert not others
     # A fault at random fails a request only if its step has no other.
     assert engine.stats.num_failed_steps > len(failed)
     assert len(failed) < count // 2

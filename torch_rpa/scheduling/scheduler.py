@@ -224,9 +224,10 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
+        # First, so that whatever interrupts this, it is still one that can be ended.
+        self.waiting.appendleft(request)
         self.running.remove(request)
         self._release(request)
-        self.waiting.appendleft(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
 
