@@ -28,6 +28,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_kernels.contract import cache as cache_rules
@@ -171,7 +172,9 @@ def pack_kv_cache(pages: ArrayLike) -> jax.Array:
     num_pages, _, num_kv_heads, page_size, head_dim = pages.shape
     layout = CacheLayout(num_pages, page_size, num_kv_heads, head_dim, pages.dtype.name)
     width = layout.value_lane if layout.is_fused_kv else layout.lanes
-    pages = jnp.pad(pages, [(0, 0)] * 4 + [(0, width - head_dim)])
+    # As integers: on the CPU, JAX 0.12 makes zeros of subnormal numbers that it pads.
+    words = lax.bitcast_convert_type(pages, f"uint{8 * layout.dtype.itemsize}")
+    words = jnp.pad(words, [(0, 0)] * 4 + [(0, width - head_dim)])
     if layout.is_fused_kv:
-        pages = jnp.moveaxis(pages, 1, 3)  # [N, Hkv, page_size, 2, 64]
-    return pages.reshape(layout.shape)
+        words = jnp.moveaxis(words, 1, 3)  # [N, Hkv, page_size, 2, 64]
+    return lax.bitcast_convert_type(words.reshape(layout.shape), pages.dtype)

@@ -119,6 +119,16 @@ def test_unpack_inverts_pack_in_every_byte(geometry, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [40, 96, 200])
+def test_numbers_that_are_subnormal_are_kept(head_dim, dtype):
+    itemsize = jnp.dtype(dtype).itemsize
+    bits = np.full((1, 2, 1, 8, head_dim), 3, f"u{itemsize}")
+    cache = layout.pack_kv_cache(bits.view(jnp.dtype(dtype)))
+    unpacked = np.asarray(layout.unpack_kv_cache(cache, 1, head_dim))
+    np.testing.assert_array_equal(unpacked.view(bits.dtype), bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 64, 65, 128, 129, 256, 300])
 def test_every_vector_is_at_the_address_that_the_oracle_computes(head_dim, dtype):
     num_pages, num_kv_heads, page_size = 3, 2, 8
