@@ -52,7 +52,7 @@ GPT_OSS = Model(64, 8, 64, sliding_window=128, with_sinks=True)
 MQA = Model(8, 1, 128)
 # The heads of Llama, twice as wide: for comparison with published figures.
 WIDE = Model(32, 8, 256)
-# The layers of Gemma 4 31B that see the whole context.
+# Heads as wide as in the layers of Gemma 4 that see the whole context.
 GEMMA4_FULL = Model(32, 4, 512)
 
 
