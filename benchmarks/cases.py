@@ -426,6 +426,7 @@ def _options() -> Iterator[Case]:
     for name, model, lengths, static in (
         ("decode-128x1k", LLAMA3_8B, "128*1/1024", _SERVER),
         ("decode-8x1-dec256", MQA, DRAWN["dec256"], _SHARD_SERVER),
+        ("decode-8x1-dec256-fp8", MQA, DRAWN["dec256"], {**_SHARD_SERVER, **_FP8}),
         ("prefill-2k-at-8k", LLAMA3_8B, "2048/8192", _PREFILL),
         ("prefill-8x1-fresh16", MQA, DRAWN["fresh16"], {}),
     ):

@@ -33,6 +33,7 @@ class RpaWorker(tpu_worker.TPUWorker):
             if self.use_spmd:
                 torch_xla.runtime.use_spmd()
             torch_xla.runtime.global_runtime_device_count()
+        # vLLM looks its runner up by this name, and has no option for another one.
         with mock.patch.object(tpu_worker, "TPUModelRunner", RpaModelRunner):
             super().init_device()
         os.environ["PJRT_DEVICE"] = device
